@@ -1,0 +1,42 @@
+"""Linear attention without a causal mask: every token of a document reads the document's one total state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def bidirectional_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    boundaries: tuple[int, ...],
+    initial_state: Tensor | None = None,
+    complete: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Shapes as in `recurrent_linear_attention`; plain autograd.
+
+    `complete` turns the states of this device's pieces of documents `[N, B, H_kv, D_k, D_v]` into those of the
+    whole documents, where documents reach over several devices.
+    """
+    work = torch.promote_types(q.dtype, torch.float32)
+    batch, tokens, kv_heads, key_dim = k.shape
+    q, k, v = q.to(work) * scale, k.to(work), v.to(work)
+    pieces = list(zip(boundaries, boundaries[1:], strict=False))
+    if pieces:
+        states = torch.stack([torch.einsum("bthk,bthv->bhkv", k[:, a:b], v[:, a:b]) for a, b in pieces])
+    else:
+        states = torch.einsum("bthk,bthv->bhkv", k, v).unsqueeze(0)  # no token here: an empty sum, still a piece
+    if initial_state is not None:
+        states = states + initial_state.to(work).unflatten(0, (-1, batch))
+    if complete is not None:
+        states = complete(states)
+
+    q = q.unflatten(2, (kv_heads, -1))  # [B, T, H_kv, G, D_k]
+    outs = [torch.einsum("bthgk,bhkv->bthgv", q[:, a:b], state) for (a, b), state in zip(pieces, states, strict=False)]
+    out = torch.cat(outs, dim=1) if outs else q.new_zeros(batch, tokens, kv_heads, q.shape[3], v.shape[-1])
+    return out.flatten(2, 3), states.flatten(0, 1)

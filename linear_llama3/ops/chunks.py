@@ -1,0 +1,89 @@
+"""How a stream of packed documents falls into chunks: no chunk crosses a document's edge.
+
+Names: B batch, T tokens, H kv heads, G query heads per kv head, n chunks of C tokens in a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK_SIZE = 64  # the fastest on CPUs at head dims 64 and 128; 16 and 256 lose
+CHUNKS_PER_BLOCK = 16  # worked on at once: bounds the temporaries, keeps them in the cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Some consecutive chunks."""
+
+    size: int  # n
+    start: int  # the tokens [start, stop) without a gap
+    stop: int
+    slots: Tensor | None  # int64 [n * C]: the token in each slot; None where slots and tokens are the same
+    filled: Tensor | None  # bool [n * C]: False in the slots behind the end of a document
+    first: tuple[int | None, ...]  # [n]: the document that starts with this chunk
+    last: tuple[int | None, ...]  # [n]: the document that ends with this chunk
+
+    def take(self, x: Tensor, dtype: torch.dtype, groups: int = 1) -> Tensor:
+        """`[B, T, H * G, D]` to `[B, H, n, C * G, D]`, zero in slots that hold no token."""
+        x = x[:, self.start : self.stop] if self.slots is None else x.index_select(1, self.slots)
+        x = x.to(dtype)
+        if self.filled is not None:
+            x = x.masked_fill(~self.filled[:, None, None], 0)
+        x = x.unflatten(2, (-1, groups)).unflatten(1, (self.size, -1))  # [B, n, C, H, G, D]
+        return x.permute(0, 3, 1, 2, 4, 5).flatten(3, 4).contiguous()
+
+    def put(self, x: Tensor, out: Tensor, groups: int = 1) -> None:
+        """The inverse of `take`: writes `[B, H, n, C * G, D]` into `out` `[B, T, H * G, D]`."""
+        x = x.unflatten(3, (-1, groups)).permute(0, 2, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)
+        out[:, self.start : self.stop] = x if self.filled is None else x[:, self.filled]
+
+
+class Chunks:
+    """The blocks of a stream whose documents are the intervals between `boundaries`."""
+
+    def __init__(self, boundaries: tuple[int, ...], device: torch.device, size: int | None = None) -> None:
+        self.boundaries = boundaries
+        self.device = device
+        self.documents = len(boundaries) - 1
+        # Short documents leave chunks half empty; smaller chunks waste less.
+        mean = (boundaries[-1] - boundaries[0]) // max(self.documents, 1)
+        self.size = size or next((c for c in (16, 32) if mean < c), CHUNK_SIZE)
+        self.blocks = list(self._blocks())
+
+    def document(self, n: int) -> Chunks:
+        """The chunks of one document alone."""
+        n %= self.documents
+        return Chunks(self.boundaries[n : n + 2], self.device, self.size)
+
+    def _blocks(self) -> Iterator[Block]:
+        starts, stops, documents = [], [], []
+        for n, (a, b) in enumerate(zip(self.boundaries, self.boundaries[1:], strict=False)):
+            edges = list(range(a, b, self.size))
+            starts += edges
+            stops += [*edges[1:], b]
+            documents += [n] * len(edges)
+        first = [i == 0 or documents[i] != documents[i - 1] for i in range(len(documents))]
+        for i in range(0, len(starts), CHUNKS_PER_BLOCK):
+            j = min(i + CHUNKS_PER_BLOCK, len(starts))
+            slots, filled = self._slots(starts[i:j], stops[i:j])
+            yield Block(
+                size=j - i,
+                start=starts[i],
+                stop=stops[j - 1],
+                slots=slots,
+                filled=filled,
+                first=tuple(documents[c] if first[c] else None for c in range(i, j)),
+                last=tuple(documents[c] if c + 1 == len(first) or first[c + 1] else None for c in range(i, j)),
+            )
+
+    def _slots(self, starts: list[int], stops: list[int]) -> tuple[Tensor | None, Tensor | None]:
+        if all(b - a == self.size for a, b in zip(starts, stops, strict=True)):
+            return None, None
+        slots = torch.tensor(starts).unsqueeze(1) + torch.arange(self.size)
+        filled = slots < torch.tensor(stops).unsqueeze(1)
+        slots = torch.where(filled, slots, torch.tensor(starts).unsqueeze(1))
+        return slots.flatten().to(self.device), filled.flatten().to(self.device)

@@ -1,0 +1,47 @@
+"""Linear attention as it is defined: token after token.
+
+Slow on purpose. It is the oracle of the tests (in float64), and for one token it is the decoding step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def recurrent_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    *,
+    scale: float,
+    boundaries: tuple[int, ...],
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`q` `[B, T, H_q, D_k]`, `k` `[B, T, H_kv, D_k]`, `v` `[B, T, H_kv, D_v]`, `log_decay` `[B, T, H_kv(, D_k)]`.
+
+    Returns out `[B, T, H_q, D_v]` and the state after each document `[B or N, H_kv, D_k, D_v]`, both in float32
+    (float64 for float64 inputs). Differentiable by plain autograd.
+    """
+    work = torch.promote_types(q.dtype, torch.float32)
+    batch, _, kv_heads, key_dim = k.shape
+    q, k, v = q.to(work) * scale, k.to(work), v.to(work)
+    q = q.unflatten(2, (kv_heads, -1))  # [B, T, H_kv, G, D_k]: G query heads read one state
+    factor = None if log_decay is None else log_decay.to(work).exp()
+    if factor is not None and factor.dim() == 3:
+        factor = factor.unsqueeze(-1)
+
+    outs, finals = [], []
+    for n, (start, stop) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
+        if initial_state is None:
+            state = k.new_zeros(batch, kv_heads, key_dim, v.shape[-1])
+        else:
+            state = initial_state.to(work).unflatten(0, (-1, batch))[n]
+        for t in range(start, stop):
+            if factor is not None:
+                state = factor[:, t].unsqueeze(-1) * state
+            state = state + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
+            outs.append((q[:, t] @ state).flatten(1, 2))
+        finals.append(state)
+    return torch.stack(outs, dim=1), torch.cat(finals)
