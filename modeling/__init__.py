@@ -1,0 +1,20 @@
+"""Config, model, mixers and Hub files."""
+
+if __name__ != "linear_llama3.modeling":
+    raise ImportError("import linear_llama3.modeling, not " + __name__)
+
+from .cache import CountingCache
+from .configuration import LinearLlama3Config
+from .mixers import MIXERS, LinearAttention, Mixer
+from .model import LinearLlama3ForCausalLM, LinearLlama3Model, LinearLlama3PreTrainedModel
+
+__all__ = [
+    "MIXERS",
+    "CountingCache",
+    "LinearAttention",
+    "LinearLlama3Config",
+    "LinearLlama3ForCausalLM",
+    "LinearLlama3Model",
+    "LinearLlama3PreTrainedModel",
+    "Mixer",
+]

@@ -1,0 +1,51 @@
+"""The softmax layers: transformers' Llama attention, or its sequence-parallel form under a context."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+
+if TYPE_CHECKING:
+    from ..sequence_parallel import SequenceParallelContext
+    from .configuration import LinearLlama3Config
+
+
+class LinearLlama3Attention(LlamaAttention):
+    """Softmax attention with transformers' attention backends; keys and values are exchanged under a context."""
+
+    def __init__(self, config: LinearLlama3Config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.sequence_parallel_context: SequenceParallelContext | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        cu_seq_lens_q: Tensor | None = None,
+        exchange_cache: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`hidden_states` `[B, T, hidden]` -> (the same shape, attention weights or None).
+
+        `exchange_cache` is for linear layers. Raises `ValueError` for dropout under a context: ranks would drop
+        different weights than one device.
+        """
+        if self.sequence_parallel_context is None:
+            return super().forward(
+                hidden_states, position_embeddings=position_embeddings, cu_seq_lens_q=cu_seq_lens_q, **kwargs
+            )
+        if self.training and self.attention_dropout:
+            raise ValueError(
+                f"attention_dropout must be 0 in sequence-parallel training, got {self.attention_dropout}; "
+                "set config.attention_dropout=0.0"
+            )
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (proj(hidden_states).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        out = self.sequence_parallel_context.softmax_attention(
+            q.to(v.dtype), k.to(v.dtype), v, scale=self.scaling, cu_seqlens=cu_seq_lens_q
+        )
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None

@@ -1,0 +1,168 @@
+"""`LinearLlama3Config`: Llama's fields, and which layers are linear attention of which kind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils.type_validators import interval
+
+from ..ops.feature_maps import FEATURE_MAPS
+from .hub import AUTO_MAP, SHIM, SHIM_NAME
+from .mixers import MIXERS
+
+LAYER_TYPES = ("linear_attention", "full_attention")
+
+
+@strict
+class LinearLlama3Config(PreTrainedConfig):
+    """Configuration of a Llama 3 model whose layers are linear attention, softmax attention, or a mixture.
+
+    The defaults are the sizes of Llama 3 8B with softmax in every fourth layer. Fields beyond Llama's:
+
+    - `linear_attention_type`: the mixer of the linear layers, one of `MIXERS` ("basic", "lightning", ...).
+    - `layer_types`: "linear_attention" or "full_attention" per layer; None follows `full_attention_interval`.
+    - `full_attention_interval`: n makes the last of every n layers softmax (4: LLLN); 0 or None makes all linear.
+    - `linear_feature_map`: feature map of queries and keys, one of `FEATURE_MAPS`; None takes the mixer's own.
+    - `linear_use_rope`: rotary embedding in the linear layers; None takes the mixer's own.
+    - `linear_output_gate`: keep the mixer's output gate, if it has one.
+    - `linear_num_key_value_heads`, `linear_key_head_dim`, `linear_value_head_dim`: key/value heads, D_k and D_v
+      of the linear layers; None takes `num_key_value_heads` and `head_dim`. Query heads are Llama's.
+    - `gate_bias_init`: initial bias of a learned decay; large means long memory (6.0: about 0.9998 a token).
+
+    Raises `ValueError` for fields that do not fit each other.
+    """
+
+    model_type = "linear_llama3"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (a class attribute by transformers' rule)
+    default_theta = 500000.0
+
+    vocab_size: int = 128256
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 8
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 128000
+    eos_token_id: int | list[int] | None = 128001
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float | None = 0.0
+    mlp_bias: bool = False
+
+    linear_attention_type: str = "basic"
+    layer_types: list[str] | None = None
+    full_attention_interval: int | None = 4
+    linear_feature_map: str | None = None
+    linear_use_rope: bool | None = None
+    linear_output_gate: bool = True
+    linear_num_key_value_heads: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    gate_bias_init: float = 6.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.linear_num_key_value_heads is None:
+            self.linear_num_key_value_heads = self.num_key_value_heads
+        if self.linear_key_head_dim is None:
+            self.linear_key_head_dim = self.head_dim
+        if self.linear_value_head_dim is None:
+            self.linear_value_head_dim = self.head_dim
+        if self.layer_types is None:
+            every = self.full_attention_interval or self.num_hidden_layers + 1
+            self.layer_types = [LAYER_TYPES[layer % every == 0] for layer in range(1, self.num_hidden_layers + 1)]
+        super().__post_init__(**kwargs)
+        self.validate_architecture()  # once here, as ValueError: @strict wraps what its own call raises
+
+    def validate_architecture(self) -> None:
+        """Cross-field rules; `ValueError` with the rule, the value and the remedy."""
+        _check_choice("linear_attention_type", self.linear_attention_type, MIXERS)
+        if self.linear_feature_map is not None:
+            _check_choice("linear_feature_map", self.linear_feature_map, FEATURE_MAPS)
+        if self.full_attention_interval is not None and self.full_attention_interval < 0:
+            raise ValueError(
+                f"full_attention_interval must be 0 or more, got {self.full_attention_interval}; "
+                "0 makes every layer linear, 4 makes the last of every four softmax"
+            )
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
+                f"{self.num_attention_heads}; change one of them"
+            )
+        for name in ("num_key_value_heads", "linear_num_key_value_heads"):
+            if self.num_attention_heads % getattr(self, name) != 0:
+                raise ValueError(
+                    f"num_attention_heads must be a multiple of {name}, got {self.num_attention_heads} and "
+                    f"{getattr(self, name)}; each key/value head serves the same number of query heads"
+                )
+        self._check_layer_types()
+        if self.uses_linear_rope and self.linear_key_head_dim != self.head_dim:
+            raise ValueError(
+                "linear layers with rotary embedding share the model's table, so linear_key_head_dim must be "
+                f"head_dim, got {self.linear_key_head_dim} and {self.head_dim}; set linear_use_rope=False or "
+                "make them equal"
+            )
+
+    def _check_layer_types(self) -> None:
+        assert self.layer_types is not None
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types must have one entry for each of num_hidden_layers={self.num_hidden_layers} layers, "
+                f"got {len(self.layer_types)}; give layer_types=None to follow full_attention_interval"
+            )
+        for layer_type in self.layer_types:
+            _check_choice("every entry of layer_types", layer_type, LAYER_TYPES)
+
+    @property
+    def uses_linear_rope(self) -> bool:
+        """Whether linear layers rotate their queries and keys."""
+        default = MIXERS[self.linear_attention_type].use_rope
+        return default if self.linear_use_rope is None else self.linear_use_rope
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Like `PreTrainedConfig.from_dict`; `ValueError` if the dictionary is another model's."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"the checkpoint's model_type must be {cls.model_type!r}, got {model_type!r}; load it with its own "
+                "class or AutoModelForCausalLM, or, to start from Llama weights, pass "
+                "config=LinearLlama3Config(...) to LinearLlama3ForCausalLM.from_pretrained"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Like `PreTrainedConfig.save_pretrained`, with the shim that finds the installed package (hub.py)."""
+        self.auto_map = dict(AUTO_MAP)
+        os.makedirs(save_directory, exist_ok=True)
+        (Path(save_directory) / SHIM_NAME).write_text(SHIM, encoding="utf-8")
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing: checkpoints name the installed package (hub.py), no source file is ever copied.
+
+        transformers calls this on every class that it loads through `auto_map`; its own version would make the
+        next save copy this file beside the weights and forget the package.
+        """
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}; choose one of these")

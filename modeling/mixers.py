@@ -1,0 +1,188 @@
+"""Linear attention layers: one module, and a table that says what makes each mixer itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from ..ops import linear_attention
+from ..ops.decays import lightning_log_decay, retention_log_decay
+from ..ops.feature_maps import FEATURE_MAPS
+
+if TYPE_CHECKING:
+    from ..sequence_parallel import SequenceParallelContext
+    from .configuration import LinearLlama3Config
+
+DECAY_RANK = 16  # inner width of the learned decay's projection, and
+DECAY_TEMPERATURE = 16.0  # its divisor: both are GLA's (arXiv:2312.06635, section 4.4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixer:
+    """What distinguishes one linear attention from another."""
+
+    feature_map: str = "identity"
+    constant_log_decay: Callable[[int, int, int], Tensor] | None = None  # (heads, layer, layers) -> [H_kv]
+    learned_decay: bool = False  # per token, head and key channel
+    use_rope: bool = False
+    output_gate: str | None = None  # activation of the gate on the output
+
+
+MIXERS: dict[str, Mixer] = {
+    "basic": Mixer(feature_map="silu"),
+    "lightning": Mixer(feature_map="silu", constant_log_decay=lightning_log_decay, output_gate="sigmoid"),
+    "retention": Mixer(
+        constant_log_decay=lambda heads, layer, layers: retention_log_decay(heads),
+        use_rope=True,
+        output_gate="silu",
+    ),
+    "gla": Mixer(learned_decay=True, output_gate="silu"),
+}
+"""Value of `config.linear_attention_type` -> mixer."""
+
+
+class LinearAttention(nn.Module):
+    """The attention of a linear layer, in the place and with the projections of Llama's softmax attention.
+
+    `q, k` pass through rotary embedding and feature map, the state decays as the mixer says, the output is
+    normalised per head (RMSNorm over D_v), gated, and projected. The decoding state `[B, H_kv, D_k, D_v]` is
+    float32 and lives in the cache's recurrent state of this layer.
+    """
+
+    def __init__(self, config: LinearLlama3Config, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.mixer = mixer = MIXERS[config.linear_attention_type]
+        self.feature_map = FEATURE_MAPS[config.linear_feature_map or mixer.feature_map]
+        self.num_heads = heads = config.num_attention_heads
+        self.num_kv_heads = kv_heads = config.linear_num_key_value_heads
+        self.key_dim = config.linear_key_head_dim
+        self.value_dim = config.linear_value_head_dim
+        self.sequence_parallel_context: SequenceParallelContext | None = None
+
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, heads * self.key_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, kv_heads * self.key_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, kv_heads * self.value_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.value_dim, hidden, bias=bias)
+        self.o_norm = LlamaRMSNorm(self.value_dim, eps=config.rms_norm_eps)
+        if mixer.learned_decay:
+            self.decay_down_proj = nn.Linear(hidden, DECAY_RANK, bias=False)
+            self.decay_up_proj = nn.Linear(DECAY_RANK, kv_heads * self.key_dim)
+        self.has_output_gate = config.linear_output_gate and mixer.output_gate is not None
+        if self.has_output_gate:
+            self.g_proj = nn.Linear(hidden, heads * self.value_dim, bias=False)
+            self.gate_activation = ACT2FN[mixer.output_gate]
+        if mixer.constant_log_decay is not None:
+            self.log_decay = nn.Buffer(self.constant_log_decay(), persistent=False)
+
+    def constant_log_decay(self) -> Tensor:
+        """The decay buffer's value, `[H_kv]` float32; `_init_weights` asks for it again after a meta-device build."""
+        assert self.mixer.constant_log_decay is not None
+        return self.mixer.constant_log_decay(self.num_kv_heads, self.layer_idx, self.config.num_hidden_layers)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearAttention:
+        super()._apply(fn, recurse)
+        # .half() and .bfloat16() cast every buffer, and a rounded decay is another model
+        if self.mixer.constant_log_decay is not None and self.log_decay.dtype != torch.float32:
+            self.log_decay = nn.Buffer(self.constant_log_decay().to(self.log_decay.device), persistent=False)
+        return self
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        exchange_cache: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """`hidden_states` `[B, T, hidden]` -> (the same shape, None: there are no attention weights).
+
+        `attention_mask` `[B, T]` is 0 at padding. `cu_seq_lens_q` are the documents of the B * T tokens read row
+        after row; under a sequence-parallel context, of the whole sequence. Further keywords are for softmax.
+        """
+        q, k, v, log_decay = self._project(hidden_states, position_embeddings, attention_mask)
+        if self.sequence_parallel_context is not None:
+            out = self.sequence_parallel_context.linear_attention(
+                q, k, v, log_decay=log_decay, cu_seqlens=cu_seq_lens_q, exchange_cache=exchange_cache
+            )
+        elif cu_seq_lens_q is not None:
+            out = _attend_packed(q, k, v, log_decay, cu_seq_lens_q)
+        else:
+            out = self._attend_cached(q, k, v, log_decay, past_key_values)
+        out = self.o_norm(out).reshape(*hidden_states.shape[:2], -1)
+        if self.has_output_gate:
+            out = out * self.gate_activation(self.g_proj(hidden_states))
+        return self.o_proj(out), None
+
+    def _project(
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        batch, length = x.shape[:2]
+        q = self.feature_map(self.q_proj(x).view(batch, length, self.num_heads, self.key_dim))
+        k = self.feature_map(self.k_proj(x).view(batch, length, self.num_kv_heads, self.key_dim))
+        v = self.v_proj(x).view(batch, length, self.num_kv_heads, self.value_dim)
+        if self.config.uses_linear_rope:
+            # after the feature map, so that scores depend on relative positions alone (RoFormer, arXiv:2104.09864)
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the rotary table is float32
+        log_decay = self._log_decay(x)
+        if mask is not None:
+            # A padded token must neither write to the state (after the feature map: phi(0) may be > 0) nor fade it.
+            keep = mask.to(k.dtype)[:, :, None, None]
+            k = k * keep
+            if log_decay is not None and log_decay.dim() == 1:
+                log_decay = log_decay * mask[:, :, None]
+            elif log_decay is not None:
+                log_decay = log_decay * keep.to(log_decay.dtype)
+        return q, k, v, log_decay
+
+    def _log_decay(self, x: Tensor) -> Tensor | None:
+        """None, `[H_kv]` or `[B, T, H_kv, D_k]`, at least float32."""
+        if self.mixer.constant_log_decay is not None:
+            return self.log_decay
+        if not self.mixer.learned_decay:
+            return None
+        gate = self.decay_up_proj(self.decay_down_proj(x))
+        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
+        return (F.logsigmoid(gate) / DECAY_TEMPERATURE).view(*x.shape[:2], self.num_kv_heads, self.key_dim)
+
+    def _attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        if cache is None:
+            return linear_attention(q, k, v, log_decay=log_decay)[0]
+        layer = cache.layers[self.layer_idx]
+        out, state = linear_attention(
+            q, k, v,
+            log_decay=log_decay,
+            initial_state=layer.recurrent_states[0] if layer.has_previous_state[0] else None,
+            output_final_state=True,
+        )  # fmt: skip
+        cache.update_recurrent_state(state, self.layer_idx)
+        layer.has_previous_state[0] = True  # transformers sets it only where there is a convolution
+        return out
+
+
+def _attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor
+) -> Tensor:
+    """Rows `[B, T, H, D]` as one stream of B * T tokens, the state starting anew at each document."""
+    shape = q.shape[:2]
+    q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
+    if log_decay is not None and log_decay.dim() > 1:
+        log_decay = log_decay.reshape(1, -1, *log_decay.shape[2:])
+    out, _ = linear_attention(q, k, v, log_decay=log_decay, cu_seqlens=cu_seqlens)
+    return out.view(*shape, *out.shape[2:])

@@ -1,0 +1,436 @@
+"""The model: Llama 3 with linear attention in all or most layers.
+
+Built from transformers' Llama modules and with Llama's weight names, so Llama weights load as they are. Under a
+sequence-parallel context every rank passes its own shard of the batch (`context.shard_batch`) and the attention
+layers, which alone mix tokens, exchange what they need.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import LinearLlama3Attention
+from .cache import CountingCache
+from .configuration import LinearLlama3Config
+from .hub import staged_save
+from .mixers import LinearAttention
+from .packing import document_edges, restarting_positions
+
+if TYPE_CHECKING:
+    from ..sequence_parallel import SequenceParallelContext
+
+logger = logging.get_logger(__name__)
+
+SWITCH_OFF = "switch sequence parallelism off with enable_sequence_parallel(model, None)"
+ROPE_TYPES_OF_THE_LENGTH = ("dynamic", "longrope")  # their table depends on the longest position in the batch
+
+
+class LinearLlama3DecoderLayer(GradientCheckpointingLayer):
+    """A Llama block around a linear or a softmax attention."""
+
+    def __init__(self, config: LinearLlama3Config, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_type = config.layer_types[layer_idx]
+        attention = LinearAttention if self.layer_type == "linear_attention" else LinearLlama3Attention
+        self.self_attn = attention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """`[B, T, hidden]` -> `[B, T, hidden]`; the keywords go to the attention."""
+        attention_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attention_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class LinearLlama3PreTrainedModel(PreTrainedModel):
+    """What the base model and its heads share: initialisation, saving, and what transformers may do with them."""
+
+    config: LinearLlama3Config
+    config_class = LinearLlama3Config  # transformers reads the annotation, but here it is a string
+    base_model_prefix = "model"
+    model_tags = ["linear_llama3", "linear-attention"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LinearLlama3DecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True  # a recurrent state cannot be rolled back: transformers refuses assisted decoding
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": LinearLlama3DecoderLayer,
+        "attentions": LinearLlama3Attention,
+    }
+
+    @property
+    def supports_context_parallel(self) -> bool:
+        """True only while our own sequence parallelism is on, so that any other keeps refusing the model."""
+        return self.base_model.sequence_parallel_context is not None
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Does nothing, for the reason given at `LinearLlama3Config.register_for_auto_class`."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LinearAttention):
+            if module.mixer.constant_log_decay is not None:
+                init.copy_(module.log_decay, module.constant_log_decay())
+            if module.mixer.learned_decay:
+                init.constant_(module.decay_up_proj.bias, self.config.gate_bias_init)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Like `PreTrainedModel.save_pretrained`; an interrupted save leaves the previous checkpoint whole.
+
+        All files are written to a staging folder and moved when they are complete. With `push_to_hub=True` the
+        upload comes before the move.
+        """
+        save = super().save_pretrained
+        # ranks that only take part in a gather write nothing; a distributed checkpoint is written by all at once
+        if kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process):
+            save(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+            return
+        folder = Path(save_directory)
+        if push_to_hub:
+            kwargs.setdefault("repo_id", folder.name)
+        with staged_save(folder, kwargs.get("variant")) as staging:
+            save(staging, is_main_process, state_dict, push_to_hub, **kwargs)
+
+
+class LinearLlama3Model(LinearLlama3PreTrainedModel):
+    """Embedding, decoder layers and final norm."""
+
+    def __init__(self, config: LinearLlama3Config) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            [LinearLlama3DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.sequence_parallel_context: SequenceParallelContext | None = None
+        self.post_init()
+
+    @property
+    def has_softmax_layers(self) -> bool:
+        return "full_attention" in self.config.layer_types
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Hidden states `[B, T, hidden]` for `input_ids` `[B, T]` or `inputs_embeds` `[B, T, hidden]`.
+
+        `attention_mask`: `[B, past + T]`, 0 at padding, or the dictionary of masks that `generate` prepares.
+        Packed batches are told by `cu_seq_lens_q` (edges in the B * T tokens read row by row) or by
+        `position_ids` `[B, T]` that restart. `use_cache` is by default the config's, but off in training, for
+        packed batches and under a sequence-parallel context.
+
+        Under a context all tensors are this rank's shard, but `cu_seq_lens_q` speaks of the whole sequence.
+        Raises `ValueError` for inputs that do not fit together.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds, got " + (
+                "neither" if input_ids is None else "both"))  # fmt: skip
+        if kwargs.get("is_causal", getattr(self.config, "is_causal", True)) is False:
+            raise ValueError("the model is causal, got is_causal=False; leave is_causal out")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        context = self.sequence_parallel_context
+        if context is None:
+            edges = self._document_edges(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
+        else:
+            self._check_shard(attention_mask, position_ids, past_key_values, use_cache, kwargs)
+            edges = kwargs.pop("cu_seq_lens_q", None)
+        if edges is not None and (past_key_values is not None or use_cache):
+            raise ValueError(
+                f"a packed batch takes no cache, got {len(edges) - 1} documents and "
+                f"{'past_key_values' if past_key_values is not None else 'use_cache=True'}; "
+                "set use_cache=False, or run the documents as rows of a padded batch"
+            )
+        past_key_values = self._prepare_cache(past_key_values, use_cache, packed=edges is not None)
+        batch, length = inputs_embeds.shape[:2]
+        if position_ids is None:
+            if edges is None:
+                past = past_key_values.get_seq_length() if past_key_values is not None else 0
+                position_ids = (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
+            else:
+                position_ids = restarting_positions(edges, batch=batch, length=length)
+        masks: dict[str, Tensor | None] = {}
+        if context is None:
+            masks = self._masks(inputs_embeds, attention_mask, position_ids, past_key_values, edges)
+            kwargs.update(_flash_arguments(edges))
+        kwargs["cu_seq_lens_q"] = edges
+        hidden_states = self._run_layers(inputs_embeds, masks, position_ids, past_key_values, kwargs)
+        if isinstance(past_key_values, CountingCache):
+            past_key_values.advance(length)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _run_layers(
+        self,
+        hidden_states: Tensor,
+        masks: dict[str, Tensor | None],
+        position_ids: Tensor,
+        past_key_values: Cache | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        # what a layer exchanged in its forward pass, kept for the recomputation
+        keep_exchanged = self.gradient_checkpointing and self.training and self.sequence_parallel_context is not None
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks.get(layer.layer_type),
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                exchange_cache={} if keep_exchanged else None,
+                **kwargs,
+            )
+        return hidden_states
+
+    def _document_edges(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor | None:
+        """Edges of packed documents on one device. One token on a cache is a decoding step, never packed."""
+        batch, length = inputs_embeds.shape[:2]
+        cu_seq_lens = kwargs.pop("cu_seq_lens_q", None)
+        mask = attention_mask if isinstance(attention_mask, Tensor) else None
+        if mask is not None:
+            if mask.dim() != 2 and not all(layer_type == "full_attention" for layer_type in self.config.layer_types):
+                raise ValueError(
+                    f"linear layers take an attention_mask [B, T] with 0 at padding, got shape {tuple(mask.shape)}; "
+                    "tell documents by cu_seq_lens_q or restarting position_ids"
+                )
+            mask = mask[:, -length:] if mask.dim() == 2 else None
+        if cu_seq_lens is None and past_key_values is not None and length == 1:
+            return None
+        return document_edges(position_ids, cu_seq_lens, mask, batch=batch, length=length)
+
+    def _check_shard(
+        self,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Refuses what has no meaning for one rank's part of a sequence."""
+        if position_ids is None:
+            raise ValueError(
+                "under sequence parallelism every rank needs its own position_ids, got none; "
+                "call context.shard_batch(batch) first and pass all that it returns"
+            )
+        if attention_mask is not None:
+            raise ValueError(
+                "under sequence parallelism the model takes no attention_mask, got one; call "
+                "context.shard_batch(batch) first, which turns right padding into labels -100"
+            )
+        if past_key_values is not None or use_cache:
+            raise ValueError(
+                "under sequence parallelism there is no cache, got "
+                f"{'past_key_values' if past_key_values is not None else 'use_cache=True'}; "
+                f"leave it out, or, to generate, {SWITCH_OFF}"
+            )
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError(f"attention weights exist on no single rank, got output_attentions=True; {SWITCH_OFF}")
+        rope_type = self.rotary_emb.rope_type
+        if rope_type in ROPE_TYPES_OF_THE_LENGTH:
+            raise ValueError(
+                f"rope_type {rope_type!r} depends on the length of the input, which a rank does not see; "
+                "choose another in config.rope_parameters, such as 'llama3' or 'yarn'"
+            )
+
+    def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, *, packed: bool) -> Cache | None:
+        if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
+            logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing. Setting it to False.")
+            return None
+        if use_cache is None:
+            use_cache = (
+                self.config.use_cache
+                and not self.training
+                and not packed
+                and self.sequence_parallel_context is None
+            )
+        if cache is None:
+            if not use_cache:
+                return None
+            return DynamicCache(config=self.config) if self.has_softmax_layers else CountingCache(self.config)
+        if not self.has_softmax_layers and not isinstance(cache, CountingCache):
+            raise ValueError(
+                f"a model without softmax layers needs a CountingCache, got {type(cache).__name__}; "
+                "use linear_llama3.modeling.CountingCache(model.config), or pass no cache"
+            )
+        return cache
+
+    def _masks(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        position_ids: Tensor,
+        past_key_values: Cache | None,
+        edges: Tensor | None,
+    ) -> dict[str, Tensor | None]:
+        """One mask per layer type. Documents reach the linear layers as edges, the softmax layers as positions."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        if edges is not None:
+            batch, length = inputs_embeds.shape[:2]
+            attention_mask, position_ids = None, restarting_positions(edges, batch=batch, length=length)
+        arguments = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        masks: dict[str, Tensor | None] = {}
+        if self.has_softmax_layers:
+            masks["full_attention"] = create_causal_mask(**arguments)
+        if attention_mask is not None and inputs_embeds.shape[1] == 1:
+            # transformers drops the mask of a single token, but a chunked prefill may feed padding one by one
+            masks["linear_attention"] = attention_mask[:, -1:]
+        else:
+            masks["linear_attention"] = create_recurrent_attention_mask(**arguments)
+        return masks
+
+
+class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, GenerationMixin):
+    """The model with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: LinearLlama3Config) -> None:
+        super().__init__(config)
+        self.model = LinearLlama3Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Logits `[B, T, vocab]`, and the loss if `labels` `[B, T]` are given (-100 is ignored).
+
+        `shift_labels` and `num_items_in_batch` go to the loss: sum over the local labels / the count. Under a
+        sequence-parallel context both are required with `labels`, since neither the next label nor the mean can
+        be had from one shard. `logits_to_keep`: the last n positions, positions 1-D or per row, or a mask `[B, T]`.
+        """
+        if labels is not None and self.model.sequence_parallel_context is not None:
+            _check_sharded_loss(kwargs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(_positions_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """transformers' hook: refuse generation on a shard, and give a pure linear model the cache that counts."""
+        if self.model.sequence_parallel_context is not None:
+            raise ValueError(f"one rank's shard cannot generate, got generate() under a context; {SWITCH_OFF}")
+        wants_cache = generation_config.use_cache and model_kwargs.get("past_key_values") is None
+        if wants_cache and not self.model.has_softmax_layers:
+            implementation = generation_config.cache_implementation
+            if implementation not in (None, "dynamic"):
+                raise ValueError(
+                    "a model without softmax layers keeps a state of fixed size, got "
+                    f"cache_implementation={implementation!r}; leave cache_implementation out"
+                )
+            model_kwargs["past_key_values"] = CountingCache(self.config)
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def _flash_arguments(edges: Tensor | None) -> dict[str, Any]:
+    """The keywords by which transformers' flash attention learns of packed documents."""
+    if edges is None:
+        return {}
+    longest = int(edges.diff().max())
+    return {"cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
+
+
+def _check_sharded_loss(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("shift_labels") is None:
+        raise ValueError(
+            "under sequence parallelism labels are shifted before the cut, got labels without shift_labels; "
+            "call context.shard_batch(batch) first and pass all that it returns"
+        )
+    if kwargs.get("num_items_in_batch") is None:
+        raise ValueError(
+            "under sequence parallelism the loss needs num_items_in_batch, got none; pass the number of labels "
+            "other than -100 in the whole batch (a shard's own mean is not the mean, and nan without labels)"
+        )
+
+
+def _positions_to_keep(hidden_states: Tensor, keep: int | Tensor) -> Tensor:
+    """transformers' `logits_to_keep` (its own helper is missing before 5.21)."""
+    if isinstance(keep, int):
+        return hidden_states[:, -keep:]
+    if keep.dim() == 1:
+        return hidden_states[:, keep]
+    return hidden_states[keep] if keep.dtype == torch.bool else torch.take_along_dim(hidden_states, keep[..., None], 1)
