@@ -1,6 +1,6 @@
 """`LinearLlama3Config`: Llama's fields, and which layers are linear attention of which kind."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: @strict checks values against types, and not against strings.
 
 import os
 from pathlib import Path
@@ -128,6 +128,11 @@ class LinearLlama3Config(PreTrainedConfig):
             )
         for layer_type in self.layer_types:
             _check_choice("every entry of layer_types", layer_type, LAYER_TYPES)
+
+    @property
+    def has_softmax_layers(self) -> bool:
+        """Whether any layer is softmax attention."""
+        return "full_attention" in self.layer_types
 
     @property
     def uses_linear_rope(self) -> bool:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -28,6 +27,14 @@ from .attention import LinearLlama3Attention
 from .cache import CountingCache
 from .configuration import LinearLlama3Config
 from .hub import staged_save
+from .inputs import (
+    SWITCH_OFF,
+    check_shard,
+    check_sharded_loss,
+    layer_masks,
+    padding_mask,
+    positions_to_keep,
+)
 from .mixers import LinearAttention
 from .packing import document_edges, restarting_positions
 
@@ -35,9 +42,6 @@ if TYPE_CHECKING:
     from ..sequence_parallel import SequenceParallelContext
 
 logger = logging.get_logger(__name__)
-
-SWITCH_OFF = "switch sequence parallelism off with enable_sequence_parallel(model, None)"
-ROPE_TYPES_OF_THE_LENGTH = ("dynamic", "longrope")  # their table depends on the longest position in the batch
 
 
 class LinearLlama3DecoderLayer(GradientCheckpointingLayer):
@@ -136,10 +140,6 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
         self.sequence_parallel_context: SequenceParallelContext | None = None
         self.post_init()
 
-    @property
-    def has_softmax_layers(self) -> bool:
-        return "full_attention" in self.config.layer_types
-
     @capture_outputs
     def forward(
         self,
@@ -162,36 +162,40 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
         Raises `ValueError` for inputs that do not fit together.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds, got " + (
-                "neither" if input_ids is None else "both"))  # fmt: skip
+            given = "neither" if input_ids is None else "both"
+            raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {given}")
         if kwargs.get("is_causal", getattr(self.config, "is_causal", True)) is False:
             raise ValueError("the model is causal, got is_causal=False; leave is_causal out")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        context = self.sequence_parallel_context
-        if context is None:
-            edges = self._document_edges(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
+        batch, length = inputs_embeds.shape[:2]
+        cu_seq_lens = kwargs.pop("cu_seq_lens_q", None)
+        cache_given = past_key_values is not None or bool(use_cache)
+        if self.sequence_parallel_context is not None:
+            check_shard(self.config, attention_mask, position_ids, cache_given=cache_given, kwargs=kwargs)
+            edges = cu_seq_lens
+        elif past_key_values is not None and length == 1 and cu_seq_lens is None:
+            edges = None  # a decoding step
         else:
-            self._check_shard(attention_mask, position_ids, past_key_values, use_cache, kwargs)
-            edges = kwargs.pop("cu_seq_lens_q", None)
-        if edges is not None and (past_key_values is not None or use_cache):
+            mask = padding_mask(self.config, attention_mask, length)
+            edges = document_edges(position_ids, cu_seq_lens, mask, batch=batch, length=length)
+        if edges is not None and cache_given:
             raise ValueError(
-                f"a packed batch takes no cache, got {len(edges) - 1} documents and "
-                f"{'past_key_values' if past_key_values is not None else 'use_cache=True'}; "
-                "set use_cache=False, or run the documents as rows of a padded batch"
+                f"a packed batch takes no cache, got {len(edges) - 1} documents with past_key_values or "
+                "use_cache=True; set use_cache=False, or run the documents as rows of a padded batch"
             )
         past_key_values = self._prepare_cache(past_key_values, use_cache, packed=edges is not None)
-        batch, length = inputs_embeds.shape[:2]
-        if position_ids is None:
-            if edges is None:
-                past = past_key_values.get_seq_length() if past_key_values is not None else 0
-                position_ids = (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
-            else:
-                position_ids = restarting_positions(edges, batch=batch, length=length)
+        if position_ids is None and edges is not None:
+            position_ids = restarting_positions(edges, batch=batch, length=length)
+        elif position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
         masks: dict[str, Tensor | None] = {}
-        if context is None:
-            masks = self._masks(inputs_embeds, attention_mask, position_ids, past_key_values, edges)
-            kwargs.update(_flash_arguments(edges))
+        if self.sequence_parallel_context is None:
+            masks = layer_masks(self.config, inputs_embeds, attention_mask, position_ids, past_key_values, edges)
+            if edges is not None:  # as transformers' flash attention wants to be told
+                longest = int(edges.diff().max())
+                kwargs.update(cu_seq_lens_k=edges, max_length_q=longest, max_length_k=longest)
         kwargs["cu_seq_lens_q"] = edges
         hidden_states = self._run_layers(inputs_embeds, masks, position_ids, past_key_values, kwargs)
         if isinstance(past_key_values, CountingCache):
@@ -221,63 +225,6 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
             )
         return hidden_states
 
-    def _document_edges(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | dict[str, Tensor | None] | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-        kwargs: dict[str, Any],
-    ) -> Tensor | None:
-        """Edges of packed documents on one device. One token on a cache is a decoding step, never packed."""
-        batch, length = inputs_embeds.shape[:2]
-        cu_seq_lens = kwargs.pop("cu_seq_lens_q", None)
-        mask = attention_mask if isinstance(attention_mask, Tensor) else None
-        if mask is not None:
-            if mask.dim() != 2 and not all(layer_type == "full_attention" for layer_type in self.config.layer_types):
-                raise ValueError(
-                    f"linear layers take an attention_mask [B, T] with 0 at padding, got shape {tuple(mask.shape)}; "
-                    "tell documents by cu_seq_lens_q or restarting position_ids"
-                )
-            mask = mask[:, -length:] if mask.dim() == 2 else None
-        if cu_seq_lens is None and past_key_values is not None and length == 1:
-            return None
-        return document_edges(position_ids, cu_seq_lens, mask, batch=batch, length=length)
-
-    def _check_shard(
-        self,
-        attention_mask: Any,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-        use_cache: bool | None,
-        kwargs: dict[str, Any],
-    ) -> None:
-        """Refuses what has no meaning for one rank's part of a sequence."""
-        if position_ids is None:
-            raise ValueError(
-                "under sequence parallelism every rank needs its own position_ids, got none; "
-                "call context.shard_batch(batch) first and pass all that it returns"
-            )
-        if attention_mask is not None:
-            raise ValueError(
-                "under sequence parallelism the model takes no attention_mask, got one; call "
-                "context.shard_batch(batch) first, which turns right padding into labels -100"
-            )
-        if past_key_values is not None or use_cache:
-            raise ValueError(
-                "under sequence parallelism there is no cache, got "
-                f"{'past_key_values' if past_key_values is not None else 'use_cache=True'}; "
-                f"leave it out, or, to generate, {SWITCH_OFF}"
-            )
-        if kwargs.get("output_attentions", self.config.output_attentions):
-            raise ValueError(f"attention weights exist on no single rank, got output_attentions=True; {SWITCH_OFF}")
-        rope_type = self.rotary_emb.rope_type
-        if rope_type in ROPE_TYPES_OF_THE_LENGTH:
-            raise ValueError(
-                f"rope_type {rope_type!r} depends on the length of the input, which a rank does not see; "
-                "choose another in config.rope_parameters, such as 'llama3' or 'yarn'"
-            )
-
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, *, packed: bool) -> Cache | None:
         if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
             logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing. Setting it to False.")
@@ -292,44 +239,13 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
         if cache is None:
             if not use_cache:
                 return None
-            return DynamicCache(config=self.config) if self.has_softmax_layers else CountingCache(self.config)
-        if not self.has_softmax_layers and not isinstance(cache, CountingCache):
+            return DynamicCache(config=self.config) if self.config.has_softmax_layers else CountingCache(self.config)
+        if not self.config.has_softmax_layers and not isinstance(cache, CountingCache):
             raise ValueError(
                 f"a model without softmax layers needs a CountingCache, got {type(cache).__name__}; "
                 "use linear_llama3.modeling.CountingCache(model.config), or pass no cache"
             )
         return cache
-
-    def _masks(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | dict[str, Tensor | None] | None,
-        position_ids: Tensor,
-        past_key_values: Cache | None,
-        edges: Tensor | None,
-    ) -> dict[str, Tensor | None]:
-        """One mask per layer type. Documents reach the linear layers as edges, the softmax layers as positions."""
-        if isinstance(attention_mask, dict):
-            return attention_mask
-        if edges is not None:
-            batch, length = inputs_embeds.shape[:2]
-            attention_mask, position_ids = None, restarting_positions(edges, batch=batch, length=length)
-        arguments = {
-            "config": self.config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "position_ids": position_ids,
-        }
-        masks: dict[str, Tensor | None] = {}
-        if self.has_softmax_layers:
-            masks["full_attention"] = create_causal_mask(**arguments)
-        if attention_mask is not None and inputs_embeds.shape[1] == 1:
-            # transformers drops the mask of a single token, but a chunked prefill may feed padding one by one
-            masks["linear_attention"] = attention_mask[:, -1:]
-        else:
-            masks["linear_attention"] = create_recurrent_attention_mask(**arguments)
-        return masks
 
 
 class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, GenerationMixin):
@@ -365,7 +281,7 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, GenerationMixin):
         be had from one shard. `logits_to_keep`: the last n positions, positions 1-D or per row, or a mask `[B, T]`.
         """
         if labels is not None and self.model.sequence_parallel_context is not None:
-            _check_sharded_loss(kwargs)
+            check_sharded_loss(kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -375,7 +291,7 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(_positions_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(positions_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -394,7 +310,7 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, GenerationMixin):
         if self.model.sequence_parallel_context is not None:
             raise ValueError(f"one rank's shard cannot generate, got generate() under a context; {SWITCH_OFF}")
         wants_cache = generation_config.use_cache and model_kwargs.get("past_key_values") is None
-        if wants_cache and not self.model.has_softmax_layers:
+        if wants_cache and not self.config.has_softmax_layers:
             implementation = generation_config.cache_implementation
             if implementation not in (None, "dynamic"):
                 raise ValueError(
@@ -404,33 +320,3 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = CountingCache(self.config)
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
-
-def _flash_arguments(edges: Tensor | None) -> dict[str, Any]:
-    """The keywords by which transformers' flash attention learns of packed documents."""
-    if edges is None:
-        return {}
-    longest = int(edges.diff().max())
-    return {"cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
-
-
-def _check_sharded_loss(kwargs: dict[str, Any]) -> None:
-    if kwargs.get("shift_labels") is None:
-        raise ValueError(
-            "under sequence parallelism labels are shifted before the cut, got labels without shift_labels; "
-            "call context.shard_batch(batch) first and pass all that it returns"
-        )
-    if kwargs.get("num_items_in_batch") is None:
-        raise ValueError(
-            "under sequence parallelism the loss needs num_items_in_batch, got none; pass the number of labels "
-            "other than -100 in the whole batch (a shard's own mean is not the mean, and nan without labels)"
-        )
-
-
-def _positions_to_keep(hidden_states: Tensor, keep: int | Tensor) -> Tensor:
-    """transformers' `logits_to_keep` (its own helper is missing before 5.21)."""
-    if isinstance(keep, int):
-        return hidden_states[:, -keep:]
-    if keep.dim() == 1:
-        return hidden_states[:, keep]
-    return hidden_states[keep] if keep.dtype == torch.bool else torch.take_along_dim(hidden_states, keep[..., None], 1)

@@ -1,0 +1,124 @@
+"""What the model is given: refusals, masks, and the positions that get logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+
+from .configuration import LinearLlama3Config
+from .packing import restarting_positions
+
+SWITCH_OFF = "switch sequence parallelism off with enable_sequence_parallel(model, None)"
+ROPE_TYPES_OF_THE_LENGTH = ("dynamic", "longrope")  # their table depends on the longest position in the batch
+
+Mask = Tensor | dict[str, Tensor | None] | None
+
+
+def check_shard(
+    config: LinearLlama3Config,
+    attention_mask: Mask,
+    position_ids: Tensor | None,
+    *,
+    cache_given: bool,
+    kwargs: dict[str, Any],
+) -> None:
+    """`ValueError` for what has no meaning on one rank's part of a sequence."""
+    if position_ids is None:
+        raise ValueError(
+            "under sequence parallelism every rank needs its own position_ids, got none; "
+            "call context.shard_batch(batch) first and pass all that it returns"
+        )
+    if attention_mask is not None:
+        raise ValueError(
+            "under sequence parallelism the model takes no attention_mask, got one; call "
+            "context.shard_batch(batch) first, which takes right padding out of the labels"
+        )
+    if cache_given:
+        raise ValueError(
+            "under sequence parallelism there is no cache, got past_key_values or use_cache=True; "
+            f"leave it out, or, to generate, {SWITCH_OFF}"
+        )
+    if kwargs.get("output_attentions", config.output_attentions):
+        raise ValueError(f"no rank holds the attention weights, got output_attentions=True; {SWITCH_OFF}")
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type in ROPE_TYPES_OF_THE_LENGTH:
+        raise ValueError(
+            f"rope_type {rope_type!r} depends on the length of the input, which a rank does not see; "
+            "choose another in config.rope_parameters, such as 'llama3' or 'yarn'"
+        )
+
+
+def check_sharded_loss(kwargs: dict[str, Any]) -> None:
+    """`ValueError` unless the keywords of a forward pass with labels make a loss on one rank's shard."""
+    if kwargs.get("shift_labels") is None:
+        raise ValueError(
+            "under sequence parallelism labels are shifted before the cut, got labels without shift_labels; "
+            "call context.shard_batch(batch) first and pass all that it returns"
+        )
+    if kwargs.get("num_items_in_batch") is None:
+        raise ValueError(
+            "under sequence parallelism the loss needs num_items_in_batch, got none; pass the number of labels "
+            "other than -100 in the whole batch (a shard's own mean is not the mean, and nan without labels)"
+        )
+
+
+def padding_mask(config: LinearLlama3Config, attention_mask: Mask, length: int) -> Tensor | None:
+    """The columns of a mask `[B, past + T]` that belong to these T tokens; None without such a mask.
+
+    Raises `ValueError` for a mask of another shape if there are linear layers, which could not honour it.
+    """
+    if not isinstance(attention_mask, Tensor):
+        return None
+    if attention_mask.dim() == 2:
+        return attention_mask[:, -length:]
+    if "linear_attention" in config.layer_types:
+        raise ValueError(
+            f"linear layers take an attention_mask [B, T] with 0 at padding, got {tuple(attention_mask.shape)}; "
+            "tell documents by cu_seq_lens_q or restarting position_ids"
+        )
+    return None
+
+
+def layer_masks(
+    config: LinearLlama3Config,
+    inputs_embeds: Tensor,
+    attention_mask: Mask,
+    position_ids: Tensor,
+    past_key_values: Cache | None,
+    edges: Tensor | None,
+) -> dict[str, Tensor | None]:
+    """One mask per layer type. Documents reach the linear layers as edges, the softmax layers as positions."""
+    if isinstance(attention_mask, dict):
+        return attention_mask
+    if edges is not None:
+        batch, length = inputs_embeds.shape[:2]
+        attention_mask, position_ids = None, restarting_positions(edges, batch=batch, length=length)
+    arguments = {
+        "config": config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+        "position_ids": position_ids,
+    }
+    masks: dict[str, Tensor | None] = {}
+    if config.has_softmax_layers:
+        masks["full_attention"] = create_causal_mask(**arguments)
+    if attention_mask is not None and inputs_embeds.shape[1] == 1:
+        # transformers drops the mask of a single token, but a chunked prefill may feed padding one by one
+        masks["linear_attention"] = attention_mask[:, -1:]
+    else:
+        masks["linear_attention"] = create_recurrent_attention_mask(**arguments)
+    return masks
+
+
+def positions_to_keep(hidden_states: Tensor, keep: int | Tensor) -> Tensor:
+    """transformers' `logits_to_keep` (its own helper is missing before 5.21)."""
+    if isinstance(keep, int):
+        return hidden_states[:, -keep:]
+    if keep.dim() == 1:
+        return hidden_states[:, keep]
+    return hidden_states[keep] if keep.dtype == torch.bool else torch.take_along_dim(hidden_states, keep[..., None], 1)

@@ -1,0 +1,93 @@
+"""The config: patterns of layers, derived sizes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, GPT2Config, LlamaConfig
+
+from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
+
+from tests.modeling.tiny import tiny_config
+
+
+@pytest.mark.parametrize(
+    ("interval", "pattern"),
+    [(4, "LLLSLLLS"), (2, "LSLSLSLS"), (1, "SSSSSSSS"), (0, "LLLLLLLL"), (None, "LLLLLLLL")],
+)
+def test_layer_pattern(interval: int | None, pattern: str) -> None:
+    config = tiny_config(num_hidden_layers=8, full_attention_interval=interval)
+    names = {"L": "linear_attention", "S": "full_attention"}
+    assert config.layer_types == [names[letter] for letter in pattern]
+    assert config.has_softmax_layers == ("S" in pattern)
+
+
+def test_given_layer_types_win_over_the_interval() -> None:
+    layer_types = ["full_attention", "linear_attention"]
+    assert tiny_config(num_hidden_layers=2, layer_types=layer_types).layer_types == layer_types
+
+
+def test_defaults_are_llama_3() -> None:
+    config = LinearLlama3Config()
+    assert (config.hidden_size, config.num_hidden_layers, config.num_key_value_heads) == (4096, 32, 8)
+    assert config.rope_parameters["rope_theta"] == 500000.0
+    assert (config.linear_num_key_value_heads, config.linear_key_head_dim, config.linear_value_head_dim) == (
+        8,
+        128,
+        128,
+    )
+
+
+def test_old_rope_fields_are_accepted() -> None:
+    scaling = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    config = tiny_config(rope_theta=10000.0, rope_scaling=scaling)
+    assert config.rope_parameters["rope_theta"] == 10000.0
+    assert config.rope_parameters["rope_type"] == "llama3"
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    config = tiny_config("lightning", linear_value_head_dim=16, linear_use_rope=True, gate_bias_init=4.0)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is LinearLlama3Config
+    assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert not any("parallel" in key for key in saved)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"linear_attention_type": "mamba"}, "linear_attention_type must be one of .*gla.*, got 'mamba'"),
+        ({"linear_feature_map": "cosine"}, "linear_feature_map must be one of .*silu.*, got 'cosine'"),
+        ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads, got 4 and 3"),
+        ({"linear_num_key_value_heads": 3}, "must be a multiple of linear_num_key_value_heads, got 4 and 3"),
+        ({"hidden_size": 34}, "hidden_size must be a multiple of num_attention_heads, got 34 and 4"),
+        ({"layer_types": ["full_attention"]}, "one entry for each of num_hidden_layers=4 layers, got 1"),
+        ({"layer_types": ["full_attention"] * 3 + ["mlp"]}, "every entry of layer_types must be one of .*, got 'mlp'"),
+        ({"full_attention_interval": -1}, "full_attention_interval must be 0 or more, got -1"),
+        ({"linear_use_rope": True, "linear_key_head_dim": 4}, "linear_key_head_dim must be head_dim, got 4 and 8"),
+    ],
+)  # fmt: skip
+def test_wrong_values(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**fields)
+
+
+def test_wrong_type() -> None:
+    with pytest.raises(StrictDataclassError, match="linear_output_gate"):
+        tiny_config(linear_output_gate="yes")
+
+
+@pytest.mark.parametrize("other", [LlamaConfig(vocab_size=8), GPT2Config(vocab_size=8)])
+def test_checkpoint_of_another_model(other: Any, tmp_path: Path) -> None:
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"must be 'linear_llama3', got '{other.model_type}'"):
+        LinearLlama3ForCausalLM.from_pretrained(tmp_path)

@@ -1,0 +1,154 @@
+"""Linear attention layers against their recurrence, written out here token after token in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_llama3.modeling import LinearAttention
+
+from tests.modeling.tiny import MIXER_NAMES, tiny_config, tiny_model
+
+
+def make_layer(mixer: str, **fields: Any) -> LinearAttention:
+    torch.manual_seed(0)
+    layer = LinearAttention(tiny_config(mixer, full_attention_interval=0, **fields), layer_idx=1).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return layer
+
+
+def rotary_table(length: int, dim: int) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angles = torch.cat([angles, angles], -1)[None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    left, right = x.chunk(2, -1)
+    return x * cos[:, :, None] + torch.cat([-right, left], -1) * sin[:, :, None]
+
+
+def reference(
+    layer: LinearAttention,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor,
+    *,
+    mixer: str,
+    gated: bool = True,
+) -> Tensor:
+    config = layer.config
+    heads, kv_heads = config.num_attention_heads, config.linear_num_key_value_heads
+    d_k, d_v = config.linear_key_head_dim, config.linear_value_head_dim
+    batch, length = x.shape[:2]
+    q = layer.q_proj(x).view(batch, length, heads, d_k)
+    k = layer.k_proj(x).view(batch, length, kv_heads, d_k)
+    v = layer.v_proj(x).view(batch, length, kv_heads, d_v)
+    if mixer in ("basic", "lightning"):
+        q, k = q * q.sigmoid(), k * k.sigmoid()
+    if mixer == "retention":
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    factor = torch.ones(batch, length, kv_heads, d_k, dtype=x.dtype)
+    if mixer == "gla":
+        low_rank = layer.decay_up_proj(layer.decay_down_proj(x)).view(batch, length, kv_heads, d_k)
+        factor = low_rank.sigmoid() ** (1 / 16)
+    for head in range(kv_heads):
+        if mixer == "retention":
+            factor[:, :, head] = 1 - 2.0 ** (-5 - head)
+        if mixer == "lightning":
+            depth = 1 - layer.layer_idx / (config.num_hidden_layers - 1 + 1e-5) + 1e-5
+            factor[:, :, head] = math.exp(-(2 ** (-8 * (head + 1) / kv_heads)) * depth)
+    state = torch.zeros(batch, kv_heads, d_k, d_v, dtype=x.dtype)
+    outputs = []
+    for t in range(length):
+        kept = mask[:, t, None, None, None]
+        new = factor[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        state = torch.where(kept, new, state)
+        per_query_head = state.repeat_interleave(heads // kv_heads, dim=1)
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], per_query_head) / math.sqrt(d_k))
+    out = torch.stack(outputs, 1)
+    out = out / (out.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * layer.o_norm.weight
+    out = out.reshape(batch, length, heads * d_v)
+    if mixer != "basic" and gated:
+        gate = layer.g_proj(x)
+        out = out * (gate.sigmoid() if mixer == "lightning" else gate * gate.sigmoid())
+    return layer.o_proj(out)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+def test_layer_and_gradients(mixer: str, padded: bool) -> None:
+    layer = make_layer(mixer, linear_value_head_dim=6, attention_bias=True)
+    x = torch.randn(2, 37, 32, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(2, 37, dtype=torch.bool)
+    if padded:
+        mask[0, :5] = mask[1, 11:14] = mask[1, -3:] = False
+    cos, sin = rotary_table(37, 8)
+    expected = reference(layer, x, cos, sin, mask, mixer=mixer)
+    out, weights = layer(
+        x,
+        position_embeddings=(cos, sin),
+        attention_mask=mask.long() if padded else None,
+        past_key_values=None,
+    )
+    assert weights is None
+    # RMSNorm of transformers runs in float32, as does the constant decay
+    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-6)
+    cotangent = torch.randn_like(out) * mask[:, :, None]
+    inputs = {"x": x, **dict(layer.named_parameters())}
+    for name, got, want in zip(
+        inputs,
+        torch.autograd.grad(out, list(inputs.values()), cotangent),
+        torch.autograd.grad(expected, list(inputs.values()), cotangent),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()), msg=name)
+
+
+def test_without_output_gate() -> None:
+    layer = make_layer("gla", linear_output_gate=False)
+    assert not hasattr(layer, "g_proj")
+    x = torch.randn(1, 9, 32, dtype=torch.float64)
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    cos, sin = rotary_table(9, 8)
+    expected = reference(layer, x, cos, sin, mask, mixer="gla", gated=False)
+    torch.testing.assert_close(layer(x, position_embeddings=(cos, sin))[0], expected, rtol=2e-5, atol=2e-6)
+
+
+def test_padding_with_a_map_that_is_positive_at_zero() -> None:
+    layer = make_layer("basic", linear_feature_map="elu_plus_one", attention_bias=True)
+    x = torch.randn(1, 9, 32, dtype=torch.float64)
+    cos, sin = rotary_table(12, 8)
+    padded = torch.cat([torch.randn(1, 3, 32, dtype=torch.float64), x], 1)
+    mask = torch.tensor([[0] * 3 + [1] * 9])
+    out = layer(padded, position_embeddings=(cos, sin), attention_mask=mask)[0]
+    alone = layer(x, position_embeddings=rotary_table(9, 8))[0]
+    torch.testing.assert_close(out[:, 3:], alone, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("mixer", ["lightning", "retention"])
+def test_casts_do_not_round_the_decay(mixer: str) -> None:
+    model = tiny_model(mixer)
+    exact = model.model.layers[0].self_attn.log_decay.clone()
+    for cast in (model.bfloat16, model.half, model.double, model.float):
+        decay = cast().model.layers[0].self_attn.log_decay
+        assert decay.dtype == torch.float32
+        assert torch.equal(decay, exact)
+
+
+@pytest.mark.parametrize(
+    "mixer", ["basic", "lightning", "retention"]
+)  # a decay per channel turns with the rotation
+def test_rotary_layers_see_relative_positions(mixer: str) -> None:
+    layer = make_layer(mixer, linear_use_rope=True)
+    x = torch.randn(1, 9, 32, dtype=torch.float64)
+    cos, sin = rotary_table(40, 8)
+    near = layer(x, position_embeddings=(cos[:, :9], sin[:, :9]))[0]
+    far = layer(x, position_embeddings=(cos[:, 31:], sin[:, 31:]))[0]
+    torch.testing.assert_close(near, far, rtol=0, atol=1e-6)

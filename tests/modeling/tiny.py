@@ -1,0 +1,47 @@
+"""Tiny models for the tests of `linear_llama3.modeling`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
+
+MIXER_NAMES = ("basic", "lightning", "retention", "gla")
+VOCAB = 61
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tiny_config(mixer: str = "gla", **fields: Any) -> LinearLlama3Config:
+    """LSLS of one mixer; `full_attention_interval=0` makes it purely linear, 1 purely softmax."""
+    return LinearLlama3Config(
+        **{**SIZES, "linear_attention_type": mixer, "full_attention_interval": 2, **fields}
+    )
+
+
+def tiny_model(mixer: str = "gla", *, seed: int = 0, **fields: Any) -> LinearLlama3ForCausalLM:
+    """In evaluation mode, with weights large enough that every layer matters and a decay that is felt."""
+    torch.manual_seed(seed)
+    fields = {"initializer_range": 0.3, "gate_bias_init": -3.0, **fields}
+    return LinearLlama3ForCausalLM(tiny_config(mixer, **fields)).eval()
+
+
+def tokens(batch: int, length: int, *, seed: int = 1) -> Tensor:
+    """Random ids `[batch, length]` without the special ones."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
