@@ -24,19 +24,19 @@ def bidirectional_linear_attention(
     whole documents, where documents reach over several devices.
     """
     work = torch.promote_types(q.dtype, torch.float32)
-    batch, tokens, kv_heads, key_dim = k.shape
+    batch, _, kv_heads, _ = k.shape
     q, k, v = q.to(work) * scale, k.to(work), v.to(work)
-    pieces = list(zip(boundaries, boundaries[1:], strict=False))
-    if pieces:
-        states = torch.stack([torch.einsum("bthk,bthv->bhkv", k[:, a:b], v[:, a:b]) for a, b in pieces])
-    else:
-        states = torch.einsum("bthk,bthv->bhkv", k, v).unsqueeze(0)  # no token here: an empty sum, still a piece
+    # A device without a token has one piece, an empty one: it takes part in `complete`, backward too.
+    pieces = list(zip(boundaries, boundaries[1:], strict=False)) or [(0, 0)]
+    states = torch.stack([torch.einsum("bthk,bthv->bhkv", k[:, a:b], v[:, a:b]) for a, b in pieces])
     if initial_state is not None:
         states = states + initial_state.to(work).unflatten(0, (-1, batch))
     if complete is not None:
         states = complete(states)
 
     q = q.unflatten(2, (kv_heads, -1))  # [B, T, H_kv, G, D_k]
-    outs = [torch.einsum("bthgk,bhkv->bthgv", q[:, a:b], state) for (a, b), state in zip(pieces, states, strict=False)]
-    out = torch.cat(outs, dim=1) if outs else q.new_zeros(batch, tokens, kv_heads, q.shape[3], v.shape[-1])
-    return out.flatten(2, 3), states.flatten(0, 1)
+    outs = [
+        torch.einsum("bthgk,bhkv->bthgv", q[:, a:b], state)
+        for (a, b), state in zip(pieces, states, strict=True)
+    ]
+    return torch.cat(outs, dim=1).flatten(2, 3), states.flatten(0, 1)

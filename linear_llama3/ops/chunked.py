@@ -73,7 +73,8 @@ class _Chunked(torch.autograd.Function):
         if exchange is not None:
             wait = exchange.start(lambda: _total_state(stream, chunks, exchange.left_open), reverse=False)
             inside = list(inside)  # needs no state: runs while the states travel
-            initial_state = wait() if exchange.left_open else None
+            received = wait()  # also where no document goes on: every rank takes part
+            initial_state = received if exchange.left_open else None
 
         out = torch.empty(*q.shape[:3], v.shape[-1], dtype=stream.dtype, device=q.device)
         entering = stream.per_document(initial_state)
@@ -100,10 +101,13 @@ class _Chunked(torch.autograd.Function):
             d_out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=stream.dtype, device=q.device)
         entering, leaving = stream.per_document(initial_state), stream.per_document(d_final)
         inside: Iterable[tuple[Tensor, Tensor, Tensor]] = (
-            _inside_backward(*stream.load(block), stream.rows(block, d_out)) for block in reversed(chunks.blocks)
+            _inside_backward(*stream.load(block), stream.rows(block, d_out))
+            for block in reversed(chunks.blocks)
         )
         if exchange is not None:
-            wait = exchange.start(lambda: _total_gradient(stream, d_out, chunks, exchange.left_open), reverse=True)
+            wait = exchange.start(
+                lambda: _total_gradient(stream, d_out, chunks, exchange.left_open), reverse=True
+            )
             inside = list(inside)
             leaving = {chunks.documents - 1: wait()}
 
@@ -126,7 +130,9 @@ class _Stream:
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float) -> None:
         self.q, self.k, self.v, self.scale = q, k, v, scale
-        self.log_decay = log_decay.unsqueeze(-1) if log_decay is not None and log_decay.dim() == 3 else log_decay
+        self.log_decay = (
+            log_decay.unsqueeze(-1) if log_decay is not None and log_decay.dim() == 3 else log_decay
+        )
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.groups = q.shape[2] // k.shape[2]
 

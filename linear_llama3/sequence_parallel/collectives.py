@@ -1,0 +1,59 @@
+"""The only file that calls torch.distributed collectives. All are asynchronous: start now, `wait` for the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed the single-tensor collectives and warns at the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A collective on its way."""
+
+    result: Tensor
+    work: Any
+    sent: Tensor  # kept alive until the collective has read it
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.result
+
+
+def world_size(group: dist.ProcessGroup | None) -> int:
+    """Ranks in `group`; None is a group of one."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def group_rank(group: dist.ProcessGroup | None) -> int:
+    """This process's rank inside `group` (not its global rank)."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """`x` of every rank, `[W, *x.shape]`."""
+    x = x.contiguous()
+    flat = torch.empty(world_size(group) * x.numel(), dtype=x.dtype, device=x.device)
+    work = _all_gather(flat, x.view(-1), group=group, async_op=True)
+    return Pending(flat.view(-1, *x.shape), work, x)
+
+
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """The sum over ranks of `x` `[W, ...]`, of which rank r receives the part `[r]`."""
+    x = x.contiguous()
+    flat = torch.empty(x[0].numel(), dtype=x.dtype, device=x.device)
+    work = _reduce_scatter(flat, x.view(-1), op=dist.ReduceOp.SUM, group=group, async_op=True)
+    return Pending(flat.view(x.shape[1:]), work, x)
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """The sum over ranks of `x`, on every rank."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    return Pending(x, dist.all_reduce(x, op=dist.ReduceOp.SUM, group=group, async_op=True), x)

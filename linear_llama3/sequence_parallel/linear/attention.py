@@ -1,0 +1,176 @@
+"""Linear attention over a sequence that is spread over several ranks.
+
+The mathematics is that of one device (`ops`); what is added is the state that enters from the other ranks, the
+exclusive affine scan of (state, decay). Each strategy is one body of that scan, in the file that bears its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...ops.bidirectional import bidirectional_linear_attention
+from ...ops.chunked import chunked_linear_attention
+from ...ops.linear_attention import check_arguments, divide_by_normalizer, with_ones_column
+from ...ops.linear_attention import linear_attention as attention_on_one_device
+from ..collectives import all_reduce, world_size
+from ..layout import Part, locate
+from .lasp2 import lasp2
+
+Scan = Callable[..., Callable[[], Tensor]]  # (state, factor, *, group, reverse) -> wait
+LINEAR_STRATEGIES: dict[str, Scan] = {"lasp2": lasp2}
+
+
+def get_linear_strategy(name: str) -> Scan:
+    if name not in LINEAR_STRATEGIES:
+        raise ValueError(
+            f"the strategy for linear layers must be one of {sorted(LINEAR_STRATEGIES)}, got {name!r}; "
+            "register new ones in LINEAR_STRATEGIES"
+        )
+    return LINEAR_STRATEGIES[name]
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: dist.ProcessGroup | None,
+    strategy: str = "lasp2",
+    layout: str = "contiguous",
+    log_decay: Tensor | None = None,
+    scale: float | None = None,
+    normalize: bool = False,
+    cu_seqlens: Tensor | None = None,
+    causal: bool = True,
+    length: int | None = None,
+    backend: str = "auto",
+    exchange_cache: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """`ops.linear_attention` of the whole sequence, local shards in and out.
+
+    Args:
+        q, k, v, log_decay, scale, normalize, causal: as in `ops.linear_attention`, the tokens of this rank:
+            `[B, C, H, D]`. A constant decay `[H_kv]` gets this rank's part of its gradient.
+        group: the ranks that share the sequence, in order; None or a group of one is plain attention.
+        strategy: a name of LINEAR_STRATEGIES.
+        layout: a name of LAYOUTS.
+        cu_seqlens: document edges of the whole sequence, int `[N + 1]`, for a batch of 1.
+        length: true length of the whole sequence, where its tail is padding. Whatever the padding holds changes
+            nothing; its outputs are 0.
+        backend: "chunked" or "auto". "recurrent" is defined on one device only.
+        exchange_cache: a dict that lives as long as this layer's forward pass and its recomputation under
+            gradient checkpointing: the state received first is kept there and not exchanged again.
+
+    Returns:
+        out `[B, C, H_q, D_v]` in the dtype of v.
+    """
+    scan = get_linear_strategy(strategy)
+    log_decay, _ = check_arguments(
+        q, k, v, log_decay=log_decay, cu_seqlens=None, causal=causal, backend=backend
+    )
+    if backend == "recurrent" and world_size(group) > 1:
+        raise ValueError(
+            "backend 'recurrent' is defined on one device, got a group of several ranks; use 'chunked'"
+        )
+    local = q.shape[1]
+    part = locate(local, batch=q.shape[0], group=group, layout=layout, cu_seqlens=cu_seqlens, length=length)
+    q, k, v = (x[:, : part.tokens] for x in (q, k, v))  # padding takes no part
+    log_decay = None if log_decay is None else log_decay[:, : part.tokens]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    if world_size(group) == 1:
+        out, _ = attention_on_one_device(
+            q,
+            k,
+            v,
+            log_decay=log_decay,
+            scale=scale,
+            normalize=normalize,
+            cu_seqlens=cu_seqlens,
+            causal=causal,
+            backend=backend,
+        )
+    else:
+        assert group is not None
+        values = with_ones_column(v) if normalize else v
+        if causal:
+            exchange = StateExchange(scan, group, part, decays=log_decay is not None, cache=exchange_cache)
+            out, _ = chunked_linear_attention(
+                q, k, values, log_decay, scale=scale, boundaries=part.boundaries, exchange=exchange
+            )
+        else:
+            complete = lambda states: _CompleteStates.apply(states, scan, group, part)  # noqa: E731
+            out, _ = bidirectional_linear_attention(
+                q, k, values, scale=scale, boundaries=part.boundaries, complete=complete
+            )
+        out = divide_by_normalizer(out) if normalize else out
+    return F.pad(out.to(v.dtype), (0, 0, 0, 0, 0, local - part.tokens))
+
+
+class StateExchange:
+    """The other ranks, as `ops.chunked` sees them (its `Exchange`)."""
+
+    def __init__(
+        self,
+        scan: Scan,
+        group: dist.ProcessGroup,
+        part: Part,
+        *,
+        decays: bool,
+        cache: dict[str, Tensor] | None,
+    ) -> None:
+        self.scan, self.group, self.cache = scan, group, cache
+        self.left_open = part.left_open
+        self.fades = decays or part.packed  # the same on every rank: all send the same message
+
+    def start(self, summarize: Callable[[], tuple[Tensor, Tensor]], *, reverse: bool) -> Callable[[], Tensor]:
+        cache = None if reverse else self.cache
+        if cache is not None and "state" in cache:
+            return lambda: cache["state"]
+        state, factor = summarize()
+        wait = self.scan(state, factor if self.fades else None, group=self.group, reverse=reverse)
+        if cache is None:
+            return wait
+        return lambda: cache.setdefault("state", wait())
+
+
+class _CompleteStates(torch.autograd.Function):
+    """From the states of this rank's pieces of documents `[N, B, H, D_k, D_v]` to those of the whole documents.
+
+    Without a mask every token reads all of its document: a sum over ranks (Algorithm 1, with the sum of the
+    backward pass over ALL ranks). Only the first and the last piece can go on elsewhere. The map is symmetric,
+    so its gradient is the map itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, scan: Scan, group: dist.ProcessGroup, part: Part) -> Tensor:
+        ctx.scan, ctx.group, ctx.part = scan, group, part
+        return _complete(states, scan, group, part)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _complete(grad, ctx.scan, ctx.group, ctx.part), None, None, None
+
+
+def _complete(states: Tensor, scan: Scan, group: dist.ProcessGroup, part: Part) -> Tensor:
+    if not part.packed:
+        return all_reduce(states, group).wait()
+    first, last = states[0], states[-1]
+    whole = part.tokens == 0 or (len(states) == 1 and part.left_open)  # no document starts on this rank
+    factor = first.new_full(first.shape[:-1], float(whole))
+    from_left = scan(last, factor, group=group, reverse=False)
+    opening = first if part.left_open else torch.zeros_like(first)
+    from_right = scan(opening, factor, group=group, reverse=True)
+    states = states.clone()
+    if part.left_open:
+        states[0] += from_left()
+    else:
+        from_left()
+    states[-1] += from_right()
+    return states

@@ -1,0 +1,5 @@
+"""Softmax layers: one file for every way to bring queries and keys together."""
+
+from .attention import SOFTMAX_STRATEGIES, softmax_attention
+
+__all__ = ["SOFTMAX_STRATEGIES", "softmax_attention"]

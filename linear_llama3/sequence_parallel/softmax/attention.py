@@ -1,0 +1,79 @@
+"""Softmax attention over a sequence that is spread over several ranks. One strategy, one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...ops.linear_attention import check_shapes
+from ...ops.softmax_attention import Visibility
+from ...ops.softmax_attention import softmax_attention as attention_on_one_device
+from ..collectives import world_size
+from ..layout import locate
+from .lasp2h import lasp2h
+
+SOFTMAX_STRATEGIES: dict[str, Callable[..., Tensor]] = {"lasp2h": lasp2h}
+
+
+def get_softmax_strategy(name: str) -> Callable[..., Tensor]:
+    if name not in SOFTMAX_STRATEGIES:
+        raise ValueError(
+            f"the strategy for softmax layers must be one of {sorted(SOFTMAX_STRATEGIES)}, got {name!r}; "
+            "register new ones in SOFTMAX_STRATEGIES"
+        )
+    return SOFTMAX_STRATEGIES[name]
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: dist.ProcessGroup | None,
+    strategy: str = "lasp2h",
+    layout: str = "contiguous",
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    sliding_window: int | None = None,
+    causal: bool = True,
+    length: int | None = None,
+) -> Tensor:
+    """Softmax attention of the whole sequence, local shards in and out.
+
+    Args:
+        q: `[B, C, H_q, D]`, the tokens of this rank.
+        k: `[B, C, H_kv, D]`, H_q a multiple of H_kv; never expanded.
+        v: `[B, C, H_kv, D_v]`.
+        group: the ranks that share the sequence, in order; None or a group of one is plain attention.
+        strategy: a name of SOFTMAX_STRATEGIES.
+        layout: a name of LAYOUTS.
+        scale: of the scores. Default: `D ** -0.5`.
+        cu_seqlens: document edges of the whole sequence, int `[N + 1]`, for a batch of 1.
+        sliding_window: w lets a token see itself and the w - 1 before it.
+        causal: False lets every token see all of its document.
+        length: true length of the whole sequence, where its tail is padding; its outputs are 0.
+
+    Returns:
+        out `[B, C, H_q, D_v]` in the dtype of v.
+    """
+    attend = get_softmax_strategy(strategy)
+    check_shapes(q, k, v)
+    if sliding_window is not None and (sliding_window < 1 or not causal):
+        raise ValueError(
+            f"sliding_window must be at least 1 and needs causal=True, got {sliding_window} with causal={causal}"
+        )
+    part = locate(
+        q.shape[1], batch=q.shape[0], group=group, layout=layout, cu_seqlens=cu_seqlens, length=length
+    )
+    visibility = Visibility(documents=part.documents, causal=causal, window=sliding_window)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if world_size(group) == 1:
+        inputs = (x[:, : part.tokens] for x in (q, k, v))
+        out = attention_on_one_device(*inputs, scale=scale, visibility=visibility)
+        out = F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - part.tokens))
+    else:
+        out = attend(q, k, v, group=group, part=part, scale=scale, visibility=visibility)
+    return out.to(v.dtype)

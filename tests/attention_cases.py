@@ -1,0 +1,62 @@
+"""Random inputs of attention and the comparison of a run with its definition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GATES = ("none", "head", "scalar", "channel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What describes one call of linear attention."""
+
+    tokens: int
+    gate: str = "none"
+    batch: int = 1
+    groups: int = 1
+    normalize: bool = False
+    documents: tuple[int, ...] | None = None
+    causal: bool = True
+    initial_state: bool = False
+    strength: float = 1.0  # of the decay, per token
+    heads: int = 2
+    key_dim: int = 5
+    value_dim: int = 3
+    dtype: torch.dtype = torch.float64
+
+    def inputs(self) -> dict[str, Tensor]:
+        """q, k, v, log_decay and initial_state where there are, the upstream gradient `w`; always the same."""
+        generator = torch.Generator().manual_seed(self.tokens)
+
+        def rand(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        b, t, h, k, v = self.batch, self.tokens, self.heads, self.key_dim, self.value_dim
+        inputs = {"q": rand(b, t, h * self.groups, k), "k": rand(b, t, h, k), "v": rand(b, t, h, v)}
+        if self.normalize:  # a positive denominator
+            inputs["q"], inputs["k"] = inputs["q"].abs() + 0.1, inputs["k"].abs() + 0.1
+        shapes = {"head": (h,), "scalar": (b, t, h), "channel": (b, t, h, k)}
+        if self.gate != "none":
+            inputs["log_decay"] = -self.strength * rand(*shapes[self.gate]).abs()
+        if self.initial_state:
+            rows = b if self.documents is None else len(self.documents) - 1
+            inputs["initial_state"] = rand(rows, h, k, v + self.normalize).abs()
+        inputs["w"] = rand(b, t, h * self.groups, v)
+        return {name: x.to(self.dtype) for name, x in inputs.items()}
+
+    def cu_seqlens(self) -> Tensor | None:
+        return None if self.documents is None else torch.tensor(self.documents, dtype=torch.int32)
+
+
+def leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs that have a gradient."""
+    return {name: x.clone().requires_grad_() for name, x in inputs.items() if name != "w"}
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """RMS of the difference over RMS of the expected."""
+    return ((got - expected).norm() / expected.norm().clamp_min(1e-30)).item()

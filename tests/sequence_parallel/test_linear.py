@@ -1,0 +1,203 @@
+"""Sharded linear attention against the recurrence on one device: outputs and every gradient, float64, gloo."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from linear_llama3.ops import linear_attention as one_device
+from linear_llama3.sequence_parallel import LINEAR_STRATEGIES, linear_attention, shard
+from tests.attention_cases import GATES, Case, leaves
+from tests.distributed import run_distributed
+
+WORLD_SIZES = (1, 2, 3, 4, 8)
+Result = dict[str, np.ndarray]
+
+
+def documents_of(tokens: int) -> tuple[int, ...]:
+    """One-token documents, documents inside a rank, on its edges, and over several ranks."""
+    return tuple(sorted({0, 1, 2, tokens // 4, tokens // 4 + 1, tokens // 2, tokens - 1, tokens}))
+
+
+def cases(gate: str) -> list[Case]:
+    plain = [Case(tokens=t, gate=gate, batch=2, groups=2) for t in (3, 24, 37)]
+    packed = [Case(tokens=t, gate=gate, documents=documents_of(t), groups=3) for t in (8, 24, 37)]
+    normal = [
+        Case(tokens=37, gate=gate, normalize=True),
+        Case(tokens=29, gate=gate, normalize=True, documents=(0, 5, 29)),
+    ]
+    strong = [Case(tokens=40, gate=gate, strength=30.0, documents=(0, 17, 40))] if gate != "none" else []
+    both_ways = (
+        [
+            Case(tokens=t, causal=False, batch=b, groups=2, normalize=n, documents=d)
+            for t, b, n, d in (
+                (3, 2, False, None),
+                (37, 2, True, None),
+                (37, 1, False, documents_of(37)),
+                (24, 1, True, (0, 20, 24)),
+                (24, 1, False, (0, 3, 6, 24)),
+            )
+        ]
+        if gate == "none"
+        else []
+    )
+    return plain + packed + normal + strong + both_ways
+
+
+def sharded_run(case: Case, strategy: str, poison: bool) -> tuple[np.ndarray, Result]:
+    """One rank's output `[B, C, H_q, D_v]` and gradients of its shards; padding filled with nan if `poison`."""
+    group = dist.group.WORLD
+    inputs = case.inputs()
+    local = {}
+    for name, x in inputs.items():
+        padding = float("nan") if poison and name != "w" else 0.0
+        local[name] = x if x.dim() == 1 else shard(x, group=group, padding=padding)
+    w = local.pop("w")
+    variables = leaves(local)
+    out = linear_attention(
+        variables["q"],
+        variables["k"],
+        variables["v"],
+        group=group,
+        strategy=strategy,
+        log_decay=variables.get("log_decay"),
+        normalize=case.normalize,
+        cu_seqlens=case.cu_seqlens(),
+        causal=case.causal,
+        length=case.tokens,
+    )
+    gradients = torch.autograd.grad((out * w).sum(), list(variables.values()))
+    return out.detach().numpy(), {name: g.numpy() for name, g in zip(variables, gradients, strict=True)}
+
+
+def whole_run(case: Case) -> tuple[np.ndarray, Result]:
+    inputs = case.inputs()
+    variables = leaves(inputs)
+    out, _ = one_device(
+        **variables,
+        normalize=case.normalize,
+        cu_seqlens=case.cu_seqlens(),
+        causal=case.causal,
+        backend="recurrent",
+    )
+    gradients = torch.autograd.grad((out * inputs["w"]).sum(), list(variables.values()))
+    return out.detach().numpy(), {name: g.numpy() for name, g in zip(variables, gradients, strict=True)}
+
+
+def run_cases(all_cases: list[Case], strategy: str) -> list[tuple[np.ndarray, Result]]:
+    return [sharded_run(case, strategy, poison=True) for case in all_cases]
+
+
+@pytest.mark.parametrize("strategy", LINEAR_STRATEGIES)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_equals_one_device(world_size: int, gate: str, strategy: str) -> None:
+    """`[B, ceil(T / W), H, D]` on W ranks is `[B, T, H, D]` on one, padding holding nan."""
+    all_cases = cases(gate)
+    by_rank = run_distributed(run_cases, world_size, all_cases, strategy)
+    for i, case in enumerate(all_cases):
+        expected, expected_gradients = whole_run(case)
+        out = np.concatenate([by_rank[r][i][0] for r in range(world_size)], axis=1)
+        assert np.isfinite(out).all(), case
+        assert np.abs(out[:, : case.tokens] - expected).max() < 1e-10, case
+        for name, reference in expected_gradients.items():
+            parts = [by_rank[r][i][1][name] for r in range(world_size)]
+            gradient = sum(parts) if reference.ndim == 1 else np.concatenate(parts, axis=1)[:, : case.tokens]
+            if case.strength == 1.0:  # a strong decay has hardly a gradient
+                assert np.abs(reference).max() > 1e-6, f"{name} has no gradient to compare in {case}"
+            assert np.abs(gradient - reference).max() < 1e-10, (name, case)
+
+
+def count_collectives(packed: bool) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Names and sent bytes of the collectives of a forward and a backward, at two lengths."""
+    from linear_llama3.sequence_parallel import collectives
+
+    counted = []
+    for tokens in (16, 64):
+        case = Case(
+            tokens=tokens, gate="none", dtype=torch.float32, documents=(0, 3, tokens) if packed else None
+        )
+        calls: list[tuple[str, int]] = []
+        original = collectives._all_gather
+
+        def spy(out, x, *args, _calls=calls, _original=original, **kwargs):
+            _calls.append(("all_gather", x.numel() * x.element_size()))
+            return _original(out, x, *args, **kwargs)
+
+        collectives._all_gather = spy
+        try:
+            sharded_run(case, "lasp2", poison=False)
+        finally:
+            collectives._all_gather = original
+        counted.append(calls)
+    return counted[0], counted[1]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_lasp2_sends_one_state_each_way_whatever_the_length(packed: bool) -> None:
+    case = Case(tokens=1)
+    state = (
+        case.heads * case.key_dim * (case.value_dim + packed) * 4
+    )  # float32, with the decay where documents end
+    for short, long in run_distributed(count_collectives, 2, packed):
+        assert short == long == [("all_gather", state)] * 2
+
+
+def recompute_twice() -> tuple[int, float]:
+    """A forward and its recomputation with one exchange_cache, as under gradient checkpointing."""
+    from linear_llama3.sequence_parallel import collectives
+
+    inputs, calls, original = Case(tokens=24, gate="channel").inputs(), [], collectives._all_gather
+    local = {name: shard(x, group=dist.group.WORLD) for name, x in inputs.items()}
+    w = local.pop("w")
+
+    def spy(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    collectives._all_gather = spy
+    try:
+        cache: dict[str, torch.Tensor] = {}
+        outs = [linear_attention(**local, group=dist.group.WORLD, exchange_cache=cache) for _ in range(2)]
+    finally:
+        collectives._all_gather = original
+    return len(calls), ((outs[0] - outs[1]) * w).abs().max().item()
+
+
+def test_recomputation_does_not_gather_again() -> None:
+    for gathers, difference in run_distributed(recompute_twice, 3):
+        assert gathers == 1
+        assert difference == 0.0
+
+
+def strided_groups() -> float:
+    """Ranks (0, 2) and (1, 3) shard two different sequences."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    which = dist.get_rank() % 2
+    case = Case(tokens=20 + which, gate="scalar")
+    inputs, group = case.inputs(), groups[which]
+    local = {name: shard(x, group=group) for name, x in inputs.items() if name != "w"}
+    out = linear_attention(**local, group=group, length=case.tokens)
+    expected = shard(torch.from_numpy(whole_run(case)[0]), group=group)
+    return (out - expected).abs().max().item()
+
+
+def test_groups_need_not_be_consecutive() -> None:
+    assert max(run_distributed(strided_groups, 4)) < 1e-10
+
+
+def low_precision(dtype: torch.dtype) -> np.ndarray:
+    case = Case(tokens=300, gate="channel", key_dim=16, value_dim=16, dtype=dtype, strength=0.1)
+    local = {name: shard(x, group=dist.group.WORLD) for name, x in case.inputs().items() if name != "w"}
+    return linear_attention(**local, group=dist.group.WORLD, length=300).float().numpy()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_precision(dtype: torch.dtype, bound: float) -> None:
+    case = Case(tokens=300, gate="channel", key_dim=16, value_dim=16, dtype=dtype, strength=0.1)
+    inputs = {name: x.double() for name, x in case.inputs().items() if name != "w"}
+    expected = one_device(**inputs, backend="recurrent")[0].numpy()
+    out = np.concatenate(run_distributed(low_precision, 4, dtype), axis=1)[:, :300]
+    assert np.linalg.norm(out - expected) / np.linalg.norm(expected) < bound
