@@ -86,7 +86,9 @@ class LinearLlama3Config(PreTrainedConfig):
             self.linear_value_head_dim = self.head_dim
         if self.layer_types is None:
             every = self.full_attention_interval or self.num_hidden_layers + 1
-            self.layer_types = [LAYER_TYPES[layer % every == 0] for layer in range(1, self.num_hidden_layers + 1)]
+            self.layer_types = [
+                LAYER_TYPES[layer % every == 0] for layer in range(1, self.num_hidden_layers + 1)
+            ]
         super().__post_init__(**kwargs)
         self.validate_architecture()  # once here, as ValueError: @strict wraps what its own call raises
 
@@ -152,7 +154,9 @@ class LinearLlama3Config(PreTrainedConfig):
             )
         return super().from_dict(config_dict, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Like `PreTrainedConfig.save_pretrained`, with the shim that finds the installed package (hub.py)."""
         self.auto_map = dict(AUTO_MAP)
         os.makedirs(save_directory, exist_ok=True)

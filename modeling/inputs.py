@@ -121,4 +121,8 @@ def positions_to_keep(hidden_states: Tensor, keep: int | Tensor) -> Tensor:
         return hidden_states[:, -keep:]
     if keep.dim() == 1:
         return hidden_states[:, keep]
-    return hidden_states[keep] if keep.dtype == torch.bool else torch.take_along_dim(hidden_states, keep[..., None], 1)
+    return (
+        hidden_states[keep]
+        if keep.dtype == torch.bool
+        else torch.take_along_dim(hidden_states, keep[..., None], 1)
+    )

@@ -77,7 +77,9 @@ class LinearAttention(nn.Module):
         self.o_norm = LlamaRMSNorm(self.value_dim, eps=config.rms_norm_eps)
         if mixer.learned_decay:
             self.decay_down_proj = nn.Linear(hidden, DECAY_RANK, bias=False)
-            self.decay_up_proj = nn.Linear(DECAY_RANK, kv_heads * self.key_dim)
+            self.decay_up_proj = nn.Linear(DECAY_RANK, kv_heads * self.key_dim, bias=False)
+            # not the projection's own bias: transformers asks only the module that owns a parameter to initialise it
+            self.decay_bias = nn.Parameter(torch.full((kv_heads * self.key_dim,), config.gate_bias_init))
         self.has_output_gate = config.linear_output_gate and mixer.output_gate is not None
         if self.has_output_gate:
             self.g_proj = nn.Linear(hidden, heads * self.value_dim, bias=False)
@@ -155,7 +157,7 @@ class LinearAttention(nn.Module):
             return self.log_decay
         if not self.mixer.learned_decay:
             return None
-        gate = self.decay_up_proj(self.decay_down_proj(x))
+        gate = self.decay_up_proj(self.decay_down_proj(x)) + self.decay_bias
         gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
         return (F.logsigmoid(gate) / DECAY_TEMPERATURE).view(*x.shape[:2], self.num_kv_heads, self.key_dim)
 
@@ -176,9 +178,7 @@ class LinearAttention(nn.Module):
         return out
 
 
-def _attend_packed(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor
-) -> Tensor:
+def _attend_packed(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor) -> Tensor:
     """Rows `[B, T, H, D]` as one stream of B * T tokens, the state starting anew at each document."""
     shape = q.shape[:2]
     q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))

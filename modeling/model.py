@@ -98,7 +98,7 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
             if module.mixer.constant_log_decay is not None:
                 init.copy_(module.log_decay, module.constant_log_decay())
             if module.mixer.learned_decay:
-                init.constant_(module.decay_up_proj.bias, self.config.gate_bias_init)
+                init.constant_(module.decay_bias, self.config.gate_bias_init)
 
     def save_pretrained(
         self,
@@ -192,7 +192,9 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
         masks: dict[str, Tensor | None] = {}
         if self.sequence_parallel_context is None:
-            masks = layer_masks(self.config, inputs_embeds, attention_mask, position_ids, past_key_values, edges)
+            masks = layer_masks(
+                self.config, inputs_embeds, attention_mask, position_ids, past_key_values, edges
+            )
             if edges is not None:  # as transformers' flash attention wants to be told
                 longest = int(edges.diff().max())
                 kwargs.update(cu_seq_lens_k=edges, max_length_q=longest, max_length_k=longest)
@@ -200,7 +202,9 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
         hidden_states = self._run_layers(inputs_embeds, masks, position_ids, past_key_values, kwargs)
         if isinstance(past_key_values, CountingCache):
             past_key_values.advance(length)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
 
     def _run_layers(
         self,
@@ -212,7 +216,9 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
     ) -> Tensor:
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         # what a layer exchanged in its forward pass, kept for the recomputation
-        keep_exchanged = self.gradient_checkpointing and self.training and self.sequence_parallel_context is not None
+        keep_exchanged = (
+            self.gradient_checkpointing and self.training and self.sequence_parallel_context is not None
+        )
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -227,7 +233,9 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
 
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, *, packed: bool) -> Cache | None:
         if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
-            logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing. Setting it to False.")
+            logger.warning_once(
+                "`use_cache=True` is incompatible with gradient checkpointing. Setting it to False."
+            )
             return None
         if use_cache is None:
             use_cache = (
@@ -239,7 +247,11 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
         if cache is None:
             if not use_cache:
                 return None
-            return DynamicCache(config=self.config) if self.config.has_softmax_layers else CountingCache(self.config)
+            return (
+                DynamicCache(config=self.config)
+                if self.config.has_softmax_layers
+                else CountingCache(self.config)
+            )
         if not self.config.has_softmax_layers and not isinstance(cache, CountingCache):
             raise ValueError(
                 f"a model without softmax layers needs a CountingCache, got {type(cache).__name__}; "
@@ -294,7 +306,9 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, GenerationMixin):
         logits = self.lm_head(positions_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -308,7 +322,9 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, GenerationMixin):
     ) -> None:
         """transformers' hook: refuse generation on a shard, and give a pure linear model the cache that counts."""
         if self.model.sequence_parallel_context is not None:
-            raise ValueError(f"one rank's shard cannot generate, got generate() under a context; {SWITCH_OFF}")
+            raise ValueError(
+                f"one rank's shard cannot generate, got generate() under a context; {SWITCH_OFF}"
+            )
         wants_cache = generation_config.use_cache and model_kwargs.get("past_key_values") is None
         if wants_cache and not self.config.has_softmax_layers:
             implementation = generation_config.cache_implementation

@@ -39,7 +39,7 @@ def test_cached_equals_uncached(mixer: str, interval: int, pieces: list[int]) ->
     model = tiny_model(mixer, full_attention_interval=interval)
     x = tokens(2, 12)
     logits, cache = feed(model, x, pieces)
-    torch.testing.assert_close(logits, model(x, use_cache=False).logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits, model(x, use_cache=False).logits, rtol=1e-3, atol=1e-3)
     layer = cache.layers[0]
     assert layer.recurrent_states[0].shape == (2, 2, 8, 8)
     assert layer.recurrent_states[0].dtype == torch.float32
@@ -57,8 +57,8 @@ def test_cached_with_left_padding(interval: int, pieces: list[int]) -> None:
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[0, :5] = 0
     logits, _ = feed(model, x, pieces, attention_mask=mask)
-    torch.testing.assert_close(logits[:1, 5:], model(x[:1, 5:]).logits, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(logits[1:], model(x[1:]).logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits[:1, 5:], model(x[:1, 5:]).logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits[1:], model(x[1:]).logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("interval", [2, 0])
@@ -69,7 +69,7 @@ def test_reset_and_reorder(interval: int) -> None:
     _, cache = feed(model, x, [6])
     cache.reorder_cache(torch.tensor([1, 0]))
     swapped = model(x[:, 6:].flip(0), past_key_values=cache).logits.flip(0)
-    torch.testing.assert_close(swapped, model(x).logits[:, 6:], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(swapped, model(x).logits[:, 6:], rtol=1e-3, atol=1e-3)
     if interval == 0:  # resetting a DynamicCache keeps the length of its softmax layers
         cache.reset()
         assert cache.get_seq_length() == 0

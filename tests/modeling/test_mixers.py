@@ -56,8 +56,8 @@ def reference(
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     factor = torch.ones(batch, length, kv_heads, d_k, dtype=x.dtype)
     if mixer == "gla":
-        low_rank = layer.decay_up_proj(layer.decay_down_proj(x)).view(batch, length, kv_heads, d_k)
-        factor = low_rank.sigmoid() ** (1 / 16)
+        gate = layer.decay_up_proj(layer.decay_down_proj(x)) + layer.decay_bias
+        factor = gate.view(batch, length, kv_heads, d_k).sigmoid() ** (1 / 16)
     for head in range(kv_heads):
         if mixer == "retention":
             factor[:, :, head] = 1 - 2.0 ** (-5 - head)

@@ -76,14 +76,14 @@ def test_all_softmax_is_llama(tmp_path: Path) -> None:
         "o_norm.weight",
         "decay_down_proj.weight",
         "decay_up_proj.weight",
-        "decay_up_proj.bias",
+        "decay_bias",
         "g_proj.weight",
     }
     assert info["missing_keys"] == {f"model.layers.{i}.self_attn.{name}" for i in (0, 2) for name in own}
     assert torch.equal(
         hybrid.model.layers[0].self_attn.q_proj.weight, llama.model.layers[0].self_attn.q_proj.weight
     )
-    assert (hybrid.model.layers[0].self_attn.decay_up_proj.bias == config.gate_bias_init).all()
+    assert (hybrid.model.layers[0].self_attn.decay_bias == config.gate_bias_init).all()
 
 
 def test_initial_decay_is_long_memory() -> None:
