@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
 
+from ..sequence_parallel.packing import restarting_positions
 from .configuration import LinearLlama3Config
-from .packing import restarting_positions
 
 SWITCH_OFF = "switch sequence parallelism off with enable_sequence_parallel(model, None)"
 ROPE_TYPES_OF_THE_LENGTH = ("dynamic", "longrope")  # their table depends on the longest position in the batch

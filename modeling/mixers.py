@@ -37,7 +37,7 @@ class Mixer:
 
 
 MIXERS: dict[str, Mixer] = {
-    "basic": Mixer(feature_map="silu"),
+    "basic": Mixer(feature_map="silu", output_gate="silu"),
     "lightning": Mixer(feature_map="silu", constant_log_decay=lightning_log_decay, output_gate="sigmoid"),
     "retention": Mixer(
         constant_log_decay=lambda heads, layer, layers: retention_log_decay(heads),

@@ -23,6 +23,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
+from ..sequence_parallel.packing import document_edges, restarting_positions
 from .attention import LinearLlama3Attention
 from .cache import CountingCache
 from .configuration import LinearLlama3Config
@@ -36,7 +37,6 @@ from .inputs import (
     positions_to_keep,
 )
 from .mixers import LinearAttention
-from .packing import document_edges, restarting_positions
 
 if TYPE_CHECKING:
     from ..sequence_parallel import SequenceParallelContext

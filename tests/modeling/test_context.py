@@ -130,7 +130,7 @@ def test_refused_cache_generation_and_dropout(context: OneRank) -> None:
     cache = model(tokens(1, 4)).past_key_values
     enable(model, context)
     with pytest.raises(ValueError, match="there is no cache"):
-        model(**batch(), past_key_values=cache)
+        model(**batch(), past_key_values=cache, num_items_in_batch=23)
     for use_cache in (True, False):
         with pytest.raises(ValueError, match=r"cannot generate.* enable_sequence_parallel\(model, None\)"):
             model.generate(tokens(1, 4), use_cache=use_cache, max_new_tokens=2)

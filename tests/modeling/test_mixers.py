@@ -75,7 +75,7 @@ def reference(
     out = torch.stack(outputs, 1)
     out = out / (out.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * layer.o_norm.weight
     out = out.reshape(batch, length, heads * d_v)
-    if mixer != "basic" and gated:
+    if gated:
         gate = layer.g_proj(x)
         out = out * (gate.sigmoid() if mixer == "lightning" else gate * gate.sigmoid())
     return layer.o_proj(out)

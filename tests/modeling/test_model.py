@@ -97,9 +97,9 @@ def test_every_parameter_learns(mixer: str) -> None:
     torch.manual_seed(0)
     model = LinearLlama3ForCausalLM(tiny_config(mixer)).train()
     x = tokens(2, 24)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses, norms = [], []
-    for _ in range(40):
+    for _ in range(100):
         optimizer.zero_grad()
         loss = model(x, labels=x).loss
         loss.backward()
@@ -109,7 +109,7 @@ def test_every_parameter_learns(mixer: str) -> None:
         losses.append(loss.item())
     assert all(g.abs().max() > 0 for g in gradients(model).values())
     assert losses[-1] < 0.1 * losses[0]
-    assert norms[-1] < norms[0]
+    assert norms[-1] < 0.1 * norms[0]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -1,0 +1,78 @@
+"""The whole model on several ranks against one: logits, loss and every parameter's gradient, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from linear_llama3.sequence_parallel import SequenceParallelContext, enable_sequence_parallel, unshard
+from tests.distributed import run_distributed
+from tests.modeling.tiny import MIXER_NAMES, gradients, tiny_model, tokens
+
+LENGTH = 37
+Result = tuple[np.ndarray, float, dict[str, np.ndarray]]
+
+
+def batch(rows: int, documents: list[int] | None) -> dict[str, torch.Tensor]:
+    x = tokens(rows, LENGTH)
+    labels = x.clone()
+    labels[:, : LENGTH // 2] = -100  # the first ranks hold no label at all
+    if documents is None:
+        return {"input_ids": x, "labels": labels}
+    positions = torch.cat([torch.arange(n) for n in documents])[None].expand(rows, -1)
+    return {"input_ids": x, "labels": labels, "position_ids": positions}
+
+
+def run(mixer: str, rows: int, documents: list[int] | None, checkpointing: str, sharded: bool) -> Result:
+    """Logits `[rows, T, vocab]`, loss and gradients; sharded: of the whole group, summed over its ranks."""
+    model = tiny_model(mixer).double().train()
+    if checkpointing != "no":
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+        model.enable_input_require_grads()
+    inputs: dict[str, Any] = batch(rows, documents)
+    count = (inputs["labels"][:, 1:] != -100).sum()
+    if not sharded:
+        out = model(**inputs, num_items_in_batch=count)
+        out.loss.backward()
+        return out.logits.detach().numpy(), out.loss.item(), {k: g.numpy() for k, g in gradients(model).items()}
+    context = SequenceParallelContext(dist.group.WORLD)
+    enable_sequence_parallel(model, context)
+    out = model(**context.shard_batch(inputs), num_items_in_batch=count)
+    out.loss.backward()
+    total = LENGTH if documents is None else rows * LENGTH
+    logits = unshard(out.logits.detach(), group=context.group, length=total, layout=context.layout)
+    summed = {"loss": out.loss.detach(), **gradients(model)}
+    for value in summed.values():
+        dist.all_reduce(value)
+    loss = summed.pop("loss").item()
+    return logits.reshape(rows, LENGTH, -1).numpy(), loss, {name: g.numpy() for name, g in summed.items()}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    ("mixer", "rows", "documents", "checkpointing"),
+    [
+        *((mixer, 2, None, "no") for mixer in MIXER_NAMES),
+        *((mixer, 2, [5, 1, 20, 11], "no") for mixer in MIXER_NAMES),
+        ("gla", 1, [5, 1, 20, 11], "reentrant"),
+        ("gla", 1, None, "non-reentrant"),
+        ("lightning", 1, [5, 1, 20, 11], "non-reentrant"),
+    ],
+)
+def test_sharded_equals_one_device(
+    mixer: str, rows: int, documents: list[int] | None, checkpointing: str, world_size: int
+) -> None:
+    logits, loss, grads = run(mixer, rows, documents, checkpointing, False)
+    for got in run_distributed(run, world_size, mixer, rows, documents, checkpointing, True):
+        # transformers' RMSNorm and rotary table are float32 in every run, hence not 1e-10
+        np.testing.assert_allclose(got[0], logits, rtol=1e-5, atol=1e-5)
+        assert abs(got[1] - loss) < 1e-6 * abs(loss)
+        assert got[2].keys() == grads.keys()
+        for name, expected in grads.items():
+            np.testing.assert_allclose(
+                got[2][name], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(), err_msg=name
+            )
