@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -27,7 +28,7 @@ def bidirectional_linear_attention(
     batch, _, kv_heads, _ = k.shape
     q, k, v = q.to(work) * scale, k.to(work), v.to(work)
     # A device without a token has one piece, an empty one: it takes part in `complete`, backward too.
-    pieces = list(zip(boundaries, boundaries[1:], strict=False)) or [(0, 0)]
+    pieces = list(itertools.pairwise(boundaries)) or [(0, 0)]
     states = torch.stack([torch.einsum("bthk,bthv->bhkv", k[:, a:b], v[:, a:b]) for a, b in pieces])
     if initial_state is not None:
         states = states + initial_state.to(work).unflatten(0, (-1, batch))
@@ -35,8 +36,5 @@ def bidirectional_linear_attention(
         states = complete(states)
 
     q = q.unflatten(2, (kv_heads, -1))  # [B, T, H_kv, G, D_k]
-    outs = [
-        torch.einsum("bthgk,bhkv->bthgv", q[:, a:b], state)
-        for (a, b), state in zip(pieces, states, strict=True)
-    ]
+    outs = [torch.einsum("bthgk,bhkv->bthgv", q[:, a:b], state) for (a, b), state in zip(pieces, states, strict=True)]
     return torch.cat(outs, dim=1).flatten(2, 3), states.flatten(0, 1)

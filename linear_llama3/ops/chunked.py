@@ -101,13 +101,10 @@ class _Chunked(torch.autograd.Function):
             d_out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=stream.dtype, device=q.device)
         entering, leaving = stream.per_document(initial_state), stream.per_document(d_final)
         inside: Iterable[tuple[Tensor, Tensor, Tensor]] = (
-            _inside_backward(*stream.load(block), stream.rows(block, d_out))
-            for block in reversed(chunks.blocks)
+            _inside_backward(*stream.load(block), stream.rows(block, d_out)) for block in reversed(chunks.blocks)
         )
         if exchange is not None:
-            wait = exchange.start(
-                lambda: _total_gradient(stream, d_out, chunks, exchange.left_open), reverse=True
-            )
+            wait = exchange.start(lambda: _total_gradient(stream, d_out, chunks, exchange.left_open), reverse=True)
             inside = list(inside)
             leaving = {chunks.documents - 1: wait()}
 
@@ -130,9 +127,7 @@ class _Stream:
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float) -> None:
         self.q, self.k, self.v, self.scale = q, k, v, scale
-        self.log_decay = (
-            log_decay.unsqueeze(-1) if log_decay is not None and log_decay.dim() == 3 else log_decay
-        )
+        self.log_decay = log_decay.unsqueeze(-1) if log_decay is not None and log_decay.dim() == 3 else log_decay
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.groups = q.shape[2] // k.shape[2]
 
@@ -196,14 +191,14 @@ def _fold(
     Returns what every chunk receives `[B, H, n, D_k, D_v]`, what the last one hands on, and what leaves each
     document that closes.
     """
-    received, closed = torch.empty_like(updates), {}
+    received, closed = torch.empty_like(updates), dict[int, Tensor]()
     for c in order:
-        if opens[c] is not None:
-            state = entering.get(opens[c], torch.zeros_like(state))
+        if (document := opens[c]) is not None:
+            state = entering.get(document, torch.zeros_like(state))
         received[:, :, c] = state
         state = updates[:, :, c] + (state if factors is None else factors[:, :, c] * state)
-        if closes[c] is not None:
-            closed[closes[c]] = state
+        if (document := closes[c]) is not None:
+            closed[document] = state
     return received, state, closed
 
 
@@ -233,24 +228,21 @@ def _block_backward(
 ) -> tuple[Tensor, States]:
     """Adds what flows through the states to the gradients from inside the chunks, and writes them out."""
     query, key, value, b = stream.load(block)
-    d_rows = stream.rows(block, d_out)
-    before, after, _ = _fold_states(block, key, value, b, *states)
+    d_rows, written = stream.rows(block, d_out), _to_end(key, b)
+    updates, factors = written.mT @ value, _factor(b)
+    before, _, _ = _fold(updates, factors, states[0], range(block.size), block.first, block.last, states[1])
     d_after, d_state, began = _fold_gradients(block, query, d_rows, b, *d_states)
 
     d_query, d_key, d_value = parts
-    from_start = d_rows @ before.mT
-    to_end = value @ d_after.mT
-    if b is not None:
+    from_start, to_end = d_rows @ before.mT, value @ d_after.mT
+    if b is not None and factors is not None:
         from_start *= repeat_rows(b, query).exp()
         to_end *= (b[..., -1:, :] - b).exp()
-    d_query, d_key = d_query + from_start, d_key + to_end
-    d_value = d_value + _to_end(key, b) @ d_after
-    if b is not None:
-        updates = _to_end(key, b).mT @ value
-        ends = updates + _factor(b) * before
+    d_query, d_key, d_value = d_query + from_start, d_key + to_end, d_value + written @ d_after
+    if b is not None and factors is not None:
+        ends = updates + factors * before
         gate = _gate_gradient(query, d_query, key, d_key, ends, d_after, scalar=b.shape[-1] == 1)
-        out = gradients[3]
-        block.put(gate, out.unsqueeze(-1) if out.dim() == 3 else out)
+        block.put(gate, gradients[3].unsqueeze(-1) if gradients[3].dim() == 3 else gradients[3])
     block.put(d_query * stream.scale, gradients[0], stream.groups)
     block.put(d_key, gradients[1])
     block.put(d_value, gradients[2])

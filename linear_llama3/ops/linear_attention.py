@@ -8,6 +8,7 @@ value per token, head and key channel (GLA).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -163,7 +164,7 @@ def document_edges(cu_seqlens: Tensor | None, *, batch: int, tokens: int) -> tup
             f"cu_seqlens must be a 1-D integer tensor [N + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
     edges = tuple(cu_seqlens.tolist())
-    if edges[0] != 0 or edges[-1] != tokens or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+    if edges[0] != 0 or edges[-1] != tokens or any(a >= b for a, b in itertools.pairwise(edges)):
         raise ValueError(
             f"cu_seqlens must start at 0, increase, and end at T = {tokens}, got {edges[:8]}"
             f"{'...' if len(edges) > 8 else ''} ending at {edges[-1]}; drop empty documents"

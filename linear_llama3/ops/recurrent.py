@@ -5,6 +5,8 @@ Slow on purpose. It is the oracle of the tests (in float64), and for one token i
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def recurrent_linear_attention(
         factor = factor.unsqueeze(-1)
 
     outs, finals = [], []
-    for n, (start, stop) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
+    for n, (start, stop) in enumerate(itertools.pairwise(boundaries)):
         if initial_state is None:
             state = k.new_zeros(batch, kv_heads, key_dim, v.shape[-1])
         else:

@@ -105,9 +105,7 @@ class _SoftmaxAttention(torch.autograd.Function):
 class BlockAttention:
     """Accumulates out and lse of one block of queries over any number of blocks of keys."""
 
-    def __init__(
-        self, q: Tensor, start: int, *, value_dim: int, scale: float, visibility: Visibility
-    ) -> None:
+    def __init__(self, q: Tensor, start: int, *, value_dim: int, scale: float, visibility: Visibility) -> None:
         self.start, self.scale, self.visibility = start, scale, visibility
         self.work = torch.promote_types(q.dtype, torch.float32)
         self.q = q.to(self.work).transpose(1, 2)  # [B, H_q, T_q, D]
@@ -155,14 +153,12 @@ class BlockAttentionBackward:
     def add(self, k: Tensor, v: Tensor, start: int, d_k: Tensor, d_v: Tensor) -> None:
         """Adds to the gradients of these keys and values, `d_k` and `d_v` shaped like them, in working precision."""
         k, v, d_k, d_v = (x.to(self.work).transpose(1, 2) for x in (k, v, d_k, d_v))
-        for tile in self.visibility.tiles(
-            (self.start, self.start + self.q.shape[2]), (start, start + k.shape[2])
-        ):
+        for tile in self.visibility.tiles((self.start, self.start + self.q.shape[2]), (start, start + k.shape[2])):
             rows = slice(tile.q_start - self.start, tile.q_stop - self.start)
             columns = slice(tile.k_start - start, tile.k_stop - start)
-            query = tuple(x[:, :, rows] for x in (self.q, self.out, self.lse, self.d_out))
+            q, out, lse, d_out = (x[:, :, rows] for x in (self.q, self.out, self.lse, self.d_out))
             d_query, d_key, d_value = _attend_backward(
-                *query, k[:, :, columns], v[:, :, columns], tile, self.scale
+                q, out, lse, d_out, k[:, :, columns], v[:, :, columns], tile, self.scale
             )
             self.d_q[:, :, rows] += d_query
             d_k[:, :, columns] += d_key

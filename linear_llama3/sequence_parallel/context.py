@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .collectives import group_rank, world_size
 from .layout import get_layout, shard
 from .linear.attention import get_linear_strategy, linear_attention
+from .packing import document_edges, restarting_positions
 from .softmax.attention import get_softmax_strategy, softmax_attention
 
 IGNORE_INDEX = -100  # transformers' label of a token without loss
@@ -57,15 +58,11 @@ class SequenceParallelContext:
 
     def linear_attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """`sequence_parallel.linear_attention` with this context's group, strategy and layout."""
-        return linear_attention(
-            q, k, v, group=self.group, strategy=self.config.linear, layout=self.layout, **options
-        )
+        return linear_attention(q, k, v, group=self.group, strategy=self.config.linear, layout=self.layout, **options)
 
     def softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """`sequence_parallel.softmax_attention` with this context's group, strategy and layout."""
-        return softmax_attention(
-            q, k, v, group=self.group, strategy=self.config.softmax, layout=self.layout, **options
-        )
+        return softmax_attention(q, k, v, group=self.group, strategy=self.config.softmax, layout=self.layout, **options)
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's part of a batch that every rank of the group holds whole.
@@ -84,42 +81,41 @@ class SequenceParallelContext:
             `shift_labels`.
         """
         rest = dict(batch)
-        inputs = {
-            name: rest.pop(name) for name in ("input_ids", "inputs_embeds") if rest.get(name) is not None
-        }
+        inputs = {name: rest.pop(name) for name in ("input_ids", "inputs_embeds") if rest.get(name) is not None}
         if len(inputs) != 1:
             raise ValueError(f"a batch needs input_ids or inputs_embeds, one of them, got {sorted(batch)}")
         tokens = next(iter(inputs.values()))
         rows, length = tokens.shape[:2]
         if tokens.numel() == 0:
-            raise ValueError(
-                f"a sequence needs at least one token, got a batch of shape {tuple(tokens.shape)}"
-            )
-        _check_padding(rest.pop("attention_mask", None))
-        sequences = {**inputs, **_targets(rest)}
-        given = rest.pop("position_ids", None)
-        positions = torch.arange(length, device=tokens.device) if given is None else given
-        sequences["position_ids"] = (
-            positions.expand(rows, length) if positions.shape[0] != rows else positions
-        )
+            raise ValueError(f"a sequence needs at least one token, got a batch of shape {tuple(tokens.shape)}")
+        mask = rest.pop("attention_mask", None)
+        _check_padding(mask)
+        given = [rest.pop(name, None) for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k")]
+        for name in ("max_length_q", "max_length_k", "seq_idx"):
+            rest.pop(name, None)  # describe the whole rows; nothing here needs them
+        positions, edges = given[0], given[1] if given[1] is not None else given[2]
+        edges = document_edges(positions, edges, mask, batch=rows, length=length)
+        if positions is None and edges is not None:
+            positions = restarting_positions(edges, batch=rows, length=length)
+        elif positions is None:
+            positions = torch.arange(length, device=tokens.device).unsqueeze(0)
+        sequences = {**inputs, **_targets(rest), "position_ids": positions.expand(rows, length)}
 
-        edges = _document_edges(rest, sequences["position_ids"] if given is not None else None, rows, length)
         if edges is not None and rows > 1:
             sequences = {name: x.flatten(0, 1).unsqueeze(0) for name, x in sequences.items()}
+        total = sequences["position_ids"].shape[1]
+        padding = get_layout(self.layout).padded(total, self.world_size) - total
+        sequences["position_ids"] = _extend_positions(sequences["position_ids"], padding, edges is not None)
         local = {name: self._cut(name, x) for name, x in sequences.items()}
         if edges is not None:
-            edges = self._close_padding(edges).to(tokens.device)
+            if padding:  # a document of its own
+                edges = torch.cat([edges, edges.new_tensor([total + padding])])
             local["cu_seq_lens_q"] = local["cu_seq_lens_k"] = edges
         return {**rest, **local}
 
     def _cut(self, name: str, x: Tensor) -> Tensor:
         padding = IGNORE_INDEX if name in ("labels", "shift_labels") else 0
         return shard(x, group=self.group, dim=1, layout=self.layout, padding=padding).contiguous()
-
-    def _close_padding(self, edges: Tensor) -> Tensor:
-        """The padding is a document of its own."""
-        padded = get_layout(self.layout).padded(int(edges[-1]), self.world_size)
-        return edges if padded == edges[-1] else torch.cat([edges, edges.new_tensor([padded])])
 
 
 def enable_sequence_parallel(model: nn.Module, context: SequenceParallelContext | None) -> None:
@@ -164,22 +160,7 @@ def _targets(rest: dict[str, Any]) -> dict[str, Tensor]:
     return {name: x for name, x in targets.items() if x is not None}
 
 
-def _document_edges(rest: dict[str, Any], positions: Tensor | None, rows: int, length: int) -> Tensor | None:
-    """Edges of all documents in the rows laid end to end, int32 `[N + 1]`; None where nothing is packed."""
-    given = rest.pop("cu_seq_lens_q", None)
-    other = rest.pop("cu_seq_lens_k", None)
-    for name in ("max_length_q", "max_length_k", "seq_idx"):
-        rest.pop(name, None)  # describe the whole rows; nothing here needs them
-    given = other if given is None else given
-    if given is not None:
-        if int(given[-1]) != rows * length:
-            raise ValueError(
-                f"cu_seq_lens_q must end at the number of tokens, {rows} x {length}, got {int(given[-1])}"
-            )
-        return given.to(torch.int32)
-    if positions is None:
-        return None
-    starts = F.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0), value=True)
-    if int(starts.sum()) == rows:
-        return None  # every row is one document
-    return F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=rows * length).to(torch.int32)
+def _extend_positions(positions: Tensor, padding: int, packed: bool) -> Tensor:
+    """Positions of the padding: they run on or, where documents are packed, start anew."""
+    start = torch.zeros_like(positions[:, -1:]) if packed else positions[:, -1:] + 1
+    return torch.cat([positions, start + torch.arange(padding, device=positions.device)], dim=1)

@@ -40,9 +40,7 @@ LAYOUTS: dict[str, Layout] = {"contiguous": Contiguous()}
 
 def get_layout(name: str) -> Layout:
     if name not in LAYOUTS:
-        raise ValueError(
-            f"layout must be one of {sorted(LAYOUTS)}, got {name!r}; register new layouts in LAYOUTS"
-        )
+        raise ValueError(f"layout must be one of {sorted(LAYOUTS)}, got {name!r}; register new layouts in LAYOUTS")
     return LAYOUTS[name]
 
 
@@ -66,9 +64,7 @@ def shard(
     rule, ranks = get_layout(layout), world_size(group)
     length = x.shape[dim]
     if length == 0:
-        raise ValueError(
-            f"a sequence needs at least one token, got shape {tuple(x.shape)} with none in dim {dim}"
-        )
+        raise ValueError(f"a sequence needs at least one token, got shape {tuple(x.shape)} with none in dim {dim}")
     start, stop = rule.interval(group_rank(group), ranks, rule.padded(length, ranks))
     part = x.narrow(dim, min(start, length), max(min(stop, length) - start, 0))
     missing = stop - start - part.shape[dim]
@@ -90,9 +86,7 @@ def unshard(
     get_layout(layout)
     ranks = world_size(group)
     if not x.shape[dim] * ranks >= length > 0:
-        raise ValueError(
-            f"length must be between 1 and the {ranks} x {x.shape[dim]} tokens of all ranks, got {length}"
-        )
+        raise ValueError(f"length must be between 1 and the {ranks} x {x.shape[dim]} tokens of all ranks, got {length}")
     return x.narrow(dim, 0, length) if ranks == 1 else _Unshard.apply(x, group, length, dim % x.dim(), layout)
 
 
@@ -109,9 +103,7 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         start, stop = ctx.interval
-        own = grad.narrow(
-            ctx.dim, min(start, grad.shape[ctx.dim]), max(min(stop, grad.shape[ctx.dim]) - start, 0)
-        )
+        own = grad.narrow(ctx.dim, min(start, grad.shape[ctx.dim]), max(min(stop, grad.shape[ctx.dim]) - start, 0))
         missing = stop - start - own.shape[ctx.dim]
         pad = [0, 0] * (grad.dim() - 1 - ctx.dim) + [0, missing]
         return F.pad(own, pad), None, None, None, None

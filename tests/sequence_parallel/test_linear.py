@@ -116,9 +116,7 @@ def count_collectives(packed: bool) -> tuple[list[tuple[str, int]], list[tuple[s
 
     counted = []
     for tokens in (16, 64):
-        case = Case(
-            tokens=tokens, gate="none", dtype=torch.float32, documents=(0, 3, tokens) if packed else None
-        )
+        case = Case(tokens=tokens, gate="none", dtype=torch.float32, documents=(0, 3, tokens) if packed else None)
         calls: list[tuple[str, int]] = []
         original = collectives._all_gather
 
@@ -138,9 +136,7 @@ def count_collectives(packed: bool) -> tuple[list[tuple[str, int]], list[tuple[s
 @pytest.mark.parametrize("packed", [False, True])
 def test_lasp2_sends_one_state_each_way_whatever_the_length(packed: bool) -> None:
     case = Case(tokens=1)
-    state = (
-        case.heads * case.key_dim * (case.value_dim + packed) * 4
-    )  # float32, with the decay where documents end
+    state = case.heads * case.key_dim * (case.value_dim + packed) * 4  # float32, with the decay where documents end
     for short, long in run_distributed(count_collectives, 2, packed):
         assert short == long == [("all_gather", state)] * 2
 

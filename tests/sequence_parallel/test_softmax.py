@@ -82,14 +82,9 @@ def plain_softmax(case: Case) -> tuple[Tensor, list[Tensor]]:
 
 def sharded_run(case: Case, strategy: str) -> list[np.ndarray]:
     """This rank's out, dq, dk, dv; the padding of the shards holds nan."""
-    inputs = {
-        n: shard(x, group=dist.group.WORLD, padding=0 if n == "w" else np.nan)
-        for n, x in case.inputs().items()
-    }
+    inputs = {n: shard(x, group=dist.group.WORLD, padding=0 if n == "w" else np.nan) for n, x in case.inputs().items()}
     q, k, v = (inputs[name].requires_grad_() for name in "qkv")
-    out = softmax_attention(
-        q, k, v, group=dist.group.WORLD, strategy=strategy, length=case.tokens, **case.options()
-    )
+    out = softmax_attention(q, k, v, group=dist.group.WORLD, strategy=strategy, length=case.tokens, **case.options())
     gradients = torch.autograd.grad((out * inputs["w"]).sum(), [q, k, v])
     return [x.detach().numpy() for x in (out, *gradients)]
 

@@ -71,13 +71,9 @@ def linear_attention(
         out `[B, C, H_q, D_v]` in the dtype of v.
     """
     scan = get_linear_strategy(strategy)
-    log_decay, _ = check_arguments(
-        q, k, v, log_decay=log_decay, cu_seqlens=None, causal=causal, backend=backend
-    )
+    log_decay, _ = check_arguments(q, k, v, log_decay=log_decay, cu_seqlens=None, causal=causal, backend=backend)
     if backend == "recurrent" and world_size(group) > 1:
-        raise ValueError(
-            "backend 'recurrent' is defined on one device, got a group of several ranks; use 'chunked'"
-        )
+        raise ValueError("backend 'recurrent' is defined on one device, got a group of several ranks; use 'chunked'")
     local = q.shape[1]
     part = locate(local, batch=q.shape[0], group=group, layout=layout, cu_seqlens=cu_seqlens, length=length)
     q, k, v = (x[:, : part.tokens] for x in (q, k, v))  # padding takes no part

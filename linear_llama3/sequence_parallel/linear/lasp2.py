@@ -18,9 +18,7 @@ from torch import Tensor
 from ..collectives import all_gather, group_rank
 
 
-def lasp2(
-    state: Tensor, factor: Tensor | None, *, group: dist.ProcessGroup, reverse: bool
-) -> Callable[[], Tensor]:
+def lasp2(state: Tensor, factor: Tensor | None, *, group: dist.ProcessGroup, reverse: bool) -> Callable[[], Tensor]:
     """Starts the exclusive affine scan over the ranks of `group`; the returned function waits for its result.
 
     Args:

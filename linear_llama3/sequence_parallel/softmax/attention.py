@@ -65,9 +65,7 @@ def softmax_attention(
         raise ValueError(
             f"sliding_window must be at least 1 and needs causal=True, got {sliding_window} with causal={causal}"
         )
-    part = locate(
-        q.shape[1], batch=q.shape[0], group=group, layout=layout, cu_seqlens=cu_seqlens, length=length
-    )
+    part = locate(q.shape[1], batch=q.shape[0], group=group, layout=layout, cu_seqlens=cu_seqlens, length=length)
     visibility = Visibility(documents=part.documents, causal=causal, window=sliding_window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if world_size(group) == 1:

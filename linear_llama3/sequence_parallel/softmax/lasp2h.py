@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...ops.softmax_attention import BlockAttention, BlockAttentionBackward, Visibility
-from ..collectives import all_gather, group_rank, reduce_scatter, world_size
+from ..collectives import all_gather, reduce_scatter, world_size
 from ..layout import Part
 
 Span = tuple[int, int]
@@ -50,9 +50,7 @@ class _Lasp2H(torch.autograd.Function):
     ) -> Tensor:
         tokens, (local, key_dim) = part.tokens, (k.shape[1], k.shape[-1])
         pending = all_gather(torch.cat([k, v], dim=-1), group)  # H_kv heads: not expanded under GQA
-        block = BlockAttention(
-            q[:, :tokens], part.start, value_dim=v.shape[-1], scale=scale, visibility=visibility
-        )
+        block = BlockAttention(q[:, :tokens], part.start, value_dim=v.shape[-1], scale=scale, visibility=visibility)
         block.add(k[:, :tokens], v[:, :tokens], part.start)  # needs no other rank: runs while K and V travel
 
         gathered = pending.wait()  # [W, B, C, H_kv, D + D_v]

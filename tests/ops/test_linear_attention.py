@@ -1,0 +1,189 @@
+"""Linear attention on one device: the chunked form against the recurrence, outputs, states and every gradient."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_llama3.ops import linear_attention
+from tests.attention_cases import GATES, Case, leaves, relative_error
+
+
+def run(case: Case, backend: str) -> dict[str, Tensor]:
+    """Output, final state and all gradients, with upstream gradients on both."""
+    inputs = case.inputs()
+    variables = leaves(inputs)
+    out, state = linear_attention(
+        **variables,
+        normalize=case.normalize,
+        cu_seqlens=case.cu_seqlens(),
+        causal=case.causal,
+        output_final_state=True,
+        backend=backend,
+    )
+    assert state is not None
+    upstream = torch.linspace(-1, 1, state.numel(), dtype=state.dtype).view_as(state)
+    loss = (out * inputs["w"]).sum() + (state * upstream).sum()
+    gradients = torch.autograd.grad(loss, list(variables.values()))
+    return {"out": out, "state": state, **{f"d_{n}": g for n, g in zip(variables, gradients, strict=True)}}
+
+
+def documents_of(tokens: int) -> tuple[int, ...]:
+    return tuple(sorted({0, 1, tokens // 3, tokens // 2, tokens}))
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_chunked_equals_the_recurrence(gate: str, packed: bool) -> None:
+    for tokens, groups, normalize, initial in product((1, 15, 64, 65, 130), (1, 3), (False, True), (False, True)):
+        case = Case(
+            tokens=tokens,
+            gate=gate,
+            batch=1 if packed else 2,
+            groups=groups,
+            normalize=normalize,
+            initial_state=initial,
+            documents=documents_of(tokens) if packed else None,
+        )
+        expected = run(case, "recurrent")
+        for name, got in run(case, "chunked").items():
+            assert (got - expected[name]).abs().max() < 1e-10, (name, case)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_blocks_of_chunks_equal_the_recurrence(gate: str) -> None:
+    """More tokens than one block of chunks holds, and documents of all sizes across the edges of blocks."""
+    case = Case(tokens=1500, gate=gate, strength=0.05, documents=(0, 3, 1100, 1164, 1500), initial_state=True)
+    expected = run(case, "recurrent")
+    for name, got in run(case, "chunked").items():
+        assert (got - expected[name]).abs().max() < 1e-9, name
+
+
+@pytest.mark.parametrize("gate", [g for g in GATES if g != "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_strong_decay(gate: str, dtype: torch.dtype) -> None:
+    """-30 a token: products of decays underflow and their inverses overflow."""
+    case = Case(tokens=200, gate=gate, strength=30.0, groups=2, documents=(0, 50, 200), dtype=dtype)
+    double = Case(tokens=200, gate=gate, strength=30.0, groups=2, documents=(0, 50, 200))
+    expected = run(double, "recurrent")
+    for name, got in run(case, "chunked").items():
+        assert got.isfinite().all(), name
+        bound = 1e-10 if dtype == torch.float64 else 1e-4
+        assert (got - expected[name]).abs().max() < bound * (1 + expected[name].abs().max()), name
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3), (torch.float16, 5e-3)])
+@pytest.mark.parametrize("gate", GATES)
+def test_precision(gate: str, dtype: torch.dtype, bound: float) -> None:
+    case = Case(tokens=520, gate=gate, strength=0.05, key_dim=16, value_dim=16, dtype=dtype)
+    variables = leaves(case.inputs())
+    double = {name: x.detach().double().requires_grad_() for name, x in variables.items()}
+    w = case.inputs()["w"]
+    out = linear_attention(**variables)[0]
+    reference = linear_attention(**double, backend="recurrent")[0]
+    assert out.dtype == dtype
+    assert relative_error(out.double(), reference) < bound
+    gradients = torch.autograd.grad((out * w).sum(), list(variables.values()))
+    expected = torch.autograd.grad((reference * w.double()).sum(), list(double.values()))
+    for name, got, e in zip(variables, gradients, expected, strict=True):
+        loose = 10 if name == "log_decay" and dtype == torch.float32 else 1
+        assert relative_error(got.double(), e) < bound * loose, name
+
+
+def test_state_is_float32_for_half_inputs() -> None:
+    q = torch.randn(1, 5, 2, 4, dtype=torch.bfloat16)
+    for backend in ("recurrent", "chunked"):
+        _, state = linear_attention(q, q, q, output_final_state=True, backend=backend)
+        assert state is not None and state.dtype == torch.float32
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_state_carries_over_any_split(gate: str) -> None:
+    """Prefill in pieces and decoding token by token equal one pass."""
+    inputs = Case(tokens=90, gate=gate, batch=2, groups=2).inputs()
+    inputs.pop("w")
+    whole, final = linear_attention(**inputs, output_final_state=True)
+    outs, state = [], None
+    for start, stop in ((0, 40), (40, 41), (41, 88), (88, 89), (89, 90)):
+        part = {n: x if x.dim() == 1 else x[:, start:stop] for n, x in inputs.items()}
+        out, state = linear_attention(**part, initial_state=state, output_final_state=True)
+        outs.append(out)
+    assert (torch.cat(outs, 1) - whole).abs().max() < 1e-12
+    assert state is not None and final is not None
+    assert (state - final).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("documents", [None, (0, 1, 30, 70)])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_bidirectional_is_the_full_product(documents: tuple[int, ...] | None, normalize: bool) -> None:
+    """`causal=False`: o = (q k^T) v over the whole document, as one matrix product without a mask."""
+    case = Case(tokens=70, groups=2, documents=documents, normalize=normalize, causal=False)
+    got = run(case, "chunked")
+    inputs = case.inputs()
+    variables = leaves(inputs)
+    k, v = (variables[n].repeat_interleave(2, dim=2) for n in "kv")
+    document = torch.bucketize(torch.arange(70), torch.tensor(documents or (0, 70)), right=True)
+    scores = torch.einsum("bihd,bjhd->bhij", variables["q"], k) * 5**-0.5
+    scores = scores * (document[:, None] == document[None, :])
+    scores = scores / scores.sum(-1, keepdim=True) if normalize else scores
+    out = torch.einsum("bhij,bjhd->bihd", scores, v)
+    assert (got["out"] - out).abs().max() < 1e-10
+    state = got["state"]
+    assert state.shape == (1 if documents is None else 3, 2, 5, 3 + normalize)
+    gradients = torch.autograd.grad((out * inputs["w"]).sum(), list(variables.values()))
+    got_out = linear_attention(**variables, normalize=normalize, cu_seqlens=case.cu_seqlens(), causal=False)[0]
+    for a, b in zip(
+        torch.autograd.grad((got_out * inputs["w"]).sum(), list(variables.values())), gradients, strict=True
+    ):
+        assert (a - b).abs().max() < 1e-10
+
+
+def test_causal() -> None:
+    """A changed token changes nothing before it."""
+    inputs = Case(tokens=100, gate="channel").inputs()
+    inputs.pop("w")
+    before = linear_attention(**inputs)[0]
+    for name in inputs:
+        inputs[name][:, 60] += 1 if name != "log_decay" else -1
+    after = linear_attention(**inputs)[0]
+    assert torch.equal(before[:, :60], after[:, :60])
+    assert not torch.allclose(before[:, 60:], after[:, 60:])
+
+
+def arguments(**changes: object) -> dict[str, object]:
+    x = torch.ones(1, 4, 2, 3)
+    return {"q": x, "k": x, "v": x} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.ones(4, 2, 3)}, r"q must be \[B, T, H, D\]"),
+        ({"k": torch.ones(1, 5, 2, 3)}, "must agree in B, T"),
+        ({"v": torch.ones(1, 4, 1, 3)}, "must agree in B, T"),
+        ({"k": torch.ones(1, 4, 2, 5)}, "D_k"),
+        ({"q": torch.ones(1, 4, 3, 3)}, "H_q must be a multiple of H_kv, got H_q = 3 and H_kv = 2"),
+        ({"q": torch.ones(1, 4, 2, 3).half()}, "share a floating dtype"),
+        ({n: torch.ones(1, 0, 2, 3) for n in "qkv"}, "at least one token"),
+        ({"log_decay": torch.tensor([-1.0, 0.5])}, "constant log_decay must be <= 0.*got 0.5"),
+        ({"log_decay": torch.zeros(3)}, r"log_decay must be \[H_kv\]"),
+        ({"log_decay": torch.zeros(2), "causal": False}, "causal=False allows no decay"),
+        ({"cu_seqlens": torch.tensor([1, 4])}, "must start at 0, increase, and end at T = 4"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, "end at T = 4"),
+        ({"cu_seqlens": torch.tensor([0, 3, 3, 4])}, "increase"),
+        ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "integer"),
+        (
+            {**{n: torch.ones(2, 4, 2, 3) for n in "qkv"}, "cu_seqlens": torch.tensor([0, 4])},
+            "batch of 1, got a batch of 2",
+        ),
+        ({"initial_state": torch.ones(1, 2, 3, 4)}, r"initial_state must be"),
+        ({"initial_state": torch.ones(1, 2, 3, 3), "normalize": True}, r"D_v \+ 1"),
+        ({"backend": "cuda"}, "backend must be 'auto' or one of .*got 'cuda'"),
+    ],
+)
+def test_refusals(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear_attention(**arguments(**changes))  # type: ignore[arg-type]

@@ -1,0 +1,160 @@
+"""Cutting and joining tensors and batches, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from linear_llama3.sequence_parallel import (
+    SequenceParallelConfig,
+    SequenceParallelContext,
+    enable_sequence_parallel,
+    linear_attention,
+    shard,
+    softmax_attention,
+    unshard,
+)
+from tests.distributed import run_distributed
+
+
+def there_and_back() -> list[str]:
+    problems = []
+    for length, dim in ((1, 1), (5, 1), (7, 0), (8, 2)):
+        shape = [2, 2, 2]
+        shape[dim] = length
+        whole = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        local = shard(whole, group=dist.group.WORLD, dim=dim).requires_grad_()
+        if local.shape[dim] != -(-length // 4):
+            problems.append(f"{length}: a part of {local.shape[dim]}")
+        joined = unshard(local, group=dist.group.WORLD, length=length, dim=dim - 3)
+        if not torch.equal(joined, whole):
+            problems.append(f"{length}: not the whole")
+        weights = torch.arange(whole.numel()).view(whole.shape).double() + 1
+        (joined * weights).sum().backward()  # the same loss on every rank
+        if not torch.equal(local.grad, shard(weights, group=dist.group.WORLD, dim=dim)):
+            problems.append(f"{length}: gradient")
+    return problems
+
+
+def test_unshard_inverts_shard() -> None:
+    """`[.., T, ..]` -> `[.., ceil(T / 4), ..]` -> `[.., T, ..]`"""
+    assert run_distributed(there_and_back, 4) == [[]] * 4
+
+
+def cut(batch: dict[str, torch.Tensor]) -> dict[str, list]:
+    local = SequenceParallelContext(dist.group.WORLD).shard_batch(batch)
+    return {name: x.tolist() for name, x in local.items()}
+
+
+def test_labels_are_shifted_before_the_cut() -> None:
+    ids = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 0]])
+    left, right = run_distributed(cut, 2, {"input_ids": ids, "labels": ids, "attention_mask": torch.ones(2, 5)})
+    assert left["input_ids"] == [[1, 2, 3], [6, 7, 8]]
+    assert left["shift_labels"] == [[2, 3, 4], [7, 8, 9]]
+    assert left["position_ids"] == [[0, 1, 2]] * 2
+    assert right["input_ids"] == [[4, 5, 0], [9, 0, 0]]
+    assert right["labels"] == [[4, 5, -100], [9, 0, -100]]
+    assert right["shift_labels"] == [[5, -100, -100], [0, -100, -100]]
+    assert right["position_ids"] == [[3, 4, 5]] * 2  # they run on over the padding
+    assert "attention_mask" not in left and "cu_seq_lens_q" not in left
+
+
+@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens_q"])
+def test_packed_rows_become_one_sequence(told_by: str) -> None:
+    ids = torch.arange(1, 11).view(2, 5)
+    told = {
+        "position_ids": torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 0]]),
+        "cu_seq_lens_q": torch.tensor([0, 2, 5, 9, 10]),
+    }
+    parts = run_distributed(cut, 3, {"input_ids": ids, "labels": ids, told_by: told[told_by]})
+    assert [p["input_ids"] for p in parts] == [[[1, 2, 3, 4]], [[5, 6, 7, 8]], [[9, 10, 0, 0]]]
+    assert [p["shift_labels"] for p in parts] == [[[2, 3, 4, 5]], [[-100, 7, 8, 9]], [[10, -100, -100, -100]]]
+    assert [p["position_ids"][0] for p in parts[:2]] == [[0, 1, 0, 1], [2, 0, 1, 2]]
+    assert parts[2]["position_ids"] == [[3, 0, 0, 1]]
+    assert all(p["cu_seq_lens_q"] == p["cu_seq_lens_k"] == [0, 2, 5, 9, 10, 12] for p in parts)
+
+
+def test_other_entries_pass_through() -> None:
+    batch = {
+        "input_ids": torch.ones(1, 4, dtype=torch.long),
+        "num_items_in_batch": torch.tensor(3),
+        "flag": True,
+    }
+    local = SequenceParallelContext(None).shard_batch(batch)
+    assert local["flag"] is True and local["num_items_in_batch"] == 3 and "labels" not in local
+
+
+ONES = torch.ones(1, 4, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"labels": ONES}, "input_ids or inputs_embeds"),
+        ({"input_ids": torch.ones(1, 0, dtype=torch.long)}, "at least one token"),
+        ({"input_ids": ONES, "attention_mask": torch.tensor([[0, 1, 1, 1]])}, "padding on the right only"),
+        ({"input_ids": ONES, "attention_mask": torch.ones(1, 1, 4, 4)}, r"must be \[B, T\]"),
+        ({"input_ids": ONES, "cu_seq_lens_q": torch.tensor([0, 3])}, "increase from 0 to"),
+    ],
+)
+def test_batches_that_are_refused(batch: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SequenceParallelContext(None).shard_batch(batch)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"linear": "ring"}, "linear layers must be one of .*got 'ring'"),
+        ({"softmax": "lasp2"}, "softmax layers must be one of .*got 'lasp2'"),
+        ({"layout": "spiral"}, "layout must be one of .*got 'spiral'"),
+    ],
+)
+def test_unknown_names(names: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SequenceParallelConfig(**names)
+
+
+def test_a_model_without_such_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="Linear has none"):
+        enable_sequence_parallel(nn.Linear(1, 1), SequenceParallelContext(None))
+
+
+X = torch.ones(1, 4, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 5}, "length must be between 1 and .* got 5"),
+        ({"length": 0}, "length must be between 1 and"),
+        ({"cu_seqlens": torch.tensor([0, 9])}, "end at T = 4"),
+        ({"strategy": "mail"}, "got 'mail'"),
+        ({"layout": "mail"}, "got 'mail'"),
+    ],
+)
+def test_calls_that_are_refused(options: dict[str, object], message: str) -> None:
+    for attention in (linear_attention, softmax_attention):
+        with pytest.raises(ValueError, match=message):
+            attention(X, X, X, group=None, **options)  # type: ignore[operator]
+
+
+def test_sliding_window_needs_a_direction() -> None:
+    with pytest.raises(ValueError, match="needs causal=True"):
+        softmax_attention(X, X, X, group=None, sliding_window=2, causal=False)
+    with pytest.raises(ValueError, match="sliding_window must be at least 1"):
+        softmax_attention(X, X, X, group=None, sliding_window=0)
+
+
+def recurrent_backend() -> str:
+    try:
+        linear_attention(X, X, X, group=dist.group.WORLD, backend="recurrent")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_recurrent_backend_is_for_one_device() -> None:
+    assert all("defined on one device" in message for message in run_distributed(recurrent_backend, 2))
