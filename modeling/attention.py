@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class LinearLlama3Attention(LlamaAttention):
-    """Softmax attention with transformers' attention backends; keys and values are exchanged under a context."""
+    """Softmax attention on transformers' backends; under a context, keys and values are exchanged."""
 
     def __init__(self, config: LinearLlama3Config, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
+        super().__init__(config, layer_idx)  # type: ignore[arg-type]
         self.sequence_parallel_context: SequenceParallelContext | None = None
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         *,
@@ -30,8 +30,8 @@ class LinearLlama3Attention(LlamaAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """`hidden_states` `[B, T, hidden]` -> (the same shape, attention weights or None).
 
-        `exchange_cache` is for linear layers. Raises `ValueError` for dropout under a context: ranks would drop
-        different weights than one device.
+        `exchange_cache` is for linear layers. Raises `ValueError` for dropout under a context: ranks would
+        drop different weights than one device.
         """
         if self.sequence_parallel_context is None:
             return super().forward(

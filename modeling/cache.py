@@ -8,8 +8,8 @@ from transformers import DynamicCache, PreTrainedConfig
 class CountingCache(DynamicCache):
     """A `DynamicCache` that counts tokens itself.
 
-    transformers reads the number of cached tokens off a softmax layer and raises where there is none. The model
-    calls `advance` after every forward pass.
+    transformers reads the number of cached tokens off a softmax layer and raises where there is none. The
+    model calls `advance` after every forward pass.
     """
 
     is_compileable = False  # the count is a Python integer; a compiled step would freeze it

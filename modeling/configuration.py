@@ -26,12 +26,14 @@ class LinearLlama3Config(PreTrainedConfig):
 
     - `linear_attention_type`: the mixer of the linear layers, one of `MIXERS` ("basic", "lightning", ...).
     - `layer_types`: "linear_attention" or "full_attention" per layer; None follows `full_attention_interval`.
-    - `full_attention_interval`: n makes the last of every n layers softmax (4: LLLN); 0 or None makes all linear.
-    - `linear_feature_map`: feature map of queries and keys, one of `FEATURE_MAPS`; None takes the mixer's own.
+    - `full_attention_interval`: n makes the last of every n layers softmax (4: LLLN); 0 or None makes all
+      linear.
+    - `linear_feature_map`: feature map of queries and keys, one of `FEATURE_MAPS`; None takes the mixer's
+      own.
     - `linear_use_rope`: rotary embedding in the linear layers; None takes the mixer's own.
     - `linear_output_gate`: keep the mixer's output gate, if it has one.
-    - `linear_num_key_value_heads`, `linear_key_head_dim`, `linear_value_head_dim`: key/value heads, D_k and D_v
-      of the linear layers; None takes `num_key_value_heads` and `head_dim`. Query heads are Llama's.
+    - `linear_num_key_value_heads`, `linear_key_head_dim`, `linear_value_head_dim`: key/value heads, D_k and
+      D_v of the linear layers; None takes `num_key_value_heads` and `head_dim`. Query heads are Llama's.
     - `gate_bias_init`: initial bias of a learned decay; large means long memory (6.0: about 0.9998 a token).
 
     Raises `ValueError` for fields that do not fit each other.
@@ -86,9 +88,7 @@ class LinearLlama3Config(PreTrainedConfig):
             self.linear_value_head_dim = self.head_dim
         if self.layer_types is None:
             every = self.full_attention_interval or self.num_hidden_layers + 1
-            self.layer_types = [
-                LAYER_TYPES[layer % every == 0] for layer in range(1, self.num_hidden_layers + 1)
-            ]
+            self.layer_types = [LAYER_TYPES[layer % every == 0] for layer in range(1, self.num_hidden_layers + 1)]
         super().__post_init__(**kwargs)
         self.validate_architecture()  # once here, as ValueError: @strict wraps what its own call raises
 
@@ -125,8 +125,8 @@ class LinearLlama3Config(PreTrainedConfig):
         assert self.layer_types is not None
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"layer_types must have one entry for each of num_hidden_layers={self.num_hidden_layers} layers, "
-                f"got {len(self.layer_types)}; give layer_types=None to follow full_attention_interval"
+                f"layer_types must have one entry for each of num_hidden_layers={self.num_hidden_layers} "
+                f"layers, got {len(self.layer_types)}; give layer_types=None to follow full_attention_interval"
             )
         for layer_type in self.layer_types:
             _check_choice("every entry of layer_types", layer_type, LAYER_TYPES)
@@ -134,7 +134,23 @@ class LinearLlama3Config(PreTrainedConfig):
     @property
     def has_softmax_layers(self) -> bool:
         """Whether any layer is softmax attention."""
+        assert self.layer_types is not None
         return "full_attention" in self.layer_types
+
+    @property
+    def linear_layers(self) -> list[int]:
+        """Indices of the linear layers."""
+        assert self.layer_types is not None
+        return [index for index, name in enumerate(self.layer_types) if name == "linear_attention"]
+
+    @property
+    def linear_sizes(self) -> tuple[int, int, int]:
+        """(H_kv, D_k, D_v) of the linear layers."""
+        heads, key_dim, value_dim = (
+            self.linear_num_key_value_heads, self.linear_key_head_dim, self.linear_value_head_dim
+        )  # fmt: skip
+        assert heads is not None and key_dim is not None and value_dim is not None  # __post_init__ fills them
+        return heads, key_dim, value_dim
 
     @property
     def uses_linear_rope(self) -> bool:
@@ -148,16 +164,14 @@ class LinearLlama3Config(PreTrainedConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"the checkpoint's model_type must be {cls.model_type!r}, got {model_type!r}; load it with its own "
-                "class or AutoModelForCausalLM, or, to start from Llama weights, pass "
+                f"the checkpoint's model_type must be {cls.model_type!r}, got {model_type!r}; load it with its "
+                "own class or AutoModelForCausalLM, or, to start from Llama weights, pass "
                 "config=LinearLlama3Config(...) to LinearLlama3ForCausalLM.from_pretrained"
             )
         return super().from_dict(config_dict, **kwargs)
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        """Like `PreTrainedConfig.save_pretrained`, with the shim that finds the installed package (hub.py)."""
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Like `PreTrainedConfig.save_pretrained`, with the shim that finds the package (hub.py)."""
         self.auto_map = dict(AUTO_MAP)
         os.makedirs(save_directory, exist_ok=True)
         (Path(save_directory) / SHIM_NAME).write_text(SHIM, encoding="utf-8")
@@ -167,8 +181,8 @@ class LinearLlama3Config(PreTrainedConfig):
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Does nothing: checkpoints name the installed package (hub.py), no source file is ever copied.
 
-        transformers calls this on every class that it loads through `auto_map`; its own version would make the
-        next save copy this file beside the weights and forget the package.
+        transformers calls this on every class that it loads through `auto_map`; its own version would make
+        the next save copy this file beside the weights and forget the package.
         """
 
 

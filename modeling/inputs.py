@@ -6,16 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
 
 from ..sequence_parallel.packing import restarting_positions
+from .cache import CountingCache
 from .configuration import LinearLlama3Config
 
 SWITCH_OFF = "switch sequence parallelism off with enable_sequence_parallel(model, None)"
 ROPE_TYPES_OF_THE_LENGTH = ("dynamic", "longrope")  # their table depends on the longest position in the batch
 
-Mask = Tensor | dict[str, Tensor | None] | None
+Masks = dict[str, Any]  # layer type -> mask; a Tensor, None, or what the attention backend takes
+Mask = Tensor | Masks | None
 
 
 def check_shard(
@@ -44,6 +46,7 @@ def check_shard(
         )
     if kwargs.get("output_attentions", config.output_attentions):
         raise ValueError(f"no rank holds the attention weights, got output_attentions=True; {SWITCH_OFF}")
+    assert config.rope_parameters is not None
     rope_type = config.rope_parameters["rope_type"]
     if rope_type in ROPE_TYPES_OF_THE_LENGTH:
         raise ValueError(
@@ -61,9 +64,25 @@ def check_sharded_loss(kwargs: dict[str, Any]) -> None:
         )
     if kwargs.get("num_items_in_batch") is None:
         raise ValueError(
-            "under sequence parallelism the loss needs num_items_in_batch, got none; pass the number of labels "
-            "other than -100 in the whole batch (a shard's own mean is not the mean, and nan without labels)"
+            "under sequence parallelism the loss needs num_items_in_batch, got none; pass the number of "
+            "labels other than -100 in the whole batch (a shard's own mean is not the mean, and nan without labels)"
         )
+
+
+def check_cache(config: LinearLlama3Config, cache: Cache) -> None:
+    """`ValueError` unless a cache that the user brought has a place for every linear layer's state."""
+    if not config.has_softmax_layers and not isinstance(cache, CountingCache):
+        raise ValueError(
+            f"a model without softmax layers needs a CountingCache, got {type(cache).__name__}; "
+            "use linear_llama3.modeling.CountingCache(model.config), or pass no cache"
+        )
+    for index in config.linear_layers:
+        layer = cache.layers[index] if index < len(cache.layers) else None
+        if not isinstance(layer, LinearAttentionCacheLayerMixin):
+            raise ValueError(
+                f"layer {index} is linear and keeps a state, got a {type(cache).__name__} without a place for it; "
+                "build it with DynamicCache(config=model.config), or pass no cache"
+            )
 
 
 def padding_mask(config: LinearLlama3Config, attention_mask: Mask, length: int) -> Tensor | None:
@@ -75,10 +94,10 @@ def padding_mask(config: LinearLlama3Config, attention_mask: Mask, length: int) 
         return None
     if attention_mask.dim() == 2:
         return attention_mask[:, -length:]
-    if "linear_attention" in config.layer_types:
+    if config.linear_layers:
         raise ValueError(
-            f"linear layers take an attention_mask [B, T] with 0 at padding, got {tuple(attention_mask.shape)}; "
-            "tell documents by cu_seq_lens_q or restarting position_ids"
+            "linear layers take an attention_mask [B, T] with 0 at padding, "
+            f"got {tuple(attention_mask.shape)}; tell documents by cu_seq_lens_q or restarting position_ids"
         )
     return None
 
@@ -90,21 +109,21 @@ def layer_masks(
     position_ids: Tensor,
     past_key_values: Cache | None,
     edges: Tensor | None,
-) -> dict[str, Tensor | None]:
-    """One mask per layer type. Documents reach the linear layers as edges, the softmax layers as positions."""
+) -> Masks:
+    """One mask per layer type. Documents reach linear layers as edges, softmax layers as positions."""
     if isinstance(attention_mask, dict):
         return attention_mask
     if edges is not None:
         batch, length = inputs_embeds.shape[:2]
         attention_mask, position_ids = None, restarting_positions(edges, batch=batch, length=length)
-    arguments = {
+    arguments: dict[str, Any] = {
         "config": config,
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
         "past_key_values": past_key_values,
         "position_ids": position_ids,
     }
-    masks: dict[str, Tensor | None] = {}
+    masks: Masks = {}
     if config.has_softmax_layers:
         masks["full_attention"] = create_causal_mask(**arguments)
     if attention_mask is not None and inputs_embeds.shape[1] == 1:
@@ -121,8 +140,4 @@ def positions_to_keep(hidden_states: Tensor, keep: int | Tensor) -> Tensor:
         return hidden_states[:, -keep:]
     if keep.dim() == 1:
         return hidden_states[:, keep]
-    return (
-        hidden_states[keep]
-        if keep.dtype == torch.bool
-        else torch.take_along_dim(hidden_states, keep[..., None], 1)
-    )
+    return hidden_states[keep] if keep.dtype == torch.bool else torch.take_along_dim(hidden_states, keep[..., None], 1)

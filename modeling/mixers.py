@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from ..ops import linear_attention
@@ -64,22 +64,20 @@ class LinearAttention(nn.Module):
         self.mixer = mixer = MIXERS[config.linear_attention_type]
         self.feature_map = FEATURE_MAPS[config.linear_feature_map or mixer.feature_map]
         self.num_heads = heads = config.num_attention_heads
-        self.num_kv_heads = kv_heads = config.linear_num_key_value_heads
-        self.key_dim = config.linear_key_head_dim
-        self.value_dim = config.linear_value_head_dim
+        self.num_kv_heads, self.key_dim, self.value_dim = config.linear_sizes
         self.sequence_parallel_context: SequenceParallelContext | None = None
 
         hidden, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(hidden, heads * self.key_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, kv_heads * self.key_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, kv_heads * self.value_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.key_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.num_kv_heads * self.value_dim, bias=bias)
         self.o_proj = nn.Linear(heads * self.value_dim, hidden, bias=bias)
         self.o_norm = LlamaRMSNorm(self.value_dim, eps=config.rms_norm_eps)
         if mixer.learned_decay:
             self.decay_down_proj = nn.Linear(hidden, DECAY_RANK, bias=False)
-            self.decay_up_proj = nn.Linear(DECAY_RANK, kv_heads * self.key_dim, bias=False)
-            # not the projection's own bias: transformers asks only the module that owns a parameter to initialise it
-            self.decay_bias = nn.Parameter(torch.full((kv_heads * self.key_dim,), config.gate_bias_init))
+            self.decay_up_proj = nn.Linear(DECAY_RANK, self.num_kv_heads * self.key_dim, bias=False)
+            # not the projection's own bias: transformers lets only the owner of a parameter initialise it
+            self.decay_bias = nn.Parameter(torch.full((self.num_kv_heads * self.key_dim,), config.gate_bias_init))
         self.has_output_gate = config.linear_output_gate and mixer.output_gate is not None
         if self.has_output_gate:
             self.g_proj = nn.Linear(hidden, heads * self.value_dim, bias=False)
@@ -88,7 +86,7 @@ class LinearAttention(nn.Module):
             self.log_decay = nn.Buffer(self.constant_log_decay(), persistent=False)
 
     def constant_log_decay(self) -> Tensor:
-        """The decay buffer's value, `[H_kv]` float32; `_init_weights` asks for it again after a meta-device build."""
+        """Value of the decay buffer, `[H_kv]` float32; asked for again after a build on the meta device."""
         assert self.mixer.constant_log_decay is not None
         return self.mixer.constant_log_decay(self.num_kv_heads, self.layer_idx, self.config.num_hidden_layers)
 
@@ -112,8 +110,9 @@ class LinearAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """`hidden_states` `[B, T, hidden]` -> (the same shape, None: there are no attention weights).
 
-        `attention_mask` `[B, T]` is 0 at padding. `cu_seq_lens_q` are the documents of the B * T tokens read row
-        after row; under a sequence-parallel context, of the whole sequence. Further keywords are for softmax.
+        `attention_mask` `[B, T]` is 0 at padding. `cu_seq_lens_q` are the documents of the B * T tokens read
+        row after row; under a sequence-parallel context, of the whole sequence. Further keywords are for
+        softmax.
         """
         q, k, v, log_decay = self._project(hidden_states, position_embeddings, attention_mask)
         if self.sequence_parallel_context is not None:
@@ -137,12 +136,12 @@ class LinearAttention(nn.Module):
         k = self.feature_map(self.k_proj(x).view(batch, length, self.num_kv_heads, self.key_dim))
         v = self.v_proj(x).view(batch, length, self.num_kv_heads, self.value_dim)
         if self.config.uses_linear_rope:
-            # after the feature map, so that scores depend on relative positions alone (RoFormer, arXiv:2104.09864)
+            # after the feature map: scores then depend on relative positions (RoFormer, arXiv:2104.09864)
             q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the rotary table is float32
         log_decay = self._log_decay(x)
         if mask is not None:
-            # A padded token must neither write to the state (after the feature map: phi(0) may be > 0) nor fade it.
+            # padding must neither write to the state (after the feature map: phi(0) may be > 0) nor fade it
             keep = mask.to(k.dtype)[:, :, None, None]
             k = k * keep
             if log_decay is not None and log_decay.dim() == 1:
@@ -161,18 +160,18 @@ class LinearAttention(nn.Module):
         gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
         return (F.logsigmoid(gate) / DECAY_TEMPERATURE).view(*x.shape[:2], self.num_kv_heads, self.key_dim)
 
-    def _attend_cached(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Cache | None
-    ) -> Tensor:
+    def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Cache | None) -> Tensor:
         if cache is None:
             return linear_attention(q, k, v, log_decay=log_decay)[0]
         layer = cache.layers[self.layer_idx]
+        assert isinstance(layer, LinearAttentionCacheLayerMixin)
         out, state = linear_attention(
             q, k, v,
             log_decay=log_decay,
             initial_state=layer.recurrent_states[0] if layer.has_previous_state[0] else None,
             output_final_state=True,
         )  # fmt: skip
+        assert state is not None
         cache.update_recurrent_state(state, self.layer_idx)
         layer.has_previous_state[0] = True  # transformers sets it only where there is a convolution
         return out

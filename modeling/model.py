@@ -1,8 +1,8 @@
 """The model: Llama 3 with linear attention in all or most layers.
 
-Built from transformers' Llama modules and with Llama's weight names, so Llama weights load as they are. Under a
-sequence-parallel context every rank passes its own shard of the batch (`context.shard_batch`) and the attention
-layers, which alone mix tokens, exchange what they need.
+Built from transformers' Llama modules and with Llama's weight names, so Llama weights load as they are. Under
+a sequence-parallel context every rank passes its own shard of the batch (`context.shard_batch`) and the
+attention layers, which alone mix tokens, exchange what they need.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from ..sequence_parallel.packing import document_edges, restarting_positions
@@ -30,6 +29,9 @@ from .configuration import LinearLlama3Config
 from .hub import staged_save
 from .inputs import (
     SWITCH_OFF,
+    Mask,
+    Masks,
+    check_cache,
     check_shard,
     check_sharded_loss,
     layer_masks,
@@ -49,8 +51,7 @@ class LinearLlama3DecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: LinearLlama3Config, layer_idx: int) -> None:
         super().__init__()
-        self.layer_type = config.layer_types[layer_idx]
-        attention = LinearAttention if self.layer_type == "linear_attention" else LinearLlama3Attention
+        attention = LinearAttention if layer_idx in config.linear_layers else LinearLlama3Attention
         self.self_attn = attention(config, layer_idx)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -64,7 +65,7 @@ class LinearLlama3DecoderLayer(GradientCheckpointingLayer):
 
 
 class LinearLlama3PreTrainedModel(PreTrainedModel):
-    """What the base model and its heads share: initialisation, saving, and what transformers may do with them."""
+    """What the base model and its heads share: initialisation, saving, and what transformers may do."""
 
     config: LinearLlama3Config
     config_class = LinearLlama3Config  # transformers reads the annotation, but here it is a string
@@ -110,11 +111,11 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
     ) -> None:
         """Like `PreTrainedModel.save_pretrained`; an interrupted save leaves the previous checkpoint whole.
 
-        All files are written to a staging folder and moved when they are complete. With `push_to_hub=True` the
-        upload comes before the move.
+        All files are written to a staging folder and moved when they are complete. With `push_to_hub=True`
+        the upload comes before the move.
         """
         save = super().save_pretrained
-        # ranks that only take part in a gather write nothing; a distributed checkpoint is written by all at once
+        # ranks that only take part in a gather write nothing; all write a distributed checkpoint at once
         if kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process):
             save(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
             return
@@ -135,7 +136,7 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
             [LinearLlama3DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
         self.gradient_checkpointing = False
         self.sequence_parallel_context: SequenceParallelContext | None = None
         self.post_init()
@@ -144,12 +145,12 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        attention_mask: Mask = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states `[B, T, hidden]` for `input_ids` `[B, T]` or `inputs_embeds` `[B, T, hidden]`.
 
@@ -190,11 +191,9 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
         elif position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
-        masks: dict[str, Tensor | None] = {}
+        masks: Masks = {}
         if self.sequence_parallel_context is None:
-            masks = layer_masks(
-                self.config, inputs_embeds, attention_mask, position_ids, past_key_values, edges
-            )
+            masks = layer_masks(self.config, inputs_embeds, attention_mask, position_ids, past_key_values, edges)
             if edges is not None:  # as transformers' flash attention wants to be told
                 longest = int(edges.diff().max())
                 kwargs.update(cu_seq_lens_k=edges, max_length_q=longest, max_length_k=longest)
@@ -202,27 +201,23 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
         hidden_states = self._run_layers(inputs_embeds, masks, position_ids, past_key_values, kwargs)
         if isinstance(past_key_values, CountingCache):
             past_key_values.advance(length)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _run_layers(
         self,
         hidden_states: Tensor,
-        masks: dict[str, Tensor | None],
+        masks: Masks,
         position_ids: Tensor,
         past_key_values: Cache | None,
         kwargs: dict[str, Any],
     ) -> Tensor:
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         # what a layer exchanged in its forward pass, kept for the recomputation
-        keep_exchanged = (
-            self.gradient_checkpointing and self.training and self.sequence_parallel_context is not None
-        )
-        for layer in self.layers:
+        keep_exchanged = self.gradient_checkpointing and self.training and self.sequence_parallel_context is not None
+        for layer, layer_type in zip(self.layers, self.config.layer_types or (), strict=True):
             hidden_states = layer(
                 hidden_states,
-                attention_mask=masks.get(layer.layer_type),
+                attention_mask=masks.get(layer_type),
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -233,30 +228,17 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
 
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, *, packed: bool) -> Cache | None:
         if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
-            logger.warning_once(
-                "`use_cache=True` is incompatible with gradient checkpointing. Setting it to False."
-            )
+            logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing. Set to False.")
             return None
         if use_cache is None:
             use_cache = (
-                self.config.use_cache
-                and not self.training
-                and not packed
-                and self.sequence_parallel_context is None
+                self.config.use_cache and not self.training and not packed and self.sequence_parallel_context is None
             )
         if cache is None:
             if not use_cache:
                 return None
-            return (
-                DynamicCache(config=self.config)
-                if self.config.has_softmax_layers
-                else CountingCache(self.config)
-            )
-        if not self.config.has_softmax_layers and not isinstance(cache, CountingCache):
-            raise ValueError(
-                f"a model without softmax layers needs a CountingCache, got {type(cache).__name__}; "
-                "use linear_llama3.modeling.CountingCache(model.config), or pass no cache"
-            )
+            return DynamicCache(config=self.config) if self.config.has_softmax_layers else CountingCache(self.config)
+        check_cache(self.config, cache)
         return cache
 
 
@@ -277,20 +259,21 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        attention_mask: Mask = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits `[B, T, vocab]`, and the loss if `labels` `[B, T]` are given (-100 is ignored).
 
         `shift_labels` and `num_items_in_batch` go to the loss: sum over the local labels / the count. Under a
-        sequence-parallel context both are required with `labels`, since neither the next label nor the mean can
-        be had from one shard. `logits_to_keep`: the last n positions, positions 1-D or per row, or a mask `[B, T]`.
+        sequence-parallel context both are required with `labels`, since neither the next label nor the mean
+        can be had from one shard. `logits_to_keep`: the last n positions, positions 1-D or per row, or a mask
+        `[B, T]`.
         """
         if labels is not None and self.model.sequence_parallel_context is not None:
             check_sharded_loss(kwargs)
@@ -306,9 +289,7 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, GenerationMixin):
         logits = self.lm_head(positions_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -320,11 +301,9 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """transformers' hook: refuse generation on a shard, and give a pure linear model the cache that counts."""
+        """transformers' hook: refuses to generate from a shard, gives a pure linear model its cache."""
         if self.model.sequence_parallel_context is not None:
-            raise ValueError(
-                f"one rank's shard cannot generate, got generate() under a context; {SWITCH_OFF}"
-            )
+            raise ValueError(f"one rank's shard cannot generate, got generate() under a context; {SWITCH_OFF}")
         wants_cache = generation_config.use_cache and model_kwargs.get("past_key_values") is None
         if wants_cache and not self.config.has_softmax_layers:
             implementation = generation_config.cache_implementation

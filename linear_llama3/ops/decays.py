@@ -17,5 +17,5 @@ def lightning_log_decay(num_heads: int, layer_idx: int, num_layers: int) -> Tens
 
 
 def retention_log_decay(num_heads: int) -> Tensor:
-    """RetNet's decays (arXiv:2307.08621, section 3.1): `ln(1 - 2^(-5-h))` for head h; `[num_heads]` float32."""
+    """RetNet's decays (arXiv:2307.08621, section 3.1): `ln(1 - 2^(-5-h))` of head h; `[num_heads]` float32."""
     return torch.log1p(-torch.exp2(-5.0 - torch.arange(num_heads, dtype=torch.float32)))

@@ -11,7 +11,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GPT2Config, LlamaConfig
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
-
 from tests.modeling.tiny import tiny_config
 
 

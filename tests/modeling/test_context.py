@@ -1,7 +1,7 @@
 """The model under a sequence-parallel context: what it hands over, and what it refuses.
 
-A group of one stands in for the real context, so that its results must be the model's own. What the strategies
-exchange is tested in tests/sequence_parallel.
+A group of one stands in for the real context, so that its results must be the model's own. What the
+strategies exchange is tested in tests/sequence_parallel.
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ def batch(documents: list[int] | None = None) -> dict[str, Tensor]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("documents", [None, [5, 8, 11]])
 @pytest.mark.parametrize("mixer", MIXER_NAMES)
-def test_one_rank_is_the_model(
-    context: OneRank, mixer: str, documents: list[int] | None, checkpointing: bool
-) -> None:
+def test_one_rank_is_the_model(context: OneRank, mixer: str, documents: list[int] | None, checkpointing: bool) -> None:
     model = tiny_model(mixer).train()
     plain = model(**batch(documents), num_items_in_batch=23)
     plain.loss.backward()

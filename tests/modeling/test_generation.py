@@ -22,17 +22,13 @@ def feed(model: LinearLlama3ForCausalLM, x: Tensor, pieces: list[int], **kwargs:
     mask = kwargs.pop("attention_mask", None)
     for length in pieces:
         part_mask = None if mask is None else mask[:, : start + length]
-        out = model(
-            x[:, start : start + length], past_key_values=cache, attention_mask=part_mask, use_cache=True
-        )
+        out = model(x[:, start : start + length], past_key_values=cache, attention_mask=part_mask, use_cache=True)
         cache, start = out.past_key_values, start + length
         logits.append(out.logits)
     return torch.cat(logits, 1), cache
 
 
-@pytest.mark.parametrize(
-    "pieces", [[1] * 12, [5, 1, 1, 1, 4], [7, 5]], ids=["one", "prefill-decode", "chunks"]
-)
+@pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 1, 1, 4], [7, 5]], ids=["one", "prefill-decode", "chunks"])
 @pytest.mark.parametrize(("mixer", "interval"), KINDS)
 @torch.no_grad()
 def test_cached_equals_uncached(mixer: str, interval: int, pieces: list[int]) -> None:
@@ -162,3 +158,5 @@ def test_refused() -> None:
     with pytest.raises(ValueError, match="needs a CountingCache, got DynamicCache"):
         pure(tokens(1, 7), past_key_values=DynamicCache(config=pure.config))
     assert isinstance(pure(tokens(1, 7)).past_key_values, CountingCache)
+    with pytest.raises(ValueError, match=r"layer 0 is linear .* build it with DynamicCache\(config=model.config\)"):
+        model(tokens(1, 7), past_key_values=DynamicCache())

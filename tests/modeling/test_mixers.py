@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from linear_llama3.modeling import LinearAttention
-
 from tests.modeling.tiny import MIXER_NAMES, tiny_config, tiny_model
 
 
@@ -142,9 +141,7 @@ def test_casts_do_not_round_the_decay(mixer: str) -> None:
         assert torch.equal(decay, exact)
 
 
-@pytest.mark.parametrize(
-    "mixer", ["basic", "lightning", "retention"]
-)  # a decay per channel turns with the rotation
+@pytest.mark.parametrize("mixer", ["basic", "lightning", "retention"])  # a decay per channel turns with the rotation
 def test_rotary_layers_see_relative_positions(mixer: str) -> None:
     layer = make_layer(mixer, linear_use_rope=True)
     x = torch.randn(1, 9, 32, dtype=torch.float64)

@@ -80,9 +80,7 @@ def test_all_softmax_is_llama(tmp_path: Path) -> None:
         "g_proj.weight",
     }
     assert info["missing_keys"] == {f"model.layers.{i}.self_attn.{name}" for i in (0, 2) for name in own}
-    assert torch.equal(
-        hybrid.model.layers[0].self_attn.q_proj.weight, llama.model.layers[0].self_attn.q_proj.weight
-    )
+    assert torch.equal(hybrid.model.layers[0].self_attn.q_proj.weight, llama.model.layers[0].self_attn.q_proj.weight)
     assert (hybrid.model.layers[0].self_attn.decay_bias == config.gate_bias_init).all()
 
 
@@ -147,9 +145,7 @@ def test_loss() -> None:
     count = int((shifted != -100).sum())
     torch.testing.assert_close(model(x, labels=labels).loss, total / count)
     torch.testing.assert_close(model(x, labels=labels, num_items_in_batch=7).loss, total / 7)
-    given = model(
-        x, labels=labels, shift_labels=shifted.contiguous(), num_items_in_batch=torch.tensor(5)
-    ).loss
+    given = model(x, labels=labels, shift_labels=shifted.contiguous(), num_items_in_batch=torch.tensor(5)).loss
     torch.testing.assert_close(given, total / 5)
 
 
@@ -220,8 +216,6 @@ def test_layers_hold_no_loose_tensor() -> None:
     """A tensor that is neither parameter nor buffer would stay on the meta device."""
     for mixer in MIXER_NAMES:
         for module in tiny_model(mixer).modules():
-            loose: list[Any] = [
-                name for name, value in vars(module).items() if isinstance(value, torch.Tensor)
-            ]
+            loose: list[Any] = [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
             assert not loose
     assert isinstance(tiny_model().model.layers[0].self_attn, LinearAttention)

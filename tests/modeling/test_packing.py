@@ -32,9 +32,7 @@ def packed_kwargs(told_by: str, rows: list[list[int]]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "told_by", ["position_ids", "cu_seq_lens", "both", "all-ones mask", "edges and running positions"]
 )
-@pytest.mark.parametrize(
-    ("mixer", "interval"), [(mixer, 2) for mixer in MIXER_NAMES] + [("gla", 0), ("gla", 1)]
-)
+@pytest.mark.parametrize(("mixer", "interval"), [(mixer, 2) for mixer in MIXER_NAMES] + [("gla", 0), ("gla", 1)])
 def test_packed_equals_alone(mixer: str, interval: int, told_by: str, rows: list[list[int]]) -> None:
     model = tiny_model(mixer, full_attention_interval=interval)
     x = tokens(len(rows), sum(rows[0]))
@@ -70,9 +68,7 @@ def test_gradients(implementation: str) -> None:
             model(part, labels=part, num_items_in_batch=count).loss.backward()
             start += length
     for name, alone in gradients(model).items():
-        torch.testing.assert_close(
-            packed[name], alone, rtol=1e-3, atol=1e-5 + 1e-4 * float(alone.abs().max())
-        )
+        torch.testing.assert_close(packed[name], alone, rtol=1e-3, atol=1e-5 + 1e-4 * float(alone.abs().max()))
 
 
 @pytest.mark.parametrize(

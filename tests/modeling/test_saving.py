@@ -57,9 +57,7 @@ def test_meta_device_loading_restores_buffers_and_fresh_parameters(
     """from_pretrained builds on the meta device; what the file lacks must come out as in a direct build."""
     model = tiny_model(mixer)
     own = ("o_norm", "decay_bias")
-    state_dict = {
-        name: value for name, value in model.state_dict().items() if not any(o in name for o in own)
-    }
+    state_dict = {name: value for name, value in model.state_dict().items() if not any(o in name for o in own)}
     model.save_pretrained(tmp_path, state_dict=state_dict)
     loaded = LinearLlama3ForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     buffers = dict(model.named_buffers())
@@ -189,9 +187,7 @@ def test_hub_loading_without_importing_the_package(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "model")
     arguments = [sys.executable, "-c", HUB_TABLE, str(tmp_path / "model"), str(tmp_path / "again"), str(ROOT)]
     environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert names(tmp_path / "again") == FILES
 
@@ -217,9 +213,7 @@ def test_push_to_hub(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def card(repo_id: str, tags_given: list[str] | None = None, **kwargs: Any) -> ModelCard:
         tags.extend(tags_given or [])
-        return ModelCard.from_template(
-            ModelCardData(tags=tags_given), template_str="---\n{{ card_data }}\n---\n"
-        )
+        return ModelCard.from_template(ModelCardData(tags=tags_given), template_str="---\n{{ card_data }}\n---\n")
 
     monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: hub)
     monkeypatch.setattr(transformers.modeling_utils, "hf_api", lambda: hub)

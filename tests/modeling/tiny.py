@@ -26,9 +26,7 @@ SIZES = {
 
 def tiny_config(mixer: str = "gla", **fields: Any) -> LinearLlama3Config:
     """LSLS of one mixer; `full_attention_interval=0` makes it purely linear, 1 purely softmax."""
-    return LinearLlama3Config(
-        **{**SIZES, "linear_attention_type": mixer, "full_attention_interval": 2, **fields}
-    )
+    return LinearLlama3Config(**{**SIZES, "linear_attention_type": mixer, "full_attention_interval": 2, **fields})
 
 
 def tiny_model(mixer: str = "gla", *, seed: int = 0, **fields: Any) -> LinearLlama3ForCausalLM:
