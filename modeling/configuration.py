@@ -31,7 +31,7 @@ class LinearLlama3Config(PreTrainedConfig):
     - `linear_feature_map`: feature map of queries and keys, one of `FEATURE_MAPS`; None takes the mixer's
       own.
     - `linear_use_rope`: rotary embedding in the linear layers; None takes the mixer's own.
-    - `linear_output_gate`: keep the mixer's output gate, if it has one.
+    - `linear_output_gate`: multiply the output by the mixer's gate (a projection of the layer's input).
     - `linear_num_key_value_heads`, `linear_key_head_dim`, `linear_value_head_dim`: key/value heads, D_k and
       D_v of the linear layers; None takes `num_key_value_heads` and `head_dim`. Query heads are Llama's.
     - `gate_bias_init`: initial bias of a learned decay; large means long memory (6.0: about 0.9998 a token).

@@ -33,18 +33,17 @@ class Mixer:
     constant_log_decay: Callable[[int, int, int], Tensor] | None = None  # (heads, layer, layers) -> [H_kv]
     learned_decay: bool = False  # per token, head and key channel
     use_rope: bool = False
-    output_gate: str | None = None  # activation of the gate on the output
+    output_gate: str = "silu"  # activation of the gate on the output
 
 
 MIXERS: dict[str, Mixer] = {
-    "basic": Mixer(feature_map="silu", output_gate="silu"),
+    "basic": Mixer(feature_map="silu"),
     "lightning": Mixer(feature_map="silu", constant_log_decay=lightning_log_decay, output_gate="sigmoid"),
     "retention": Mixer(
         constant_log_decay=lambda heads, layer, layers: retention_log_decay(heads),
         use_rope=True,
-        output_gate="silu",
     ),
-    "gla": Mixer(learned_decay=True, output_gate="silu"),
+    "gla": Mixer(learned_decay=True),
 }
 """Value of `config.linear_attention_type` -> mixer."""
 
@@ -78,8 +77,7 @@ class LinearAttention(nn.Module):
             self.decay_up_proj = nn.Linear(DECAY_RANK, self.num_kv_heads * self.key_dim, bias=False)
             # not the projection's own bias: transformers lets only the owner of a parameter initialise it
             self.decay_bias = nn.Parameter(torch.full((self.num_kv_heads * self.key_dim,), config.gate_bias_init))
-        self.has_output_gate = config.linear_output_gate and mixer.output_gate is not None
-        if self.has_output_gate:
+        if config.linear_output_gate:
             self.g_proj = nn.Linear(hidden, heads * self.value_dim, bias=False)
             self.gate_activation = ACT2FN[mixer.output_gate]
         if mixer.constant_log_decay is not None:
@@ -124,7 +122,7 @@ class LinearAttention(nn.Module):
         else:
             out = self._attend_cached(q, k, v, log_decay, past_key_values)
         out = self.o_norm(out).reshape(*hidden_states.shape[:2], -1)
-        if self.has_output_gate:
+        if self.config.linear_output_gate:
             out = out * self.gate_activation(self.g_proj(hidden_states))
         return self.o_proj(out), None
 
