@@ -1,0 +1,234 @@
+"""Training on any grid of (data-parallel, sequence-parallel) processes is training on one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import Tensor, nn
+
+from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
+from linear_llama3.sequence_parallel import SequenceParallelContext
+from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments, SequenceParallelAccelerator
+from tests.distributed import run_distributed
+
+LENGTH = 13  # no multiple of any number of ranks
+GRIDS = [(1, 1), (2, 2), (2, 1), (4, 2), (4, 4)]  # (processes, sequence-parallel degree)
+
+
+def tiny_model() -> LinearLlama3ForCausalLM:
+    torch.manual_seed(0)
+    config = LinearLlama3Config(
+        vocab_size=23,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        linear_attention_type="gla",
+        gate_bias_init=0.0,
+        full_attention_interval=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LinearLlama3ForCausalLM(config)
+
+
+def rows(packed: bool) -> list[dict[str, Tensor]]:
+    """Eight rows with very uneven labels: the loss of a row's last part, or of all but it, does not count."""
+    generator = torch.Generator().manual_seed(1)
+    out = []
+    for i in range(8):
+        ids = torch.randint(23, (LENGTH,), generator=generator)
+        labels = ids.clone()
+        labels[: 12 if i % 3 == 0 else 0] = -100
+        labels[5 if i % 3 == 1 else LENGTH :] = -100
+        row = {"input_ids": ids, "labels": labels}
+        if packed:
+            row["position_ids"] = torch.cat([torch.arange(4 + i % 4), torch.arange(LENGTH - 4 - i % 4)])
+        out.append(row)
+    return out
+
+
+def reset_accelerate() -> None:
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state() if state is not AcceleratorState else state._reset_state(reset_partial_state=False)
+
+
+def train(world: int, degree: int, packed: bool, checkpointing: bool, folder: str) -> dict[str, Any]:
+    """Two optimizer steps of 4 rows each, whatever the grid: (loss, gradient norm) per step, and the parameters."""
+    reset_accelerate()
+    data_parallel = world // degree
+    args = LinearLlama3TrainingArguments(
+        output_dir=folder,
+        use_cpu=True,
+        max_steps=2,
+        per_device_train_batch_size=2 // data_parallel,
+        gradient_accumulation_steps=2,
+        sequence_parallel_size=degree,
+        learning_rate=1.0,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=1e9,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        gradient_checkpointing=checkpointing,
+        per_device_eval_batch_size=2 // data_parallel,
+    )
+    data = rows(packed)
+    trainer = SequentialTrainer(model=tiny_model(), args=args, train_dataset=data, eval_dataset=data[:6])
+    trainer.train()
+    evaluated = trainer.evaluate()["eval_loss"]
+    logits = trainer.predict(data[:6]).predictions
+    history = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
+    parameters = {name: p.detach().numpy() for name, p in trainer.model.named_parameters()}
+    reset_accelerate()
+    return {
+        "history": history,
+        "parameters": parameters,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "eval": evaluated,
+        "logits": logits,
+    }
+
+
+class SequentialTrainer(LinearLlama3Trainer):
+    """Rows in their order, so that every grid sees the same ones in a step."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_any_grid_equals_one_process(packed: bool, checkpointing: bool, tmp_path: Path) -> None:
+    results = {
+        grid: run_distributed(train, grid[0], *grid, packed, checkpointing, str(tmp_path))
+        for grid in (GRIDS if not checkpointing else GRIDS[:2])
+    }
+    (one,) = results[1, 1]
+    assert one["history"][0][0] != pytest.approx(one["history"][1][0], rel=1e-2), "nothing was learnt"
+    for grid, ranks in results.items():
+        for run in ranks:
+            for got, expected in zip(run["history"], one["history"], strict=True):
+                assert got == pytest.approx(expected, rel=2e-4), grid
+            for name, expected in one["parameters"].items():
+                assert abs(run["parameters"][name] - expected).max() < 2e-5, (grid, name)
+            assert run["tokens"] == one["tokens"] == 8 * LENGTH, grid
+            assert run["eval"] == pytest.approx(one["eval"], rel=1e-4), grid
+            assert abs(run["logits"] - one["logits"]).max() < 1e-4, grid
+
+
+def own_loop(degree: int) -> tuple[list[float], Tensor]:
+    """The loop of SequenceParallelAccelerator's docstring, two batches a step."""
+    reset_accelerate()
+    accelerator = SequenceParallelAccelerator(cpu=True, sequence_parallel_size=degree)
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    replicas = accelerator.num_processes // degree
+    loader = torch.utils.data.DataLoader(rows(False), batch_size=2 // replicas)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    losses = []
+    for batch in loader:
+        loss = model(**accelerator.shard_batch(batch), num_items_in_batch=accelerator.num_items(batch)).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(accelerator.reduce(loss.detach(), "mean").item())
+    parameters = nn.utils.parameters_to_vector(accelerator.unwrap_model(model).parameters()).detach()
+    reset_accelerate()
+    return losses, parameters.numpy()
+
+
+def test_own_loop_equals_one_process() -> None:
+    ((losses, parameters),) = run_distributed(own_loop, 1, 1)
+    for world, degree in ((2, 2), (4, 2), (2, 1)):
+        for got_losses, got_parameters in run_distributed(own_loop, world, degree):
+            assert got_losses == pytest.approx(losses, rel=1e-4), (world, degree)
+            assert abs(got_parameters - parameters).max() < 2e-5, (world, degree)
+
+
+def degree_of(setting: str, size: int | str) -> int | str:
+    """The degree that a launch of 4 processes gets, or the error."""
+    from linear_llama3.trainer.parallelism import resolve_parallelism
+
+    given = None
+    if setting.startswith("env"):
+        os.environ["PARALLELISM_CONFIG_CP_SIZE"] = setting[3:]
+    elif setting:
+        given = ParallelismConfig(cp_size=int(setting))
+    try:
+        grid = resolve_parallelism(given, size, dist.get_world_size())
+        return 1 if grid is None else grid.cp_size
+    except ValueError as error:
+        return str(error)
+    finally:
+        os.environ.pop("PARALLELISM_CONFIG_CP_SIZE", None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "size", "expected"),
+    [
+        ("", "auto", 4),
+        ("", 2, 2),
+        ("", 1, 1),
+        ("env2", "auto", 2),
+        ("env1", "auto", 1),
+        ("2", 4, 2),
+        ("", 3, "must divide the number of processes, got 3 for 4"),
+        ("env3", "auto", "must divide the number of processes, got 3 for 4"),
+        ("", "all", "must be 'auto' or a positive integer, got 'all'"),
+        ("", 0, "must be 'auto' or a positive integer, got 0"),
+    ],
+)
+def test_degree(setting: str, size: int | str, expected: int | str) -> None:
+    for got in run_distributed(degree_of, 4, setting, size):
+        assert got == expected or (isinstance(expected, str) and isinstance(got, str) and expected in got)
+
+
+def refused(changes: dict[str, Any], folder: str) -> str:
+    reset_accelerate()
+    data = changes.pop("data", None) or rows(False)
+    if changes.pop("other_rows", False):
+        data = data[dist.get_rank() :]
+    keywords = {"compute_loss_func": changes.pop("compute_loss_func")} if "compute_loss_func" in changes else {}
+    args = LinearLlama3TrainingArguments(
+        output_dir=folder, use_cpu=True, max_steps=1, report_to=[], disable_tqdm=True, save_strategy="no", **changes
+    )
+    try:
+        SequentialTrainer(model=tiny_model(), args=args, train_dataset=data, **keywords).train()
+    except ValueError as error:
+        return str(error)
+    finally:
+        reset_accelerate()
+    return ""
+
+
+def some_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
+    return outputs.logits.sum()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches must be False"),
+        ({"compute_loss_func": some_loss}, "compute_loss_func is not possible"),
+        ({"linear_strategy": "mail"}, "got 'mail'"),
+        ({"other_rows": True}, "must load the same batch"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    assert all(message in text for text in run_distributed(refused, 2, changes, str(tmp_path)))
+
+
+def test_a_plain_context_needs_no_group() -> None:
+    assert SequenceParallelContext(None).world_size == 1

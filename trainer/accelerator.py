@@ -1,0 +1,94 @@
+"""Accelerate for one's own training loop, every sequence spread over several processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import PartialState
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
+from ..sequence_parallel.context import IGNORE_INDEX
+from .parallelism import attach, check_peers, hidden_parallelism, resolve_parallelism, uses_fsdp
+
+
+class SequenceParallelAccelerator(Accelerator):
+    """An Accelerator whose `cp` axis shards sequences for linear and softmax layers.
+
+        accelerator = SequenceParallelAccelerator()
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        for batch in loader:
+            local = accelerator.shard_batch(batch)
+            loss = model(**local, num_items_in_batch=accelerator.num_items(batch)).loss
+            accelerator.backward(loss)
+
+    Args:
+        sequence_parallel_size: processes that share every sequence; "auto" takes all of the launch. accelerate's
+            own setting (`parallelism_config`, `PARALLELISM_CONFIG_CP_SIZE`) goes before it.
+        sequence_parallel_config: strategies and layout.
+        parallelism_config, kwargs: accelerate's.
+    """
+
+    sequence_parallel_context: SequenceParallelContext | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        sequence_parallel_size: int | str = "auto",
+        sequence_parallel_config: SequenceParallelConfig | None = None,
+        parallelism_config: ParallelismConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        cpu = bool(kwargs.get("cpu", False))
+        processes = PartialState(cpu=cpu).num_processes
+        parallelism = resolve_parallelism(parallelism_config, sequence_parallel_size, processes)
+        if uses_fsdp(cpu) or parallelism is None:
+            kwargs["parallelism_config"] = parallelism if parallelism is not None else parallelism_config
+        with hidden_parallelism():
+            super().__init__(*args, **kwargs)
+        self._peers_agree = False
+        if parallelism is not None:
+            config = sequence_parallel_config or SequenceParallelConfig()
+            self.sequence_parallel_context = attach(self, parallelism, config)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+        """As Accelerator's; models also get the sequence-parallel context."""
+        if self.sequence_parallel_context is not None:
+            for model in args:
+                if isinstance(model, nn.Module):
+                    enable_sequence_parallel(model, self.sequence_parallel_context)
+        return super().prepare(*args, **kwargs)
+
+    def shard_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """This process's part of a batch from a prepared loader (`SequenceParallelContext.shard_batch`)."""
+        context = self.sequence_parallel_context
+        if context is None:
+            return batch
+        if not self._peers_agree:
+            check_peers(context, batch)
+            self._peers_agree = True
+        return context.shard_batch(batch)
+
+    def num_items(self, *batches: dict[str, Any]) -> Tensor:
+        """The model's `num_items_in_batch` for the batches of one optimizer step, uncut, of this process.
+
+        It is the number of labels in all processes' batches, divided by the number of processes: the gradients of
+        the processes are averaged, and become those of the mean over all labels.
+        """
+        counts = [
+            (
+                batch["shift_labels"]
+                if "shift_labels" in batch
+                else F.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
+            )
+            .ne(IGNORE_INDEX)
+            .sum()
+            for batch in batches
+        ]
+        local = torch.stack(counts).sum().to(self.device)
+        ranks = 1 if self.sequence_parallel_context is None else self.sequence_parallel_context.world_size
+        return self.reduce(local.double(), reduction="sum") / ranks / self.num_processes

@@ -1,0 +1,35 @@
+"""transformers' TrainingArguments with the choices of sequence parallelism."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from ..sequence_parallel import SequenceParallelConfig
+
+
+@dataclass
+class LinearLlama3TrainingArguments(TrainingArguments):
+    """Fields beyond TrainingArguments'. accelerate's own `cp` setting goes before `sequence_parallel_size`."""
+
+    sequence_parallel_size: int | str = field(
+        default="auto",
+        metadata={"help": "Processes that share every sequence; 'auto' takes all processes of the launch."},
+    )
+    linear_strategy: str = field(default="lasp2", metadata={"help": "How linear layers exchange states."})
+    softmax_strategy: str = field(default="lasp2h", metadata={"help": "How softmax layers exchange K and V."})
+    sequence_layout: str = field(default="auto", metadata={"help": "Which tokens a rank holds."})
+    include_num_input_tokens_seen: str | bool = field(
+        default="all", metadata={"help": "Count tokens, and log tokens a second."}
+    )
+
+
+def sequence_parallel_config(args: TrainingArguments) -> SequenceParallelConfig:
+    """The strategies that `args` names; the defaults for plain TrainingArguments (TRL's, for instance)."""
+    default = SequenceParallelConfig()
+    return SequenceParallelConfig(
+        linear=getattr(args, "linear_strategy", default.linear),
+        softmax=getattr(args, "softmax_strategy", default.softmax),
+        layout=getattr(args, "sequence_layout", default.layout),
+    )

@@ -1,0 +1,127 @@
+"""How many processes share a sequence, and telling accelerate so.
+
+The degree is accelerate's own context-parallel setting, mesh axis `cp`, the innermost one. accelerate refuses that
+axis without FSDP2, for models with linear attention, and on CPUs, because of what its own context parallelism can
+do; ours needs none of it. So, except under FSDP2, the axis is attached once the Accelerator is built; and in every
+case its hook that would shard softmax attention (`_prepare_cp`) passes everything through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from accelerate.parallelism_config import ParallelismConfig
+from torch import nn
+
+from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext
+from ..sequence_parallel.collectives import all_gather
+
+TESTED = "transformers 5.17 to 5.23 and accelerate 1.15"
+_FLAG = "ACCELERATE_USE_PARALLELISM_CONFIG"
+
+
+def resolve_parallelism(given: ParallelismConfig | None, size: int | str, processes: int) -> ParallelismConfig | None:
+    """The processes as a grid (data-parallel, cp), or None where every sequence stays on one process.
+
+    Args:
+        given: accelerate's setting, if the caller has one; else `PARALLELISM_CONFIG_CP_SIZE` of the environment
+            (which `accelerate launch --parallelism_config_cp_size` sets) counts; else `size`.
+        size: the sequence-parallel degree, or "auto" for all processes.
+        processes: of the whole launch.
+
+    Raises:
+        ValueError: a degree that does not divide the processes, or another axis than data-parallel beside cp.
+    """
+    if given is None and "PARALLELISM_CONFIG_CP_SIZE" in os.environ:
+        given = ParallelismConfig()
+    if given is None:
+        if size != "auto" and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"sequence_parallel_size must be 'auto' or a positive integer, got {size!r}")
+        given = ParallelismConfig(cp_size=processes if size == "auto" else int(size))
+    degree = given.cp_size
+    if processes % degree:
+        raise ValueError(
+            f"the sequence-parallel degree (cp) must divide the number of processes, got {degree} for {processes}; "
+            f"launch a multiple of {degree} processes or choose another degree"
+        )
+    if degree == 1:
+        return None
+    for axis, axis_size in (("tp", given.tp_size), ("sp", given.sp_size)):
+        if axis_size > 1:
+            raise ValueError(
+                f"sequence parallelism goes with data parallelism only, got {axis}_size = {axis_size}; set it to 1"
+            )
+    if given.total_size == processes:
+        return given
+    # Only the degree was said: the rest is data-parallel. accelerate wants that in dp_shard, under DDP too.
+    if given.total_size != degree:
+        raise ValueError(
+            f"the parallel sizes must multiply to the {processes} processes, got dp_replicate "
+            f"{given.dp_replicate_size} x dp_shard {given.dp_shard_size} x cp {degree}; leave the dp sizes out"
+        )
+    return ParallelismConfig(cp_size=degree, dp_shard_size=processes // degree)
+
+
+def uses_fsdp(cpu: bool) -> bool:
+    """FSDP2 as `accelerate launch --use_fsdp` sets it; accelerate ignores it on CPUs."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not cpu
+
+
+@contextlib.contextmanager
+def hidden_parallelism() -> Iterator[None]:
+    """Keeps accelerate from building a parallelism config of its own while an Accelerator is made."""
+    flag = os.environ.pop(_FLAG, None)
+    try:
+        yield
+    finally:
+        if flag is not None:
+            os.environ[_FLAG] = flag
+
+
+def attach(
+    accelerator: Accelerator, parallelism: ParallelismConfig, config: SequenceParallelConfig
+) -> SequenceParallelContext:
+    """Gives a built accelerator the grid, and returns this process's sequence-parallel context."""
+    require(accelerator, "_prepare_cp")
+    if accelerator.state.parallelism_config is None:
+        accelerator.state.parallelism_config = parallelism
+        accelerator.state.device_mesh = parallelism.get_device_mesh(accelerator.device.type)
+    accelerator._prepare_cp = lambda *objects: objects
+    mesh = accelerator.state.device_mesh
+    return SequenceParallelContext(mesh["cp"].get_group(), config)
+
+
+def require(owner: object, name: str) -> None:
+    """These hooks are private: say so when a release has moved them."""
+    if not hasattr(owner, name):
+        raise ValueError(
+            f"{type(owner).__name__} has no {name}: this release changed a hook that sequence parallelism needs; "
+            f"use {TESTED}"
+        )
+
+
+def check_peers(context: SequenceParallelContext, batch: dict[str, object]) -> None:
+    """ValueError unless all ranks of a sequence-parallel group hold the same batch."""
+    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+    if context.group is None or not isinstance(tokens, torch.Tensor):
+        return
+    # position-weighted sum modulo 2^64: cheap, and different for rows in another order
+    words = tokens.reshape(-1).view(torch.int32).long() if tokens.is_floating_point() else tokens.reshape(-1).long()
+    weights = torch.arange(1, len(words) + 1, device=words.device) * 0x9E3779B1 + 1
+    digest = torch.stack([(words * weights).sum(), torch.tensor(tokens.numel(), device=words.device)])
+    digests = all_gather(digest, context.group).wait()
+    if bool((digests != digest).any()):
+        raise ValueError(
+            "all ranks of a sequence-parallel group must load the same batch, got different ones: rank "
+            f"{context.rank} of {context.world_size} has {digest.tolist()}, all have {digests.tolist()} (hash, "
+            "tokens); for an iterable dataset set accelerator_config={'dispatch_batches': False}"
+        )
+
+
+def is_sharded_by(model: nn.Module, context: SequenceParallelContext) -> bool:
+    """Whether `context` is enabled on `model`."""
+    return any(getattr(module, "sequence_parallel_context", None) is context for module in model.modules())

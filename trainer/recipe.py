@@ -1,0 +1,159 @@
+"""A recipe: the YAML file that says what is trained on what, and how.
+
+model: {linear_attention_type: gla, num_hidden_layers: 4, hidden_size: 256}   # or {name_or_path: folder}
+tokenizer: runs/tokenizer
+data: {files: corpus/}                       # files, folders, patterns; or {dataset: name, text_column: text}
+sequence_length: 8192
+sequence_parallel: {size: auto, linear: lasp2, softmax: lasp2h, layout: auto}
+training: {output_dir: runs/out, max_steps: 100, learning_rate: 1e-3}         # any TrainingArguments field
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..modeling import LinearLlama3Config
+from ..sequence_parallel import SequenceParallelConfig
+from .arguments import LinearLlama3TrainingArguments
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataRecipe:
+    """Local text (`files`: one document per file) or a dataset of the `datasets` library, one of both."""
+
+    files: str | list[str] | None = None
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    text_column: str = "text"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceParallelRecipe:
+    """Degree, strategies and layout."""
+
+    size: int | str = "auto"
+    linear: str = "lasp2"
+    softmax: str = "lasp2h"
+    layout: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A whole run. `model` holds LinearLlama3Config's fields, or `name_or_path` of weights to start from."""
+
+    model: dict[str, Any]
+    tokenizer: str
+    data: DataRecipe
+    sequence_length: int
+    training: dict[str, Any]
+    sequence_parallel: SequenceParallelRecipe = field(default_factory=SequenceParallelRecipe)
+
+    def training_arguments(self) -> LinearLlama3TrainingArguments:
+        """transformers checks the values; the names are checked already."""
+        parallel = self.sequence_parallel
+        return LinearLlama3TrainingArguments(
+            sequence_parallel_size=parallel.size,
+            linear_strategy=parallel.linear,
+            softmax_strategy=parallel.softmax,
+            sequence_layout=parallel.layout,
+            **self.training,
+        )
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Reads and checks a recipe.
+
+    Raises:
+        ValueError: no such file, no YAML mapping, an unknown or missing key, a value of the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"a recipe must be a YAML file, got {str(path)!r}, which does not exist")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"a recipe must be YAML, {path} is not: {error}") from error
+    values = _checked(Recipe, content, f"recipe {path}")
+    values["data"] = DataRecipe(**_checked(DataRecipe, values["data"], "data"))
+    if "sequence_parallel" in values:
+        parallel = _checked(SequenceParallelRecipe, values["sequence_parallel"], "sequence_parallel")
+        values["sequence_parallel"] = SequenceParallelRecipe(**parallel)
+    recipe = Recipe(**values)
+    _check_values(recipe)
+    return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number; YAML 1.1 takes it for a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _check_values(recipe: Recipe) -> None:
+    if recipe.sequence_length < 2:
+        raise ValueError(f"sequence_length must be at least 2 (a token and the next), got {recipe.sequence_length}")
+    data = recipe.data
+    if (data.files is None) == (data.dataset is None):
+        raise ValueError(f"data needs files or dataset, one of them, got files={data.files} and dataset={data.dataset}")
+    parallel = recipe.sequence_parallel
+    SequenceParallelConfig(linear=parallel.linear, softmax=parallel.softmax, layout=parallel.layout)
+    if "name_or_path" in recipe.model:
+        _check_names(recipe.model, ["name_or_path"], "model with name_or_path")
+    else:
+        _check_names(recipe.model, [f.name for f in dataclasses.fields(LinearLlama3Config)], "model")
+    _check_names(recipe.training, [f.name for f in dataclasses.fields(LinearLlama3TrainingArguments)], "training")
+
+
+def _checked(kind: type, content: Any, where: str) -> dict[str, Any]:
+    """`content` as the arguments of the dataclass `kind`."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} must be a mapping of keys to values, got {type(content).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    _check_names(content, list(fields), where)
+    required = [
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in required if name not in content]
+    if missing:
+        raise ValueError(f"{where} needs {', '.join(missing)}, got only {', '.join(sorted(content)) or 'nothing'}")
+    for name, value in content.items():
+        _check_type(str(fields[name].type), value, f"{name} in {where}")
+    return dict(content)
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "None": (type(None),),
+    "list": (list,),
+    "dict": (dict,),
+}
+
+
+def _check_type(annotation: str, value: Any, where: str) -> None:
+    """`annotation` as it stands in the dataclasses above: names joined by `|`, or another section."""
+    names = [name.strip().split("[")[0] for name in annotation.split("|")]
+    allowed = tuple(t for name in names for t in _TYPES.get(name, (dict,)))
+    if not isinstance(value, allowed) or isinstance(value, bool):
+        raise ValueError(f"{where} must be {annotation}, got {value!r}")
+
+
+def _check_names(content: dict[str, Any], known: list[str], where: str) -> None:
+    for name in content:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known)[:20])}"
+            raise ValueError(f"unknown key {name!r} in {where}; {hint}")

@@ -1,0 +1,150 @@
+"""transformers' Trainer, every sequence spread over the processes of the mesh axis `cp`.
+
+Peers in `cp` load the same batch (accelerate's loaders follow the mesh), `shard_batch` cuts it, and the loss of a
+shard is its sum over the global number of labels. Trainer multiplies by the number of processes and DDP or FSDP
+averages over them, so loss, gradients and their norm are those of one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import recursively_apply
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ..sequence_parallel import SequenceParallelContext, enable_sequence_parallel, unshard
+from ..sequence_parallel.collectives import all_reduce
+from .arguments import sequence_parallel_config
+from .parallelism import attach, check_peers, hidden_parallelism, is_sharded_by, require, resolve_parallelism, uses_fsdp
+
+
+class SequenceParallelMixin:
+    """Put before a Trainer class: `class MyTrainer(SequenceParallelMixin, SFTTrainer)`.
+
+    Reads `sequence_parallel_size`, `linear_strategy`, `softmax_strategy` and `sequence_layout` of the arguments
+    where there are any; plain TrainingArguments take all processes, LASP-2 and LASP-2H.
+    """
+
+    sequence_parallel_context: SequenceParallelContext | None = None
+    _peers_agree = False
+    _gather_function: Callable[[Any], Any]
+
+    @property
+    def gather_function(self) -> Callable[[Any], Any]:
+        """What Trainer collects the results of an evaluation with: every sequence once."""
+        return self._gather_function if self.sequence_parallel_context is None else self._gather_sequences
+
+    @gather_function.setter
+    def gather_function(self, function: Callable[[Any], Any]) -> None:
+        self._gather_function = function
+
+    def _gather_sequences(self, data: Any) -> Any:
+        """accelerate's `gather_for_metrics` knows nothing of `cp`: it keeps a copy of every row for each rank of
+        a sequence, or cuts rows off at the end of the data because of the copies."""
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        assert self.sequence_parallel_context is not None
+        ranks, state = self.sequence_parallel_context.world_size, accelerator.gradient_state
+
+        def once(gathered: Tensor) -> Tensor:  # [processes * rows, ...], ranks of a sequence side by side
+            rows = gathered.shape[0] // accelerator.num_processes
+            gathered = gathered.unflatten(0, (-1, ranks, rows))[:, 0].flatten(0, 1)
+            return gathered[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else gathered
+
+        return recursively_apply(once, accelerator.gather(data))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's hook: builds the Accelerator, then gives it the `cp` axis."""
+        require(self, "_prepare_context_parallel_inputs")
+        args: Any = self.args  # type: ignore[attr-defined]
+        size = getattr(args, "sequence_parallel_size", "auto")
+        parallelism = resolve_parallelism(args.parallelism_config, size, args.world_size)
+        if parallelism is None:
+            super().create_accelerator_and_postprocess()  # type: ignore[misc]
+            return
+        self._check_arguments(args)
+        visible = parallelism if uses_fsdp(args.use_cpu) else None
+        args.parallelism_config = visible
+        with hidden_parallelism():
+            super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        args.parallelism_config = parallelism
+        self.sequence_parallel_context = attach(self.accelerator, parallelism, sequence_parallel_config(args))
+
+    @staticmethod
+    def _check_arguments(args: Any) -> None:
+        if args.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor must be 0 under sequence parallelism (the Trainer's smoother shifts labels "
+                f"inside each shard), got {args.label_smoothing_factor}"
+            )
+        if args.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "dispatch_batches must be False under sequence parallelism (the dispatcher would hand every process "
+                "other rows), got True; leave it out of accelerator_config"
+            )
+        args.accelerator_config.dispatch_batches = False
+
+    def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Trainer's hook: this rank's part of the batch."""
+        context = self.sequence_parallel_context
+        if context is None:
+            return super()._prepare_context_parallel_inputs(model, inputs)  # type: ignore[misc]
+        if self.compute_loss_func is not None:  # type: ignore[attr-defined]
+            raise ValueError(
+                "compute_loss_func is not possible under sequence parallelism: it would see one shard and labels "
+                "without their neighbours; let the model compute the loss"
+            )
+        if not is_sharded_by(model, context):
+            enable_sequence_parallel(model, context)
+        if not self._peers_agree:
+            check_peers(context, inputs)
+            self._peers_agree = True
+        return contextlib.nullcontext, context.shard_batch(inputs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; the first batch, also after a resume, is compared between the ranks of a sequence."""
+        self._peers_agree = False
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Trainer's hook: all ranks of a sequence count the same batch."""
+        before = self.state.num_input_tokens_seen  # type: ignore[attr-defined]
+        super()._track_num_input_tokens(inputs)  # type: ignore[misc]
+        if self.sequence_parallel_context is not None:
+            seen = self.state.num_input_tokens_seen - before  # type: ignore[attr-defined]
+            self.state.num_input_tokens_seen = before + seen // self.sequence_parallel_context.world_size  # type: ignore[attr-defined]
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Trainer's: the exact loss, and the logits of whole sequences."""
+        context = self.sequence_parallel_context
+        if context is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+        if inputs.get("labels") is None:
+            raise ValueError("evaluation under sequence parallelism needs labels, got a batch without them")
+        rows, length = inputs["labels"].shape
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+        if loss is not None and context.group is not None:  # of a shard: Trainer would average only some of them
+            loss = all_reduce(loss, context.group).wait() / context.world_size
+        if logits is None:
+            return loss, None, None
+        if not isinstance(logits, torch.Tensor):
+            raise ValueError(
+                "under sequence parallelism evaluation returns logits alone, got further outputs; set "
+                "output_hidden_states=False or prediction_loss_only=True"
+            )
+        total = rows * length if logits.shape[0] != rows else length  # packed rows were laid end to end
+        logits = unshard(logits, group=context.group, length=total, layout=context.layout)
+        return loss, logits.reshape(rows, length, -1), labels
+
+
+class LinearLlama3Trainer(SequenceParallelMixin, Trainer):
+    """transformers' Trainer with sequence parallelism: launch it on several processes, nothing else changes."""
