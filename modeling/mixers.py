@@ -36,13 +36,14 @@ class Mixer:
     output_gate: str = "silu"  # activation of the gate on the output
 
 
+def _retention_log_decay(num_heads: int, layer_idx: int, num_layers: int) -> Tensor:
+    return retention_log_decay(num_heads)  # the same in every layer; named, so that a model can be pickled
+
+
 MIXERS: dict[str, Mixer] = {
     "basic": Mixer(feature_map="silu"),
     "lightning": Mixer(feature_map="silu", constant_log_decay=lightning_log_decay, output_gate="sigmoid"),
-    "retention": Mixer(
-        constant_log_decay=lambda heads, layer, layers: retention_log_decay(heads),
-        use_rope=True,
-    ),
+    "retention": Mixer(constant_log_decay=_retention_log_decay, use_rope=True),
     "gla": Mixer(learned_decay=True),
 }
 """Value of `config.linear_attention_type` -> mixer."""
@@ -51,7 +52,7 @@ MIXERS: dict[str, Mixer] = {
 class LinearAttention(nn.Module):
     """The attention of a linear layer, in the place and with the projections of Llama's softmax attention.
 
-    `q, k` pass through rotary embedding and feature map, the state decays as the mixer says, the output is
+    `q, k` pass through feature map and rotary embedding, the state decays as the mixer says, the output is
     normalised per head (RMSNorm over D_v), gated, and projected. The decoding state `[B, H_kv, D_k, D_v]` is
     float32 and lives in the cache's recurrent state of this layer.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,13 @@ def test_meta_device_loading_restores_buffers_and_fresh_parameters(
         assert torch.equal(buffer, buffers[name]), name
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, dict(model.named_parameters())[name].to(dtype)), name
+
+
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+def test_pickle(mixer: str) -> None:
+    """A model can be sent to a process that is spawned."""
+    model = tiny_model(mixer)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
 
 
 def test_tied_weights(tmp_path: Path) -> None:
