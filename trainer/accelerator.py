@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
 from ..sequence_parallel.context import IGNORE_INDEX
@@ -79,16 +78,7 @@ class SequenceParallelAccelerator(Accelerator):
         It is the number of labels in all processes' batches, divided by the number of processes: the gradients of
         the processes are averaged, and become those of the mean over all labels.
         """
-        counts = [
-            (
-                batch["shift_labels"]
-                if "shift_labels" in batch
-                else F.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
-            )
-            .ne(IGNORE_INDEX)
-            .sum()
-            for batch in batches
-        ]
-        local = torch.stack(counts).sum().to(self.device)
+        targets = [batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:] for batch in batches]
+        local = torch.stack([labels.ne(IGNORE_INDEX).sum() for labels in targets]).sum().to(self.device)
         ranks = 1 if self.sequence_parallel_context is None else self.sequence_parallel_context.world_size
         return self.reduce(local.double(), reduction="sum") / ranks / self.num_processes

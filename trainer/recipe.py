@@ -137,9 +137,9 @@ def _checked(kind: type, content: Any, where: str) -> dict[str, Any]:
 _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
-    "None": (type(None),),
     "list": (list,),
     "dict": (dict,),
+    "None": (type(None),),
 }
 
 

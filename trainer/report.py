@@ -46,6 +46,7 @@ def write_model_card(
         f"accelerate {accelerate.__version__}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    kind = "hybrid" if config.has_softmax_layers else "recurrent"
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",

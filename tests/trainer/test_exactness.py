@@ -153,7 +153,7 @@ def test_own_loop_equals_one_process() -> None:
     for world, degree in ((2, 2), (4, 2), (2, 1)):
         for got_losses, got_parameters in run_distributed(own_loop, world, degree):
             assert got_losses == pytest.approx(losses, rel=1e-4), (world, degree)
-            assert abs(got_parameters - parameters).max() < 2e-5, (world, degree)
+            assert abs(got_parameters - parameters).max() < 1e-4, (world, degree)
 
 
 def degree_of(setting: str, size: int | str) -> int | str:

@@ -1,0 +1,56 @@
+"""Gathers Python's standard library as long documents and trains a tokenizer: quickstart_data.py FOLDER"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+VOCABULARY = 4096
+LONG = 30_000  # bytes, about one row of the quickstart
+
+
+def gather(folder: Path) -> list[Path]:
+    """Copies the long modules (no tests, no generated tables) as text files."""
+    library = Path(sysconfig.get_path("stdlib"))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    left_out = {"site-packages", "test", "tests", "idlelib", "encodings", "pydoc_data"}
+    for source in sorted(library.rglob("*.py")):
+        name = source.relative_to(library)
+        if source.stat().st_size >= LONG and not left_out & set(name.parts):
+            text = source.read_text(encoding="utf-8", errors="replace")
+            (folder / ("-".join(name.parts) + ".txt")).write_text(text, encoding="utf-8")
+    return sorted(folder.iterdir())
+
+
+def train_tokenizer(files: list[Path], folder: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(path) for path in files], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>").save_pretrained(
+        folder
+    )
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    files = gather(folder / "corpus")
+    train_tokenizer(files, folder / "tokenizer")
+    size = sum(path.stat().st_size for path in files)
+    print(f"{len(files)} documents, {size / 1e6:.1f} MB, {VOCABULARY} tokens in the vocabulary")
+
+
+if __name__ == "__main__":
+    main()
