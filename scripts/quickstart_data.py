@@ -39,9 +39,13 @@ def train_tokenizer(files: list[Path], folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.train([str(path) for path in files], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>").save_pretrained(
-        folder
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        model_input_names=["input_ids", "attention_mask"],
     )
+    fast.save_pretrained(folder)
 
 
 def main() -> None:

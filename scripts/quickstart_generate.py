@@ -18,7 +18,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert isinstance(model, linear_llama3.LinearLlama3ForCausalLM)
     torch.manual_seed(0)
-    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=120, do_sample=True, temperature=0.7, top_k=40)
     print(tokenizer.decode(tokens[0], skip_special_tokens=True))
     print(f"\n{type(model).__name__} from {folder}; model card {folder}/README.md; plot {folder}/loss.png")

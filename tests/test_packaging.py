@@ -15,7 +15,7 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"": ROOT / "linear_llama3", "modeling": ROOT / "modeling", "trainer": ROOT / "trainer"}
+FOLDERS = {"": ROOT / "linear_llama3"} | {n: ROOT / n for n in ("modeling", "trainer", "model_cards")}
 
 
 def sources() -> dict[str, Path]:
@@ -25,14 +25,14 @@ def sources() -> dict[str, Path]:
         for path in folder.rglob("*"):
             inside = path.relative_to(folder)
             linked = not name and inside.parts[0] in ("modeling", "trainer")
-            if path.suffix in (".py", ".typed") and not linked:
+            if path.suffix in (".py", ".typed", ".md") and not linked:
                 found[str(Path("linear_llama3") / name / inside)] = path
     return found
 
 
 def test_every_package_is_listed() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    packages = {str(Path(name).parent).replace("/", ".") for name in sources() if name.endswith("__init__.py")}
+    packages = {str(Path(name).parent).replace("/", ".") for name in sources() if not name.endswith(".typed")}
     assert sorted(listed) == sorted(packages)
 
 

@@ -60,7 +60,7 @@ def train(recipe: Recipe) -> None:
             "optimizer steps": trainer.state.global_step,
             "tokens": f"{trainer.state.num_input_tokens_seen:,}",
         }
-        write_model_card(folder, model.config, recipe, history, facts)
+        write_model_card(folder, model, recipe, history, facts)
         print(f"checkpoint: {folder}\nmodel card: {folder / CARD_NAME}\nplot: {folder / PLOT_NAME}")
 
 

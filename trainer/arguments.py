@@ -20,6 +20,9 @@ class LinearLlama3TrainingArguments(TrainingArguments):
     linear_strategy: str = field(default="lasp2", metadata={"help": "How linear layers exchange states."})
     softmax_strategy: str = field(default="lasp2h", metadata={"help": "How softmax layers exchange K and V."})
     sequence_layout: str = field(default="auto", metadata={"help": "Which tokens a rank holds."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every parameter takes part, also on a rank without labels."}
+    )
     include_num_input_tokens_seen: str | bool = field(
         default="all", metadata={"help": "Count tokens, and log tokens a second."}
     )

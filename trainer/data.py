@@ -58,23 +58,25 @@ def pack_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, lengt
         return {"input_ids": [document + closing for document in ids]}
 
     tokens = documents.map(tokenize, batched=True, batch_size=100, remove_columns=["text"], desc="Tokenizing")
-    rows = Dataset.from_generator(_rows, gen_kwargs={"documents": tokens, "length": length})
-    if len(rows) == 0:
-        total = sum(len(document["input_ids"]) for document in tokens)
-        raise ValueError(
-            f"the data must fill at least one row of sequence_length = {length} tokens, got {total} tokens; "
-            "add documents or shorten sequence_length"
-        )
-    return rows
+    total = 0
+    for document in tokens:
+        total += len(document["input_ids"])
+        if total >= length:
+            return Dataset.from_generator(_rows, gen_kwargs={"documents": tokens, "length": length})
+    raise ValueError(
+        f"the data must fill at least one row of sequence_length = {length} tokens, got {total} tokens; "
+        "add documents or shorten sequence_length"
+    )
 
 
 def _rows(documents: Dataset, length: int) -> Iterator[dict[str, Any]]:
     ids: list[int] = []
     positions: list[int] = []
     for document in documents:
-        rest = document["input_ids"]
-        while rest:
-            piece, rest = rest[: length - len(ids)], rest[length - len(ids) :]
+        tokens, start = document["input_ids"], 0
+        while start < len(tokens):
+            piece = tokens[start : start + length - len(ids)]
+            start += len(piece)
             ids += piece
             positions += range(len(piece))
             if len(ids) == length:

@@ -10,11 +10,12 @@ import accelerate
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel
 
-from ..modeling import LinearLlama3Config
 from .recipe import Recipe
 
 PLOT_NAME, CARD_NAME = "loss.png", "README.md"
+TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"  # in a checkout and in the wheel
 
 
 def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
@@ -32,67 +33,38 @@ def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def write_model_card(
-    folder: Path, config: LinearLlama3Config, recipe: Recipe, history: list[dict[str, Any]], facts: dict[str, Any]
+    folder: Path, model: PreTrainedModel, recipe: Recipe, history: list[dict[str, Any]], facts: dict[str, Any]
 ) -> None:
     """`README.md` with the front matter that the Hub reads. `facts`: further rows of the table of the training."""
+    config, name = model.config, folder.resolve().name
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    rows = {
+    training = {
         "data": recipe.data.dataset or recipe.data.files,
-        "sequence length": recipe.sequence_length,
         "first and last logged loss": f"{losses[0]:.4f}, {losses[-1]:.4f}" if losses else "not logged",
         **facts,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"accelerate {accelerate.__version__}",
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     kind = "hybrid" if config.has_softmax_layers else "recurrent"
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=[
-            "linear_llama3",
-            "linear-attention",
-            "hybrid" if config.has_softmax_layers else "recurrent",
-            "custom_code",
-        ],
-        datasets=[recipe.data.dataset] if recipe.data.dataset else None,
+    card = ModelCard.from_template(
+        card_data=ModelCardData(
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["linear_llama3", "linear-attention", kind, "custom_code"],
+            datasets=[recipe.data.dataset] if recipe.data.dataset else None,
+        ),
+        template_path=str(TEMPLATE),
+        model_name=name,
+        repo_id=name,
+        layer_pattern="".join("N" if layer == "full_attention" else "L" for layer in config.layer_types),
+        linear_layers=config.layer_types.count("linear_attention"),
+        num_layers=config.num_hidden_layers,
+        mixer=config.linear_attention_type,
+        parameters=f"{model.num_parameters():,}",
+        state_shape=f"{config.linear_num_key_value_heads} x {config.linear_key_head_dim} x {config.linear_value_head_dim}",
+        sequence_length=f"{recipe.sequence_length:,}",
+        training=training,
+        plot=PLOT_NAME,
     )
-    layers = "".join("N" if kind == "full_attention" else "L" for kind in config.layer_types or [])
-    card = f"""---
-{data.to_yaml()}
----
-
-# {folder.resolve().name}
-
-A Linear-Llama3 model: {config.linear_attention_type} linear attention in the layers L, softmax attention in the
-layers N: `{layers}`. {config.num_hidden_layers} layers, hidden size {config.hidden_size},
-{config.num_attention_heads} query heads, {config.num_key_value_heads} key/value heads. A linear layer decodes from a
-state of {config.linear_num_key_value_heads} x {config.linear_key_head_dim} x {config.linear_value_head_dim} float32
-numbers, whatever the length of the text.
-
-## Use
-
-    pip install linear-llama3
-
-```python
-import linear_llama3  # registers the model; or pass trust_remote_code=True
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{folder.resolve().name}")
-tokenizer = AutoTokenizer.from_pretrained("{folder.resolve().name}")
-```
-
-## Training
-
-| | |
-|---|---|
-{table}
-
-![loss]({PLOT_NAME})
-
-## Limits
-
-No assisted decoding, no quantised cache, no GGUF or vLLM. Not evaluated beyond the training loss.
-"""
-    ModelCard(card).save(folder / CARD_NAME)
+    card.save(folder / CARD_NAME)

@@ -191,7 +191,8 @@ def _fold(
     Returns what every chunk receives `[B, H, n, D_k, D_v]`, what the last one hands on, and what leaves each
     document that closes.
     """
-    received, closed = torch.empty_like(updates), dict[int, Tensor]()
+    received = torch.empty_like(updates)
+    closed: States = {}
     for c in order:
         if (document := opens[c]) is not None:
             state = entering.get(document, torch.zeros_like(state))

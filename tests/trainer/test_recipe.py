@@ -1,0 +1,152 @@
+"""Recipes: what is read, what is refused, how documents become rows, and a whole run through accelerate."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from linear_llama3.trainer.data import load_documents, pack_documents
+from linear_llama3.trainer.recipe import DataRecipe, load_recipe
+
+ROOT = Path(__file__).parent.parent.parent
+MODEL = {
+    "linear_attention_type": "lightning",
+    "num_hidden_layers": 2,
+    "full_attention_interval": 2,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """One token per letter."""
+    letters = {letter: i for i, letter in enumerate("_.abcdefghijklmnopqrstuvwxyz")}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="."))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="_")
+    fast.save_pretrained(folder)
+    return fast
+
+
+def recipe_with(folder: Path, **changes: Any) -> Path:
+    """A recipe that is right but for `changes`; None removes a key."""
+    content = {
+        "model": MODEL,
+        "tokenizer": str(folder / "tokenizer"),
+        "data": {"files": str(folder / "corpus")},
+        "sequence_length": 16,
+        "training": {"output_dir": str(folder / "out"), "max_steps": 2, "use_cpu": True, "report_to": "none"},
+    } | changes
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
+    return path
+
+
+def test_a_recipe_is_read(tmp_path: Path) -> None:
+    path = recipe_with(tmp_path, sequence_parallel={"size": 2})
+    path.write_text(path.read_text() + "\n# 1e-3 is a number\n")
+    path.write_text(path.read_text().replace("max_steps: 2", "max_steps: 2\n  learning_rate: 1e-3"))
+    recipe = load_recipe(path)
+    assert recipe.sequence_parallel.size == 2 and recipe.sequence_parallel.linear == "lasp2"
+    assert recipe.training["learning_rate"] == 1e-3
+    assert recipe.training_arguments().max_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modle": {}}, "unknown key 'modle' in recipe .*did you mean 'model'"),
+        ({"model": {**MODEL, "hiden_size": 3}}, "unknown key 'hiden_size' in model; did you mean 'hidden_size'"),
+        ({"training": {"lerning_rate": 1}}, "unknown key 'lerning_rate' in training; did you mean 'learning_rate'"),
+        ({"data": {"file": "x"}}, "unknown key 'file' in data; did you mean 'files'"),
+        ({"data": {}}, "data needs files or dataset, one of them"),
+        ({"data": {"files": "a", "dataset": "b"}}, "one of them"),
+        ({"data": ["a"]}, "data in recipe .* must be DataRecipe"),
+        ({"data": None}, "needs data"),
+        ({"sequence_length": "8k"}, "sequence_length in recipe .* must be int, got '8k'"),
+        ({"sequence_length": 1}, "sequence_length must be at least 2"),
+        ({"sequence_parallel": {"linear": "mail"}}, "got 'mail'"),
+        ({"sequence_parallel": {"size": 1.5}}, "size in sequence_parallel must be"),
+        ({"model": {"name_or_path": "x", "hidden_size": 3}}, "unknown key 'hidden_size' in model with name_or_path"),
+    ],
+)
+def test_recipes_that_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe_with(tmp_path, **changes))
+
+
+def test_files_that_are_missing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be a YAML file, got .*does not exist"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match=r"data\.files must name files.*none found"):
+        load_documents(DataRecipe(files=str(tmp_path / "*.txt")))
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="must be YAML"):
+        load_recipe(tmp_path / "bad.yaml")
+
+
+def write_corpus(folder: Path) -> None:
+    folder.mkdir()
+    for name, text in (("1.txt", "abcdef"), ("2.txt", "g"), ("3.txt", "hijklmnopqrst"), ("4.txt", "uv")):
+        (folder / name).write_text(text)
+
+
+def test_documents_fill_rows(tmp_path: Path) -> None:
+    """abcdef_ g_ hijklmnopqrst_ uv_ in rows of 8: a long document continues as one of its own, the rest is left out."""
+    write_corpus(tmp_path / "corpus")
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    rows = pack_documents(load_documents(DataRecipe(files=str(tmp_path / "corpus"))), tokenizer, 8)
+    text = ["".join(tokenizer.convert_ids_to_tokens(row["input_ids"])) for row in rows]
+    assert text == ["abcdef_g", "_hijklmn", "opqrst_u"]
+    assert [row["position_ids"] for row in rows] == [
+        [0, 1, 2, 3, 4, 5, 6, 0],
+        [0, 0, 1, 2, 3, 4, 5, 6],
+        [0, 1, 2, 3, 4, 5, 6, 0],
+    ]
+    for row in rows:
+        targets = [-100 if p == 0 else i for i, p in zip(row["input_ids"], row["position_ids"], strict=True)]
+        assert row["labels"] == targets
+    with pytest.raises(ValueError, match="at least one row of sequence_length = 64 tokens, got 26 tokens"):
+        pack_documents(load_documents(DataRecipe(files=str(tmp_path / "corpus"))), tokenizer, 64)
+
+
+def launch(recipe: Path, processes: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["--multi_gpu", "--num_processes", str(processes), "-m", "linear_llama3.trainer", str(recipe)]
+    variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_through_accelerate(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    write_tokenizer(tmp_path / "tokenizer")
+    done = launch(recipe_with(tmp_path, sequence_length=9), 2, HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "1 data-parallel x 2 sequence-parallel processes" in done.stdout
+    out = tmp_path / "out"
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "transformers" and "linear_llama3" in card.data.tags
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert type(model).__name__ == "LinearLlama3ForCausalLM" and model.config.vocab_size == 28
+    assert (out / "tokenizer.json").is_file() and (out / "linear_llama3_hub.py").is_file()
+
+
+def test_a_degree_that_does_not_fit_the_launch(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    write_tokenizer(tmp_path / "tokenizer")
+    done = launch(recipe_with(tmp_path), 2, PARALLELISM_CONFIG_CP_SIZE="3", HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    assert done.returncode != 0
+    assert "must divide the number of processes, got 3 for 2" in done.stderr
