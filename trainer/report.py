@@ -46,6 +46,7 @@ def write_model_card(
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"accelerate {accelerate.__version__}",
     }
+    state_shape = (config.linear_num_key_value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
     kind = "hybrid" if config.has_softmax_layers else "recurrent"
     card = ModelCard.from_template(
         card_data=ModelCardData(
@@ -62,7 +63,7 @@ def write_model_card(
         num_layers=config.num_hidden_layers,
         mixer=config.linear_attention_type,
         parameters=f"{model.num_parameters():,}",
-        state_shape=f"{config.linear_num_key_value_heads} x {config.linear_key_head_dim} x {config.linear_value_head_dim}",
+        state_shape=" x ".join(map(str, state_shape)),
         sequence_length=f"{recipe.sequence_length:,}",
         training=training,
         plot=PLOT_NAME,

@@ -30,6 +30,7 @@ class SequenceParallelMixin:
     """
 
     sequence_parallel_context: SequenceParallelContext | None = None
+    accelerator: Any
     _peers_agree = False
     _gather_function: Callable[[Any], Any]
 
@@ -45,7 +46,7 @@ class SequenceParallelMixin:
     def _gather_sequences(self, data: Any) -> Any:
         """accelerate's `gather_for_metrics` knows nothing of `cp`: it keeps a copy of every row for each rank of
         a sequence, or cuts rows off at the end of the data because of the copies."""
-        accelerator = self.accelerator  # type: ignore[attr-defined]
+        accelerator = self.accelerator
         assert self.sequence_parallel_context is not None
         ranks, state = self.sequence_parallel_context.world_size, accelerator.gradient_state
 

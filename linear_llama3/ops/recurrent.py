@@ -34,6 +34,9 @@ def recurrent_linear_attention(
     if factor is not None and factor.dim() == 3:
         factor = factor.unsqueeze(-1)
 
+    # unbind: the gradient of x[:, t] is as large as x, for every t
+    queries, keys, values = q.unbind(1), k.unsqueeze(-1).unbind(1), v.unsqueeze(-2).unbind(1)
+    factors = None if factor is None else factor.unsqueeze(-1).unbind(1)
     outs, finals = [], []
     for n, (start, stop) in enumerate(itertools.pairwise(boundaries)):
         if initial_state is None:
@@ -41,9 +44,9 @@ def recurrent_linear_attention(
         else:
             state = initial_state.to(work).unflatten(0, (-1, batch))[n]
         for t in range(start, stop):
-            if factor is not None:
-                state = factor[:, t].unsqueeze(-1) * state
-            state = state + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
-            outs.append((q[:, t] @ state).flatten(1, 2))
+            if factors is not None:
+                state = factors[t] * state
+            state = state + keys[t] * values[t]
+            outs.append((queries[t] @ state).flatten(1, 2))
         finals.append(state)
     return torch.stack(outs, dim=1), torch.cat(finals)

@@ -87,7 +87,7 @@ def test_recipes_that_are_refused(changes: dict[str, Any], message: str, tmp_pat
 
 
 def test_files_that_are_missing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must be a YAML file, got .*does not exist"):
+    with pytest.raises(ValueError, match=r"must be a YAML file, got .*does not exist"):
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match=r"data\.files must name files.*none found"):
         load_documents(DataRecipe(files=str(tmp_path / "*.txt")))
