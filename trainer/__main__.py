@@ -21,47 +21,70 @@ def main(arguments: list[str]) -> None:
         raise SystemExit("usage: accelerate launch … -m linear_llama3.trainer RECIPE.yaml")
     try:
         recipe = load_recipe(arguments[0])
-        train(recipe)
-    except ValueError as error:
+        trainer = build_trainer(recipe)
+    except ValueError as error:  # the user's; later ones keep their traceback
         raise SystemExit(f"error: {error}") from error
+    describe(trainer, recipe)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        write_report(trainer, recipe)
 
 
-def train(recipe: Recipe) -> None:
-    """Trains, saves weights, tokenizer, plot and card into the recipe's `output_dir`."""
+def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
+    """Everything that the recipe names, ready to train."""
     args = recipe.training_arguments()
     set_seed(args.seed)
     tokenizer = _load_tokenizer(recipe.tokenizer)
     with args.main_process_first(desc="preparing the data"):  # the others read its cache
         rows = pack_documents(load_documents(recipe.data), tokenizer, recipe.sequence_length)
-    model = build_model(recipe, tokenizer)
-    trainer = LinearLlama3Trainer(
-        model=model,
+    return LinearLlama3Trainer(
+        model=build_model(recipe, tokenizer),
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
-    context, lead = trainer.sequence_parallel_context, trainer.is_world_process_zero()
-    ranks = 1 if context is None else context.world_size
-    grid = f"{args.world_size // ranks} data-parallel x {ranks} sequence-parallel processes"
-    if lead:
-        print(f"{model.num_parameters() / 1e6:.1f}M parameters, {len(rows)} rows of {recipe.sequence_length} tokens")
-        print(f"{grid}: {recipe.sequence_length // ranks} tokens of every row each")
-        if context is not None:
-            print(f"linear layers: {context.config.linear}, softmax layers: {context.config.softmax}, {context.layout}")
-    trainer.train()
-    trainer.save_model()
-    trainer.save_state()
-    if lead:
-        folder, history = Path(args.output_dir), trainer.state.log_history
-        plot_loss(history, folder / PLOT_NAME)
-        facts = {
-            "processes": grid,
-            "optimizer steps": trainer.state.global_step,
-            "tokens": f"{trainer.state.num_input_tokens_seen:,}",
-        }
-        write_model_card(folder, model, recipe, history, facts)
-        print(f"checkpoint: {folder}\nmodel card: {folder / CARD_NAME}\nplot: {folder / PLOT_NAME}")
+
+
+def describe(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
+    """Says once what is trained on which grid of processes."""
+    if not trainer.is_world_process_zero():
+        return
+    length, context = recipe.sequence_length, trainer.sequence_parallel_context
+    print(
+        f"{trainer.model.num_parameters() / 1e6:.1f}M parameters, {len(trainer.train_dataset)} rows of {length} tokens"
+    )
+    if context is None:
+        print(f"{trainer.args.world_size} data-parallel processes, whole rows each")
+        return
+    print(f"{_grid(trainer)}, {-(-length // context.world_size)} tokens of every row each:")
+    for first in range(0, trainer.args.world_size, context.world_size):
+        print(f"  rows of replica {first // context.world_size}: ranks {first} to {first + context.world_size - 1}")
+    print(f"linear layers {context.config.linear}, softmax layers {context.config.softmax}, layout {context.layout}")
+
+
+def write_report(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
+    """Plot and model card beside the weights."""
+    folder, state = Path(trainer.args.output_dir), trainer.state
+    batch = trainer.get_total_train_batch_size(trainer.args)
+    speeds = [entry["train_tokens_per_second"] for entry in state.log_history if "train_tokens_per_second" in entry]
+    facts = {
+        "processes": _grid(trainer),
+        "optimizer steps": state.global_step,
+        "tokens a step": f"{batch * recipe.sequence_length:,}",
+        "tokens": f"{state.num_input_tokens_seen:,}",
+        "tokens a second": f"{speeds[-1]:,.0f}" if speeds else "not logged",
+    }
+    plot_loss(state.log_history, folder / PLOT_NAME)
+    write_model_card(folder, trainer.model, recipe, state.log_history, facts)
+    print(f"checkpoint: {folder}\nmodel card: {folder / CARD_NAME}\nplot: {folder / PLOT_NAME}")
+
+
+def _grid(trainer: LinearLlama3Trainer) -> str:
+    ranks = 1 if trainer.sequence_parallel_context is None else trainer.sequence_parallel_context.world_size
+    return f"{trainer.args.world_size // ranks} data-parallel x {ranks} sequence-parallel processes"
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LinearLlama3ForCausalLM:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
@@ -42,13 +44,17 @@ class SequenceParallelAccelerator(Accelerator):
         parallelism_config: ParallelismConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        cpu = bool(kwargs.get("cpu", False))
-        processes = PartialState(cpu=cpu).num_processes
+        # before the process group is there: building it is left to accelerate, with the caller's kwargs_handlers
+        shared = PartialState._shared_state
+        processes = PartialState().num_processes if shared else int(os.environ.get("WORLD_SIZE", "1"))
         parallelism = resolve_parallelism(parallelism_config, sequence_parallel_size, processes)
-        if uses_fsdp(cpu) or parallelism is None:
-            kwargs["parallelism_config"] = parallelism if parallelism is not None else parallelism_config
-        with hidden_parallelism():
-            super().__init__(*args, **kwargs)
+        cpu = kwargs.get("cpu", False) or parse_flag_from_env("ACCELERATE_USE_CPU")
+        if parallelism is None:
+            super().__init__(*args, parallelism_config=parallelism_config, **kwargs)
+        else:
+            visible = parallelism if uses_fsdp(kwargs.get("fsdp_plugin"), cpu=cpu) else None
+            with hidden_parallelism():
+                super().__init__(*args, parallelism_config=visible, **kwargs)
         self._peers_agree = False
         if parallelism is not None:
             config = sequence_parallel_config or SequenceParallelConfig()

@@ -17,7 +17,12 @@ from .recipe import DataRecipe
 def load_documents(data: DataRecipe) -> Dataset:
     """A dataset whose column "text" holds one document per row."""
     if data.dataset is not None:
-        documents = load_dataset(data.dataset, data.config, split=data.split)
+        documents = load_dataset(data.dataset, split=data.split, **data.arguments)
+        if not isinstance(documents, Dataset):
+            raise ValueError(
+                f"data must load as one dataset with an index, got {type(documents).__name__} for "
+                f"{data.dataset!r}; leave streaming out"
+            )
         if data.text_column not in documents.column_names:
             raise ValueError(
                 f"text_column must be a column of {data.dataset}, one of {documents.column_names}, "

@@ -9,18 +9,22 @@ case its hook that would shard softmax attention (`_prepare_cp`) passes everythi
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DistributedType
 from torch import nn
 
 from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext
 from ..sequence_parallel.collectives import all_gather
 
 TESTED = "transformers 5.17 to 5.23 and accelerate 1.15"
+_REFUSED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 _FLAG = "ACCELERATE_USE_PARALLELISM_CONFIG"
 
 
@@ -66,9 +70,9 @@ def resolve_parallelism(given: ParallelismConfig | None, size: int | str, proces
     return ParallelismConfig(cp_size=degree, dp_shard_size=processes // degree)
 
 
-def uses_fsdp(cpu: bool) -> bool:
-    """FSDP2 as `accelerate launch --use_fsdp` sets it; accelerate ignores it on CPUs."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not cpu
+def uses_fsdp(plugin: object, *, cpu: bool) -> bool:
+    """FSDP by a plugin's settings or by `accelerate launch --use_fsdp`; accelerate ignores both on CPUs."""
+    return not cpu and (plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true")
 
 
 @contextlib.contextmanager
@@ -87,12 +91,22 @@ def attach(
 ) -> SequenceParallelContext:
     """Gives a built accelerator the grid, and returns this process's sequence-parallel context."""
     require(accelerator, "_prepare_cp")
-    if accelerator.state.parallelism_config is None:
-        accelerator.state.parallelism_config = parallelism
-        accelerator.state.device_mesh = parallelism.get_device_mesh(accelerator.device.type)
+    state = accelerator.state
+    if state.distributed_type in _REFUSED:
+        raise ValueError(
+            f"sequence parallelism goes with DDP and FSDP2, got {state.distributed_type.value}; launch with "
+            "--multi_gpu or with --use_fsdp --fsdp_version 2"
+        )
+    if state.parallelism_config is None:
+        state.parallelism_config = parallelism
+        state.device_mesh = parallelism.get_device_mesh(accelerator.device.type)
+    elif state.parallelism_config.cp_size != parallelism.cp_size:  # accelerate's state is shared by the process
+        raise ValueError(
+            "all accelerators of a process share one sequence-parallel degree (cp), got "
+            f"{parallelism.cp_size} after {state.parallelism_config.cp_size}"
+        )
     accelerator._prepare_cp = lambda *objects: objects
-    mesh = accelerator.state.device_mesh
-    return SequenceParallelContext(mesh["cp"].get_group(), config)
+    return SequenceParallelContext(state.device_mesh["cp"].get_group(), config)
 
 
 def require(owner: object, name: str) -> None:
@@ -104,21 +118,20 @@ def require(owner: object, name: str) -> None:
         )
 
 
-def check_peers(context: SequenceParallelContext, batch: dict[str, object]) -> None:
-    """ValueError unless all ranks of a sequence-parallel group hold the same batch."""
+def check_peers(context: SequenceParallelContext, batch: Mapping[str, Any]) -> None:
+    """ValueError, on all ranks, unless all ranks of a sequence-parallel group hold the same tokens."""
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
-    if context.group is None or not isinstance(tokens, torch.Tensor):
+    if context.group is None or tokens is None:
         return
-    # position-weighted sum modulo 2^64: cheap, and different for rows in another order
-    words = tokens.reshape(-1).view(torch.int32).long() if tokens.is_floating_point() else tokens.reshape(-1).long()
-    weights = torch.arange(1, len(words) + 1, device=words.device) * 0x9E3779B1 + 1
-    digest = torch.stack([(words * weights).sum(), torch.tensor(tokens.numel(), device=words.device)])
-    digests = all_gather(digest, context.group).wait()
-    if bool((digests != digest).any()):
+    content = tokens.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    digest = hashlib.blake2b(repr(tuple(tokens.shape)).encode() + content.tobytes(), digest_size=8).digest()
+    own = torch.tensor([int.from_bytes(digest, "big", signed=True)], device=tokens.device)
+    hashes = all_gather(own, context.group).wait().flatten().tolist()
+    if len(set(hashes)) > 1:
         raise ValueError(
-            "all ranks of a sequence-parallel group must load the same batch, got different ones: rank "
-            f"{context.rank} of {context.world_size} has {digest.tolist()}, all have {digests.tolist()} (hash, "
-            "tokens); for an iterable dataset set accelerator_config={'dispatch_batches': False}"
+            f"all ranks of a sequence must load the same batch, got others: rank {context.rank} of "
+            f"{context.world_size}, hashes of input_ids {[f'{h % 2**64:016x}' for h in hashes]}; for an iterable "
+            "dataset set accelerator_config={'dispatch_batches': False}, and seed all samplers alike"
         )
 
 

@@ -2,7 +2,7 @@
 
 model: {linear_attention_type: gla, num_hidden_layers: 4, hidden_size: 256}   # or {name_or_path: folder}
 tokenizer: runs/tokenizer
-data: {files: corpus/}                       # files, folders, patterns; or {dataset: name, text_column: text}
+data: {files: corpus/}                       # files, folders, patterns; or {dataset: name, split: train}
 sequence_length: 8192
 sequence_parallel: {size: auto, linear: lasp2, softmax: lasp2h, layout: auto}
 training: {output_dir: runs/out, max_steps: 100, learning_rate: 1e-3}         # any TrainingArguments field
@@ -15,9 +15,11 @@ import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 
 from ..modeling import LinearLlama3Config
 from ..sequence_parallel import SequenceParallelConfig
@@ -26,12 +28,15 @@ from .arguments import LinearLlama3TrainingArguments
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataRecipe:
-    """Local text (`files`: one document per file) or a dataset of the `datasets` library, one of both."""
+    """Local text (`files`: one document per file) or a dataset of the `datasets` library, one of both.
+
+    `arguments` are further ones of `datasets.load_dataset`: name, revision, data_dir, ...
+    """
 
     files: str | list[str] | None = None
     dataset: str | None = None
-    config: str | None = None
     split: str = "train"
+    arguments: dict[str, Any] = field(default_factory=dict)
     text_column: str = "text"
 
 
@@ -47,7 +52,11 @@ class SequenceParallelRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A whole run. `model` holds LinearLlama3Config's fields, or `name_or_path` of weights to start from."""
+    """A whole run.
+
+    `model` holds LinearLlama3Config's fields, or `name_or_path` of weights to start from; `training` the fields of
+    transformers' TrainingArguments but for those that the section `sequence_parallel` stands for.
+    """
 
     model: dict[str, Any]
     tokenizer: str
@@ -57,7 +66,7 @@ class Recipe:
     sequence_parallel: SequenceParallelRecipe = field(default_factory=SequenceParallelRecipe)
 
     def training_arguments(self) -> LinearLlama3TrainingArguments:
-        """transformers checks the values; the names are checked already."""
+        """The section `training`, with the choices of `sequence_parallel`."""
         parallel = self.sequence_parallel
         return LinearLlama3TrainingArguments(
             sequence_parallel_size=parallel.size,
@@ -112,7 +121,15 @@ def _check_values(recipe: Recipe) -> None:
         _check_names(recipe.model, ["name_or_path"], "model with name_or_path")
     else:
         _check_names(recipe.model, [f.name for f in dataclasses.fields(LinearLlama3Config)], "model")
-    _check_names(recipe.training, [f.name for f in dataclasses.fields(LinearLlama3TrainingArguments)], "training")
+        try:
+            LinearLlama3Config(**recipe.model)
+        except StrictDataclassError as error:
+            raise ValueError(f"model in the recipe does not make a LinearLlama3Config: {error}") from error
+    own = {"sequence_parallel_size", "linear_strategy", "softmax_strategy", "sequence_layout", "parallelism_config"}
+    hints, fields = get_type_hints(LinearLlama3TrainingArguments), dataclasses.fields(LinearLlama3TrainingArguments)
+    types = {f.name: hints[f.name] for f in fields if f.init and f.name not in own}
+    _check_names(recipe.training, list(types), "training")
+    _check_types(recipe.training, types, "training")
 
 
 def _checked(kind: type, content: Any, where: str) -> dict[str, Any]:
@@ -129,26 +146,31 @@ def _checked(kind: type, content: Any, where: str) -> dict[str, Any]:
     missing = [name for name in required if name not in content]
     if missing:
         raise ValueError(f"{where} needs {', '.join(missing)}, got only {', '.join(sorted(content)) or 'nothing'}")
-    for name, value in content.items():
-        _check_type(str(fields[name].type), value, f"{name} in {where}")
+    _check_types(content, get_type_hints(kind), where)
     return dict(content)
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "list": (list,),
-    "dict": (dict,),
-    "None": (type(None),),
-}
+def _check_types(content: dict[str, Any], types: dict[str, Any], where: str) -> None:
+    for name, value in content.items():
+        if not _fits(value, types[name]):
+            hint = types[name]
+            expected = "a mapping" if dataclasses.is_dataclass(hint) else getattr(hint, "__name__", str(hint))
+            raise ValueError(f"{name} in {where} must be {expected}, got {value!r} ({type(value).__name__})")
 
 
-def _check_type(annotation: str, value: Any, where: str) -> None:
-    """`annotation` as it stands in the dataclasses above: names joined by `|`, or another section."""
-    names = [name.strip().split("[")[0] for name in annotation.split("|")]
-    allowed = tuple(t for name in names for t in _TYPES.get(name, (dict,)))
-    if not isinstance(value, allowed) or isinstance(value, bool):
-        raise ValueError(f"{where} must be {annotation}, got {value!r}")
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether what YAML gave can be meant for a field with this annotation."""
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    kind = origin or hint
+    if dataclasses.is_dataclass(kind):
+        return isinstance(value, dict)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _check_names(content: dict[str, Any], known: list[str], where: str) -> None:

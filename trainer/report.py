@@ -47,17 +47,19 @@ def write_model_card(
         f"accelerate {accelerate.__version__}",
     }
     state_shape = (config.linear_num_key_value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
+    start = recipe.model.get("name_or_path")
     kind = "hybrid" if config.has_softmax_layers else "recurrent"
     card = ModelCard.from_template(
         card_data=ModelCardData(
             library_name="transformers",
             pipeline_tag="text-generation",
             tags=["linear_llama3", "linear-attention", kind, "custom_code"],
+            base_model=start if start and not Path(start).exists() else None,  # a name on the Hub
             datasets=[recipe.data.dataset] if recipe.data.dataset else None,
         ),
         template_path=str(TEMPLATE),
         model_name=name,
-        repo_id=name,
+        repo_id=recipe.training.get("hub_model_id", folder),
         layer_pattern="".join("N" if layer == "full_attention" else "L" for layer in config.layer_types),
         linear_layers=config.layer_types.count("linear_attention"),
         num_layers=config.num_hidden_layers,

@@ -15,11 +15,15 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.utils import logging
 
 from ..sequence_parallel import SequenceParallelContext, enable_sequence_parallel, unshard
 from ..sequence_parallel.collectives import all_reduce
 from .arguments import sequence_parallel_config
+from .memory import peak_memory
 from .parallelism import attach, check_peers, hidden_parallelism, is_sharded_by, require, resolve_parallelism, uses_fsdp
+
+logger = logging.get_logger(__name__)
 
 
 class SequenceParallelMixin:
@@ -67,8 +71,7 @@ class SequenceParallelMixin:
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
             return
         self._check_arguments(args)
-        visible = parallelism if uses_fsdp(args.use_cpu) else None
-        args.parallelism_config = visible
+        args.parallelism_config = parallelism if uses_fsdp(args.fsdp_plugin_args, cpu=args.use_cpu) else None
         with hidden_parallelism():
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
         args.parallelism_config = parallelism
@@ -87,6 +90,11 @@ class SequenceParallelMixin:
                 "other rows), got True; leave it out of accelerator_config"
             )
         args.accelerator_config.dispatch_batches = False
+        if not args.average_tokens_across_devices:
+            logger.warning_once(
+                "average_tokens_across_devices=False: the loss is the mean of the data-parallel processes' means, "
+                "and depends on how many of them there are"
+            )
 
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Trainer's hook: this rank's part of the batch."""
@@ -149,3 +157,9 @@ class SequenceParallelMixin:
 
 class LinearLlama3Trainer(SequenceParallelMixin, Trainer):
     """transformers' Trainer with sequence parallelism: launch it on several processes, nothing else changes."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's, with this process's peak memory beside the loss."""
+        if "loss" in logs:
+            logs["peak_memory_gib"] = round(peak_memory() / 2**30, 3)
+        super().log(logs, start_time)

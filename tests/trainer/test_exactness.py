@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
-from linear_llama3.sequence_parallel import SequenceParallelContext
+from linear_llama3.sequence_parallel import SequenceParallelConfig
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments, SequenceParallelAccelerator
+from linear_llama3.trainer.parallelism import attach, resolve_parallelism
 from tests.distributed import run_distributed
 
 LENGTH = 13  # no multiple of any number of ranks
@@ -57,46 +62,67 @@ def rows(packed: bool) -> list[dict[str, Tensor]]:
 
 
 def reset_accelerate() -> None:
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state() if state is not AcceleratorState else state._reset_state(reset_partial_state=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def arguments(folder: str, replicas: int, **changes: Any) -> dict[str, Any]:
+    """Two optimizer steps of 4 rows each, whatever the number of data-parallel processes."""
+    return {
+        "output_dir": folder,
+        "use_cpu": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2 // replicas,
+        "per_device_eval_batch_size": 2 // replicas,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1.0,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1e9,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        **changes,
+    }
+
+
+def outcome(trainer: Trainer) -> dict[str, Any]:
+    """(loss, gradient norm) per step, the parameters, the tokens."""
+    parameters = {
+        name: p.detach().numpy() for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+    }
+    return {
+        "history": [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log],
+        "parameters": parameters,
+        "tokens": trainer.state.num_input_tokens_seen,
+    }
+
+
+def assert_same(run: dict[str, Any], one: dict[str, Any], where: Any) -> None:
+    for got, expected in zip(run["history"], one["history"], strict=True):
+        assert got == pytest.approx(expected, rel=2e-4), where
+    for name, expected in one["parameters"].items():
+        assert abs(run["parameters"][name] - expected).max() < 2e-5, (where, name)
+    assert run["tokens"] == one["tokens"], where
 
 
 def train(world: int, degree: int, packed: bool, checkpointing: bool, folder: str) -> dict[str, Any]:
-    """Two optimizer steps of 4 rows each, whatever the grid: (loss, gradient norm) per step, and the parameters."""
+    """A run, its evaluation loss, and its logits."""
     reset_accelerate()
-    data_parallel = world // degree
-    args = LinearLlama3TrainingArguments(
-        output_dir=folder,
-        use_cpu=True,
-        max_steps=2,
-        per_device_train_batch_size=2 // data_parallel,
-        gradient_accumulation_steps=2,
-        sequence_parallel_size=degree,
-        learning_rate=1.0,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        max_grad_norm=1e9,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        gradient_checkpointing=checkpointing,
-        per_device_eval_batch_size=2 // data_parallel,
-    )
+    changes = {"sequence_parallel_size": degree, "gradient_checkpointing": checkpointing}
+    args = LinearLlama3TrainingArguments(**arguments(folder, world // degree, **changes))
     data = rows(packed)
     trainer = SequentialTrainer(model=tiny_model(), args=args, train_dataset=data, eval_dataset=data[:6])
     trainer.train()
     evaluated = trainer.evaluate()["eval_loss"]
-    logits = trainer.predict(data[:6]).predictions
-    history = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
-    parameters = {name: p.detach().numpy() for name, p in trainer.model.named_parameters()}
+    prediction = trainer.predict(data[:6])
     reset_accelerate()
     return {
-        "history": history,
-        "parameters": parameters,
-        "tokens": trainer.state.num_input_tokens_seen,
+        **outcome(trainer),
         "eval": evaluated,
-        "logits": logits,
+        "logits": prediction.predictions,
+        "labels": prediction.label_ids,
     }
 
 
@@ -116,15 +142,87 @@ def test_any_grid_equals_one_process(packed: bool, checkpointing: bool, tmp_path
     }
     (one,) = results[1, 1]
     assert one["history"][0][0] != pytest.approx(one["history"][1][0], rel=1e-2), "nothing was learnt"
+    assert one["tokens"] == 8 * LENGTH
     for grid, ranks in results.items():
         for run in ranks:
-            for got, expected in zip(run["history"], one["history"], strict=True):
-                assert got == pytest.approx(expected, rel=2e-4), grid
-            for name, expected in one["parameters"].items():
-                assert abs(run["parameters"][name] - expected).max() < 2e-5, (grid, name)
-            assert run["tokens"] == one["tokens"] == 8 * LENGTH, grid
+            assert_same(run, one, grid)
             assert run["eval"] == pytest.approx(one["eval"], rel=1e-4), grid
+            assert run["logits"].shape == (6, LENGTH, 23) and (run["labels"] == one["labels"]).all(), grid
             assert abs(run["logits"] - one["logits"]).max() < 1e-4, grid
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        yield from rows(False)
+
+
+def train_as(kind: str, degree: int, folder: str) -> dict[str, Any]:
+    """A run whose degree, data or arguments come in another way."""
+    reset_accelerate()
+    world = dist.get_world_size()
+    changes: dict[str, Any] = {"include_num_input_tokens_seen": "all"}
+    data: Any = rows(False)
+    arguments_class: type[TrainingArguments] = TrainingArguments
+    if kind == "environment":  # as accelerate launch --use_parallelism_config true --parallelism_config_cp_size
+        os.environ |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": str(degree)}
+    elif kind == "config":
+        changes["parallelism_config"] = ParallelismConfig(cp_size=degree, dp_shard_size=world // degree)
+    else:
+        arguments_class = LinearLlama3TrainingArguments
+        changes["sequence_parallel_size"] = degree
+        if kind == "stream":
+            data = Stream()
+        elif kind == "local count":
+            changes["average_tokens_across_devices"] = False
+    try:
+        args = arguments_class(**arguments(folder, world // degree, **changes))
+        trainer = SequentialTrainer(model=tiny_model(), args=args, train_dataset=data)
+        trainer.train()
+        assert (trainer.sequence_parallel_context is None) == (degree == 1)
+        return outcome(trainer)
+    finally:
+        for name in ("ACCELERATE_USE_PARALLELISM_CONFIG", "PARALLELISM_CONFIG_CP_SIZE"):
+            os.environ.pop(name, None)
+        reset_accelerate()
+
+
+@pytest.mark.parametrize("kind", ["environment", "config", "stream"])
+def test_other_ways_to_the_same_run(kind: str, tmp_path: Path) -> None:
+    (one,) = run_distributed(train, 1, 1, 1, False, False, str(tmp_path))
+    for world in (2, 4):
+        for run in run_distributed(train_as, world, kind, 2, str(tmp_path)):
+            assert_same(run, one, (kind, world))
+
+
+def test_without_a_global_count_the_degree_changes_nothing(tmp_path: Path) -> None:
+    """Then the loss is a mean of the data-parallel processes' means, with a warning."""
+    one, _ = run_distributed(train_as, 2, "local count", 1, str(tmp_path))
+    for run in run_distributed(train_as, 4, "local count", 2, str(tmp_path)):
+        assert_same(run, one, "local count")
+
+
+def resume(world: int, degree: int, folder: str, checkpoint: str | None) -> dict[str, Any]:
+    """The second of two steps from a checkpoint, or the first and the checkpoint; with momentum."""
+    reset_accelerate()
+    changes = {"sequence_parallel_size": degree, "optim": "adamw_torch", "learning_rate": 0.01}
+    steps = {"max_steps": 2} if checkpoint else {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    args = LinearLlama3TrainingArguments(**arguments(folder, world // degree, **changes, **steps))
+    trainer = SequentialTrainer(model=tiny_model(), args=args, train_dataset=rows(False))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    reset_accelerate()
+    return outcome(trainer)
+
+
+def test_a_resume_at_another_degree_goes_on_as_before(tmp_path: Path) -> None:
+    run_distributed(resume, 4, 4, 2, str(tmp_path / "4x2"), None)
+    run_distributed(resume, 1, 1, 1, str(tmp_path / "1x1"), None)
+    checkpoint = "checkpoint-1"
+    (one,) = run_distributed(resume, 1, 1, 1, str(tmp_path / "end"), str(tmp_path / "1x1" / checkpoint))
+    assert len(one["history"]) == 2
+    for world, degree in ((1, 1), (2, 2), (4, 4), (4, 2)):
+        end, start = str(tmp_path / "end"), str(tmp_path / "4x2" / checkpoint)
+        for run in run_distributed(resume, world, world, degree, end, start):
+            assert_same(run, one, (world, degree))
 
 
 def own_loop(degree: int) -> tuple[list[float], Tensor]:
@@ -158,8 +256,6 @@ def test_own_loop_equals_one_process() -> None:
 
 def degree_of(setting: str, size: int | str) -> int | str:
     """The degree that a launch of 4 processes gets, or the error."""
-    from linear_llama3.trainer.parallelism import resolve_parallelism
-
     given = None
     if setting.startswith("env"):
         os.environ["PARALLELISM_CONFIG_CP_SIZE"] = setting[3:]
@@ -230,5 +326,11 @@ def test_refusals(changes: dict[str, Any], message: str, tmp_path: Path) -> None
     assert all(message in text for text in run_distributed(refused, 2, changes, str(tmp_path)))
 
 
-def test_a_plain_context_needs_no_group() -> None:
-    assert SequenceParallelContext(None).world_size == 1
+def test_engines_that_are_refused() -> None:
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(distributed_type=DistributedType.DEEPSPEED), _prepare_cp=lambda *objects: objects
+    )
+    with pytest.raises(ValueError, match="goes with DDP and FSDP2, got DEEPSPEED"):
+        attach(accelerator, ParallelismConfig(cp_size=2), SequenceParallelConfig())
+    with pytest.raises(ValueError, match=r"SimpleNamespace has no _prepare_cp.*use transformers 5\.17 to 5\.23"):
+        attach(SimpleNamespace(state=accelerator.state), ParallelismConfig(cp_size=2), SequenceParallelConfig())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -46,7 +47,14 @@ def recipe_with(folder: Path, **changes: Any) -> Path:
         "tokenizer": str(folder / "tokenizer"),
         "data": {"files": str(folder / "corpus")},
         "sequence_length": 16,
-        "training": {"output_dir": str(folder / "out"), "max_steps": 2, "use_cpu": True, "report_to": "none"},
+        "training": {
+            "output_dir": str(folder / "out"),
+            "max_steps": 2,
+            "use_cpu": True,
+            "report_to": "none",
+            "logging_steps": 1,
+            "per_device_train_batch_size": 1,
+        },
     } | changes
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
@@ -66,13 +74,18 @@ def test_a_recipe_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"model": {**MODEL, "hidden_size": "big"}}, "(?s)does not make a LinearLlama3Config.*expected int, got str"),
+        ({"model": {**MODEL, "linear_attention_type": "mail"}}, "linear_attention_type must be one of .*got 'mail'"),
+        ({"training": {"max_steps": "ten"}}, r"max_steps in training must be int, got 'ten' \(str\)"),
+        ({"training": {"save_strategy": False}}, "save_strategy in training must be .*got False"),
+        ({"training": {"sequence_parallel_size": 2}}, "unknown key 'sequence_parallel_size' in training"),
         ({"modle": {}}, "unknown key 'modle' in recipe .*did you mean 'model'"),
         ({"model": {**MODEL, "hiden_size": 3}}, "unknown key 'hiden_size' in model; did you mean 'hidden_size'"),
         ({"training": {"lerning_rate": 1}}, "unknown key 'lerning_rate' in training; did you mean 'learning_rate'"),
         ({"data": {"file": "x"}}, "unknown key 'file' in data; did you mean 'files'"),
         ({"data": {}}, "data needs files or dataset, one of them"),
         ({"data": {"files": "a", "dataset": "b"}}, "one of them"),
-        ({"data": ["a"]}, "data in recipe .* must be DataRecipe"),
+        ({"data": ["a"]}, "data in recipe .* must be a mapping"),
         ({"data": None}, "needs data"),
         ({"sequence_length": "8k"}, "sequence_length in recipe .* must be int, got '8k'"),
         ({"sequence_length": 1}, "sequence_length must be at least 2"),
@@ -94,6 +107,18 @@ def test_files_that_are_missing(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="must be YAML"):
         load_recipe(tmp_path / "bad.yaml")
+
+
+def test_a_dataset_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"body": "abc", "year": 1}\n{"body": "de", "year": 2}\n')
+    data = DataRecipe(dataset="json", arguments={"data_files": str(file)}, text_column="body")
+    documents = load_documents(data)
+    assert documents.column_names == ["text"] and documents["text"][:] == ["abc", "de"]
+    with pytest.raises(ValueError, match=r"text_column must be a column of json, one of .*'body', 'year'.*got 'text'"):
+        load_documents(dataclasses.replace(data, text_column="text"))
+    with pytest.raises(ValueError, match="got IterableDataset for 'json'; leave streaming out"):
+        load_documents(dataclasses.replace(data, arguments={**data.arguments, "streaming": True}))
 
 
 def write_corpus(folder: Path) -> None:
@@ -134,11 +159,13 @@ def test_a_run_through_accelerate(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "tokenizer")
     done = launch(recipe_with(tmp_path, sequence_length=9), 2, HF_DATASETS_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "1 data-parallel x 2 sequence-parallel processes" in done.stdout
+    assert "1 data-parallel x 2 sequence-parallel processes, 5 tokens of every row each" in done.stdout
+    assert "ranks 0 to 1" in done.stdout and "peak_memory_gib" in done.stdout
     out = tmp_path / "out"
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     card = ModelCard.load(out / "README.md")
     assert card.data.library_name == "transformers" and "linear_llama3" in card.data.tags
+    assert "| tokens | 18 |" in card.text and "1 data-parallel x 2 sequence-parallel" in card.text
     model = AutoModelForCausalLM.from_pretrained(out)
     assert type(model).__name__ == "LinearLlama3ForCausalLM" and model.config.vocab_size == 28
     assert (out / "tokenizer.json").is_file() and (out / "linear_llama3_hub.py").is_file()
