@@ -79,12 +79,13 @@ class SequenceParallelAccelerator(Accelerator):
         return context.shard_batch(batch)
 
     def num_items(self, *batches: dict[str, Any]) -> Tensor:
-        """The model's `num_items_in_batch` for the batches of one optimizer step, uncut, of this process.
+        """The model's `num_items_in_batch` for the (uncut) batches that this process accumulates in one optimizer step.
 
-        It is the number of labels in all processes' batches, divided by the number of processes: the gradients of
-        the processes are averaged, and become those of the mean over all labels.
+        It is the number of labels in all processes' batches, divided by what the gradients will be divided by: the
+        number of processes, and accelerate's gradient accumulation steps. They become those of the mean over all
+        labels.
         """
         targets = [batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:] for batch in batches]
         local = torch.stack([labels.ne(IGNORE_INDEX).sum() for labels in targets]).sum().to(self.device)
         ranks = 1 if self.sequence_parallel_context is None else self.sequence_parallel_context.world_size
-        return self.reduce(local.double(), reduction="sum") / ranks / self.num_processes
+        return self.reduce(local.double(), reduction="sum") / ranks / self.num_processes / self.gradient_accumulation_steps
