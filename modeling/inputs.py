@@ -26,6 +26,8 @@ def check_shard(
     position_ids: Tensor | None,
     *,
     cache_given: bool,
+    rank: int,
+    packed: bool,
     kwargs: dict[str, Any],
 ) -> None:
     """`ValueError` for what has no meaning on one rank's part of a sequence."""
@@ -33,6 +35,13 @@ def check_shard(
         raise ValueError(
             "under sequence parallelism every rank needs its own position_ids, got none; "
             "call context.shard_batch(batch) first and pass all that it returns"
+        )
+    restarts = (position_ids.diff() != 1).any() or (rank > 0 and (position_ids[:, 0] == 0).any())
+    if not packed and restarts:
+        raise ValueError(
+            "under sequence parallelism position_ids are global and run on from rank to rank, and packed documents are "
+            f"told by cu_seq_lens_q of the whole sequence, got {position_ids[0, :8].tolist()} on rank {rank} without "
+            "them; call context.shard_batch(batch) first and pass all that it returns"
         )
     if attention_mask is not None:
         raise ValueError(

@@ -173,7 +173,15 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
         cu_seq_lens = kwargs.pop("cu_seq_lens_q", None)
         cache_given = past_key_values is not None or bool(use_cache)
         if self.sequence_parallel_context is not None:
-            check_shard(self.config, attention_mask, position_ids, cache_given=cache_given, kwargs=kwargs)
+            check_shard(
+                self.config,
+                attention_mask,
+                position_ids,
+                cache_given=cache_given,
+                rank=self.sequence_parallel_context.rank,
+                packed=cu_seq_lens is not None,
+                kwargs=kwargs,
+            )
             edges = cu_seq_lens
         elif past_key_values is not None and length == 1 and cu_seq_lens is None:
             edges = None  # a decoding step

@@ -88,4 +88,6 @@ class SequenceParallelAccelerator(Accelerator):
         targets = [batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:] for batch in batches]
         local = torch.stack([labels.ne(IGNORE_INDEX).sum() for labels in targets]).sum().to(self.device)
         ranks = 1 if self.sequence_parallel_context is None else self.sequence_parallel_context.world_size
-        return self.reduce(local.double(), reduction="sum") / ranks / self.num_processes / self.gradient_accumulation_steps
+        return (
+            self.reduce(local.double(), reduction="sum") / ranks / self.num_processes / self.gradient_accumulation_steps
+        )

@@ -12,13 +12,14 @@ lse `[B, H_q, T_q]`, -inf where a query has seen no key.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 WINDOW_TILE = 256  # query rows of a band tile: a few wasted keys against more kernel calls
+SCORE_ROWS = 256  # query rows at once where the scores are formed, T_q x T_k, for want of a fused operator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,17 @@ class Tile:
     k_stop: int
     causal: bool = False  # a square on the diagonal
     window: int | None = None  # a band: keys at most window - 1 before the query
+
+    def split(self, rows: int) -> Iterator[Tile]:
+        """The same in tiles of at most `rows` queries."""
+        for a in range(self.q_start, self.q_stop, rows):
+            b = min(a + rows, self.q_stop)
+            if not self.causal:
+                yield replace(self, q_start=a, q_stop=b)
+                continue
+            if self.k_start < a:
+                yield Tile(q_start=a, q_stop=b, k_start=self.k_start, k_stop=a)
+            yield Tile(q_start=a, q_stop=b, k_start=a, k_stop=b, causal=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,15 +127,11 @@ class BlockAttention:
     def add(self, k: Tensor, v: Tensor, start: int) -> None:
         """Keys and values at global positions [start, start + T_k)."""
         k, v = k.to(self.work).transpose(1, 2), v.to(self.work).transpose(1, 2)
-        for tile in self.visibility.tiles(self._positions, (start, start + k.shape[2])):
+        for tile in _tiles(self, k, v, start):
             rows = slice(tile.q_start - self.start, tile.q_stop - self.start)
             columns = slice(tile.k_start - start, tile.k_stop - start)
             out, lse = _attend(self.q[:, :, rows], k[:, :, columns], v[:, :, columns], tile, self.scale)
             _merge(self.out[:, :, rows], self.lse[:, :, rows], out, lse)
-
-    @property
-    def _positions(self) -> tuple[int, int]:
-        return self.start, self.start + self.q.shape[2]
 
     def result(self) -> tuple[Tensor, Tensor]:
         """out `[B, T_q, H_q, D_v]` and lse `[B, H_q, T_q]`."""
@@ -153,7 +161,7 @@ class BlockAttentionBackward:
     def add(self, k: Tensor, v: Tensor, start: int, d_k: Tensor, d_v: Tensor) -> None:
         """Adds to the gradients of these keys and values, `d_k` and `d_v` shaped like them, in working precision."""
         k, v, d_k, d_v = (x.to(self.work).transpose(1, 2) for x in (k, v, d_k, d_v))
-        for tile in self.visibility.tiles((self.start, self.start + self.q.shape[2]), (start, start + k.shape[2])):
+        for tile in _tiles(self, k, v, start):
             rows = slice(tile.q_start - self.start, tile.q_stop - self.start)
             columns = slice(tile.k_start - start, tile.k_stop - start)
             q, out, lse, d_out = (x[:, :, rows] for x in (self.q, self.out, self.lse, self.d_out))
@@ -167,6 +175,16 @@ class BlockAttentionBackward:
     def result(self) -> Tensor:
         """The gradient of the queries `[B, T_q, H_q, D]`."""
         return self.d_q.transpose(1, 2)
+
+
+def _tiles(block: BlockAttention | BlockAttentionBackward, k: Tensor, v: Tensor, start: int) -> Iterator[Tile]:
+    """Tiles of the block with keys at [start, start + T_k), small enough for the operator at hand."""
+    queries, keys = (block.start, block.start + block.q.shape[2]), (start, start + k.shape[2])
+    for tile in block.visibility.tiles(queries, keys):
+        if _fused(block.q, v):
+            yield tile
+        else:
+            yield from tile.split(SCORE_ROWS)
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:

@@ -22,6 +22,8 @@ from tests.modeling.tiny import MIXER_NAMES, VOCAB, gradients, tiny_model, token
 class OneRank:
     """A context of one rank, with softmax attention written out."""
 
+    rank = 0
+
     def __init__(self) -> None:
         self.exchange_caches: list[dict[str, Any] | None] = []
 
@@ -108,6 +110,7 @@ def test_a_shard_without_labels_has_loss_zero(context: OneRank) -> None:
     ("change", "message"),
     [
         ({"position_ids": None}, "own position_ids, got none; call context.shard_batch"),
+        ({"position_ids": torch.arange(24)[None] % 12}, "told by cu_seq_lens_q of the whole sequence"),
         ({"attention_mask": torch.ones(1, 24)}, "no attention_mask, got one; call context.shard_batch"),
         ({"use_cache": True}, r"no cache, .* enable_sequence_parallel\(model, None\)"),
         ({"shift_labels": None}, "labels without shift_labels; call context.shard_batch"),

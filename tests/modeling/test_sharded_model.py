@@ -76,3 +76,20 @@ def test_sharded_equals_one_device(
             np.testing.assert_allclose(
                 got[2][name], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(), err_msg=name
             )
+
+
+def uncut_batch() -> str:
+    """What rank 1 is told when it passes the whole batch; rank 0 stays out, its positions would be right."""
+    if dist.get_rank() == 0:
+        return ""
+    model = tiny_model()
+    enable_sequence_parallel(model, SequenceParallelContext(dist.group.WORLD))
+    try:
+        model(input_ids=tokens(1, 8), position_ids=torch.arange(8)[None])
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_an_uncut_batch_is_refused() -> None:
+    assert "call context.shard_batch(batch) first" in run_distributed(uncut_batch, 2)[1]

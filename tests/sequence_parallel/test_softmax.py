@@ -55,6 +55,7 @@ CASES = [
     Case(tokens=300, window=270, batch=2),  # more rows than one band tile
     Case(tokens=37, value_dim=3, groups=2, documents=(0, 20, 37)),  # D_v != D: without the fused operator
     Case(tokens=30, value_dim=3, window=5),
+    Case(tokens=600, value_dim=3, documents=(0, 560, 600)),  # more rows than are scored at once
     *(Case(tokens=t, causal=False, batch=2, groups=2) for t in (3, 37)),
     Case(tokens=37, causal=False, documents=(0, 2, 17, 18, 37)),
 ]

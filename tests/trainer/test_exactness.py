@@ -265,38 +265,6 @@ def test_own_loop_equals_one_process(accumulate: int) -> None:
             assert abs(got_parameters - parameters).max() < 1e-4, (world, degree)
 
 
-def resume(world: int, degree: int, folder: str, checkpoint: str | None) -> tuple[list[tuple[float, float]], Any]:
-    """Two steps, of which the first is saved; or the second alone, from that checkpoint."""
-    reset_accelerate()
-    args = LinearLlama3TrainingArguments(
-        output_dir=folder,
-        use_cpu=True,
-        max_steps=2,
-        per_device_train_batch_size=4 // (world // degree),
-        sequence_parallel_size=degree,
-        learning_rate=0.1,
-        logging_steps=1,
-        save_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-    )
-    trainer = SequentialTrainer(model=tiny_model(), args=args, train_dataset=rows(True))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    history = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
-    parameters = nn.utils.parameters_to_vector(trainer.model.parameters()).detach().numpy()
-    reset_accelerate()
-    return history, parameters
-
-
-def test_resume_at_another_degree(tmp_path: Path) -> None:
-    ((whole, expected), *_) = run_distributed(resume, 2, 2, 2, str(tmp_path / "a"), None)
-    checkpoint = str(tmp_path / "a" / "checkpoint-1")
-    for world, degree in ((1, 1), (4, 2)):
-        for history, parameters in run_distributed(resume, world, world, degree, str(tmp_path / "b"), checkpoint):
-            assert history[-1] == pytest.approx(whole[-1], rel=2e-4), (world, degree)
-            assert abs(parameters - expected).max() < 1e-3, (world, degree)
-
-
 def degree_of(setting: str, size: int | str) -> int | str:
     """The degree that a launch of 4 processes gets, or the error."""
     given = None
