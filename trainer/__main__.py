@@ -89,11 +89,23 @@ def _grid(trainer: LinearLlama3Trainer) -> str:
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LinearLlama3ForCausalLM:
     """The recipe's model, from weights or anew with the tokenizer's vocabulary."""
-    if "name_or_path" in recipe.model:
-        return LinearLlama3ForCausalLM.from_pretrained(recipe.model["name_or_path"])
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    fields = {"vocab_size": len(tokenizer), "max_position_embeddings": recipe.sequence_length, **special}
-    return LinearLlama3ForCausalLM(LinearLlama3Config(**(fields | recipe.model)))
+    if (name := recipe.model.get("name_or_path")) is not None:
+        try:
+            model = LinearLlama3ForCausalLM.from_pretrained(name)
+        except OSError as error:
+            raise ValueError(
+                f"name_or_path must be a folder or a Hub name with weights, got {name!r}: {error}"
+            ) from error
+    else:
+        special = {token: getattr(tokenizer, token) for token in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        fields = {"vocab_size": len(tokenizer), "max_position_embeddings": recipe.sequence_length, **special}
+        model = LinearLlama3ForCausalLM(LinearLlama3Config(**(fields | recipe.model)))
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the model must have an embedding for each of the tokenizer's {len(tokenizer)} tokens, got vocab_size = "
+            f"{model.config.vocab_size}; use the model's own tokenizer, or leave vocab_size out"
+        )
+    return model
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from linear_llama3.trainer.__main__ import build_model
 from linear_llama3.trainer.data import load_documents, pack_documents
 from linear_llama3.trainer.recipe import DataRecipe, load_recipe
 
@@ -144,6 +145,19 @@ def test_documents_fill_rows(tmp_path: Path) -> None:
         assert row["labels"] == targets
     with pytest.raises(ValueError, match="at least one row of sequence_length = 64 tokens, got 26 tokens"):
         pack_documents(load_documents(DataRecipe(files=str(tmp_path / "corpus"))), tokenizer, 64)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"name_or_path": "no/such/folder"}, "name_or_path must be a folder or a Hub name with weights, got 'no/such"),
+        ({**MODEL, "vocab_size": 20}, "each of the tokenizer's 28 tokens, got vocab_size = 20"),
+    ],
+)
+def test_models_that_are_refused(model: dict[str, Any], message: str, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_with(tmp_path, model=model))
+    with pytest.raises(ValueError, match=message):
+        build_model(recipe, write_tokenizer(tmp_path / "tokenizer"))
 
 
 def launch(recipe: Path, processes: int, **environment: str) -> subprocess.CompletedProcess[str]:
