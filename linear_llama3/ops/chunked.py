@@ -11,7 +11,7 @@ code is attention on one device.
 
 Shapes: q `[B, H, n, C * G, D_k]` (the G query heads of a kv head are rows), k `[B, H, n, C, D_k]`,
 v `[B, H, n, C, D_v]`, b `[B, H, n, C, 1 or D_k]` the log decay cumulated inside the chunk, own token included, or
-None; states `[B, H, (n,) D_k, D_v]`.
+None (in float64, so that strong decays leave the small ones behind them exact); states `[B, H, (n,) D_k, D_v]`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 from .chunks import Block, Chunks
 from .scores import repeat_rows, scores, scores_backward
 
+NOTHING_LEFT = -1e4  # a log decay whose factor is 0 in any precision; -inf - -inf would be nan
 States = dict[int, Tensor]  # document -> state; zero where there is none
 
 
@@ -133,7 +134,9 @@ class _Stream:
 
     def load(self, block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         query = self.rows(block, self.q) * self.scale
-        b = None if self.log_decay is None else block.take(self.log_decay, self.dtype).cumsum(-2)
+        b = None
+        if self.log_decay is not None:
+            b = block.take(self.log_decay, torch.float64).clamp_(min=NOTHING_LEFT).cumsum(-2)
         return query, block.take(self.k, self.dtype), block.take(self.v, self.dtype), b
 
     def rows(self, block: Block, x: Tensor) -> Tensor:
@@ -152,17 +155,17 @@ class _Stream:
 
 def _from_start(query: Tensor, b: Tensor | None) -> Tensor:
     """The queries as they read the state before the chunk."""
-    return query if b is None else query * repeat_rows(b, query).exp()
+    return query if b is None else query * repeat_rows(b.to(query.dtype), query).exp()
 
 
 def _to_end(key: Tensor, b: Tensor | None) -> Tensor:
     """The keys as they write to the state after the chunk."""
-    return key if b is None else key * (b[..., -1:, :] - b).exp()
+    return key if b is None else key * (b[..., -1:, :] - b).to(key.dtype).exp()
 
 
-def _factor(b: Tensor | None) -> Tensor | None:
+def _factor(b: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The decay of a state over the whole chunk, `[B, H, n, 1 or D_k, 1]`."""
-    return None if b is None else b[..., -1, :].exp().unsqueeze(-1)
+    return None if b is None else b[..., -1, :].to(dtype).exp().unsqueeze(-1)
 
 
 def _inside(query: Tensor, key: Tensor, value: Tensor, b: Tensor | None) -> Tensor:
@@ -207,7 +210,7 @@ def _fold_states(
     block: Block, key: Tensor, value: Tensor, b: Tensor | None, state: Tensor, entering: States
 ) -> tuple[Tensor, Tensor, States]:
     updates = _to_end(key, b).mT @ value
-    return _fold(updates, _factor(b), state, range(block.size), block.first, block.last, entering)
+    return _fold(updates, _factor(b, updates.dtype), state, range(block.size), block.first, block.last, entering)
 
 
 def _fold_gradients(
@@ -215,7 +218,7 @@ def _fold_gradients(
 ) -> tuple[Tensor, Tensor, States]:
     updates = _from_start(query, b).mT @ d_out
     order = range(block.size - 1, -1, -1)
-    return _fold(updates, _factor(b), d_state, order, block.last, block.first, leaving)
+    return _fold(updates, _factor(b, updates.dtype), d_state, order, block.last, block.first, leaving)
 
 
 def _block_backward(
@@ -230,15 +233,15 @@ def _block_backward(
     """Adds what flows through the states to the gradients from inside the chunks, and writes them out."""
     query, key, value, b = stream.load(block)
     d_rows, written = stream.rows(block, d_out), _to_end(key, b)
-    updates, factors = written.mT @ value, _factor(b)
+    updates, factors = written.mT @ value, _factor(b, stream.dtype)
     before, _, _ = _fold(updates, factors, states[0], range(block.size), block.first, block.last, states[1])
     d_after, d_state, began = _fold_gradients(block, query, d_rows, b, *d_states)
 
     d_query, d_key, d_value = parts
     from_start, to_end = d_rows @ before.mT, value @ d_after.mT
     if b is not None and factors is not None:
-        from_start *= repeat_rows(b, query).exp()
-        to_end *= (b[..., -1:, :] - b).exp()
+        from_start *= repeat_rows(b.to(stream.dtype), query).exp()
+        to_end *= (b[..., -1:, :] - b).to(stream.dtype).exp()
     d_query, d_key, d_value = d_query + from_start, d_key + to_end, d_value + written @ d_after
     if b is not None and factors is not None:
         ends = updates + factors * before
@@ -288,4 +291,4 @@ def _total_factor(stream: _Stream, chunks: Chunks, left_open: bool) -> Tensor:
         return ones  # no token, no change
     if chunks.documents > 1 or not left_open:
         return ones * 0  # a document starts here: nothing of the entering state is left
-    return ones if stream.log_decay is None else ones * stream.log_decay.to(stream.dtype).sum(1).exp()
+    return ones if stream.log_decay is None else ones * stream.log_decay.double().sum(1).exp().to(stream.dtype)

@@ -8,8 +8,10 @@ value per token, head and key channel (GLA).
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +27,21 @@ BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def without_autocast(function: Function) -> Function:
+    """Autocast would round states and scores to bfloat16 inside; the working precision is chosen here."""
+
+    @functools.wraps(function)
+    def call(q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(q.device.type, enabled=False):
+            return function(q, *args, **kwargs)
+
+    return cast(Function, call)
+
+
+@without_autocast
 def linear_attention(
     q: Tensor,
     k: Tensor,

@@ -47,7 +47,7 @@ def _future(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _pair_decay(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
-    exponent = repeat_rows(b, q) - b.mT
+    exponent = (repeat_rows(b, q) - b.mT).to(q.dtype)
     return exponent.masked_fill_(_future(q, k), -torch.inf).exp_()  # masked first: e^{> 0} may be inf
 
 
@@ -91,7 +91,8 @@ def _second(q: Tensor, k: Tensor, half: int) -> Tensor:
 def _relative_to_edge(q: Tensor, k: Tensor, b: Tensor, half: int) -> tuple[Tensor, Tensor]:
     early = _first(b, half)
     edge = early[..., -1:, :]
-    return (_second(repeat_rows(b, q), k, half) - edge).exp_(), (edge - early).exp_()
+    late = _second(repeat_rows(b, q), k, half) - edge
+    return late.to(q.dtype).exp_(), (edge - early).to(q.dtype).exp_()
 
 
 def _between_halves(s: Tensor, half: int) -> Tensor:

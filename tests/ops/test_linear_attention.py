@@ -93,6 +93,34 @@ def test_precision(gate: str, dtype: torch.dtype, bound: float) -> None:
         assert relative_error(got.double(), e) < bound * loose, name
 
 
+@pytest.mark.parametrize("gate", ["scalar", "channel"])
+@pytest.mark.parametrize("strong", [-30.0, -torch.inf])
+def test_weak_decay_behind_a_strong_one_is_exact(gate: str, strong: float) -> None:
+    """Many strong gates in a chunk make the cumulated decay large, and its float32 differences coarse."""
+    case = Case(tokens=128, gate=gate, strength=0.01, groups=2)
+    inputs = case.inputs()
+    w = inputs.pop("w")
+    inputs["log_decay"][:, ::3] = strong
+    double = leaves(inputs)
+    single = {name: x.detach().float().requires_grad_() for name, x in double.items()}
+    reference = linear_attention(**double, backend="recurrent")[0]
+    out = linear_attention(**single)[0]
+    assert relative_error(out.double(), reference) < 1e-6
+    expected = torch.autograd.grad((reference * w).sum(), list(double.values()))
+    got = torch.autograd.grad((out * w.float()).sum(), list(single.values()))
+    for name, a, b in zip(double, got, expected, strict=True):
+        assert relative_error(a.double(), b) < 1e-5, name
+
+
+def test_autocast_does_not_round_the_inside() -> None:
+    inputs = {n: x.float() for n, x in Case(tokens=200, gate="scalar", strength=0.01).inputs().items() if n != "w"}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, state = linear_attention(**inputs, output_final_state=True)
+    plain, plain_state = linear_attention(**inputs, output_final_state=True)
+    assert torch.equal(out, plain)
+    assert state is not None and plain_state is not None and torch.equal(state, plain_state)
+
+
 def test_state_is_float32_for_half_inputs() -> None:
     q = torch.randn(1, 5, 2, 4, dtype=torch.bfloat16)
     for backend in ("recurrent", "chunked"):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ...ops.bidirectional import bidirectional_linear_attention
 from ...ops.chunked import chunked_linear_attention
-from ...ops.linear_attention import check_arguments, divide_by_normalizer, with_ones_column
+from ...ops.linear_attention import check_arguments, divide_by_normalizer, with_ones_column, without_autocast
 from ...ops.linear_attention import linear_attention as attention_on_one_device
 from ..collectives import all_reduce, world_size
 from ..layout import Part, locate
@@ -35,6 +35,7 @@ def get_linear_strategy(name: str) -> Scan:
     return LINEAR_STRATEGIES[name]
 
 
+@without_autocast
 def linear_attention(
     q: Tensor,
     k: Tensor,

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...ops.linear_attention import check_shapes
+from ...ops.linear_attention import check_shapes, without_autocast
 from ...ops.softmax_attention import Visibility
 from ...ops.softmax_attention import softmax_attention as attention_on_one_device
 from ..collectives import world_size
@@ -27,6 +27,7 @@ def get_softmax_strategy(name: str) -> Callable[..., Tensor]:
     return SOFTMAX_STRATEGIES[name]
 
 
+@without_autocast
 def softmax_attention(
     q: Tensor,
     k: Tensor,
