@@ -26,8 +26,7 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"error: {error}") from error
     describe(trainer, recipe)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
+    save(trainer)
     if trainer.is_world_process_zero():
         write_report(trainer, recipe)
 
@@ -63,6 +62,15 @@ def describe(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
     for first in range(0, trainer.args.world_size, context.world_size):
         print(f"  rows of replica {first // context.world_size}: ranks {first} to {first + context.world_size - 1}")
     print(f"linear layers {context.config.linear}, softmax layers {context.config.softmax}, layout {context.layout}")
+
+
+def save(trainer: LinearLlama3Trainer) -> None:
+    """The whole weights, tokenizer and state, also where FSDP2's checkpoints are sharded (its default)."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:  # sharded, Trainer would leave the weights out
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
+    trainer.save_state()
 
 
 def write_report(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:

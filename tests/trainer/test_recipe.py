@@ -7,15 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from accelerate.utils import FullyShardedDataParallelPlugin
 from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.fsdp import StateDictType
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from linear_llama3.trainer.__main__ import build_model
+from linear_llama3.trainer.__main__ import build_model, save
 from linear_llama3.trainer.data import load_documents, pack_documents
 from linear_llama3.trainer.recipe import DataRecipe, load_recipe
 
@@ -158,6 +161,19 @@ def test_models_that_are_refused(model: dict[str, Any], message: str, tmp_path: 
     recipe = load_recipe(recipe_with(tmp_path, model=model))
     with pytest.raises(ValueError, match=message):
         build_model(recipe, write_tokenizer(tmp_path / "tokenizer"))
+
+
+def test_the_weights_are_saved_whole_under_fsdp2() -> None:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    assert plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
+    saved = []
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
+        save_model=lambda: saved.append(plugin.state_dict_type),
+        save_state=lambda: None,
+    )
+    save(trainer)
+    assert saved == [StateDictType.FULL_STATE_DICT]
 
 
 def launch(recipe: Path, processes: int, **environment: str) -> subprocess.CompletedProcess[str]:
