@@ -35,7 +35,10 @@ def without_autocast(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(q: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(q.device.type, enabled=False):
+        device = q.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return function(q, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
             return function(q, *args, **kwargs)
 
     return cast(Function, call)
@@ -137,7 +140,7 @@ def check_arguments(
                 f"got {tuple(log_decay.shape)}"
             )
         if log_decay.dim() == 1:
-            if not torch.compiler.is_compiling() and bool((log_decay > 0).any()):
+            if not (log_decay.is_meta or torch.compiler.is_compiling()) and bool((log_decay > 0).any()):
                 raise ValueError(
                     f"a constant log_decay must be <= 0 (a natural logarithm), got {log_decay.max().item():.4g}; "
                     "pass the log of a factor in (0, 1]"
