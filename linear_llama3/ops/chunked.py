@@ -5,9 +5,9 @@ gates): it recomputes the states of a block from the one saved at its left edge,
 small constant. Every exponent is a difference of cumulated log decays and <= 0: nothing overflows, and no prefix
 products are divided.
 
-`exchange` is where other devices come in: it starts sending this device's total state and returns a function that
-waits for the state entering from the others. The products that need no state run in between. Without it, the same
-code is attention on one device.
+`exchange` is where other devices come in: this device holds one or more links of a longer chain; it starts sending the
+total state of each and returns a function that waits for the states entering from the others. The products that need no
+state run in between. Without it, the same code is attention on one device.
 
 Shapes: q `[B, H, n, C * G, D_k]` (the G query heads of a kv head are rows), k `[B, H, n, C, D_k]`,
 v `[B, H, n, C, D_v]`, b `[B, H, n, C, 1 or D_k]` the log decay cumulated inside the chunk, own token included, or
@@ -17,7 +17,7 @@ None (in float64, so that strong decays leave the small ones behind them exact);
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,14 +29,23 @@ NOTHING_LEFT = -1e4  # a log decay whose factor is 0 in any precision; -inf - -i
 States = dict[int, Tensor]  # document -> state; zero where there is none
 
 
-class Exchange(Protocol):
-    """The exclusive affine scan of (state, decay) over devices, seen from one of them."""
+class Link(NamedTuple):
+    """Tokens of this device that follow one another in the sequence: the documents [first, stop) of its stream."""
 
-    left_open: bool  # the first document began on an earlier device
+    first: int
+    stop: int  # equal to `first` where the link holds no token
+    left_open: bool  # its first document began earlier in the sequence
+
+
+class Exchange(Protocol):
+    """The exclusive affine scan of (state, decay) over the links of all devices, seen from one of them."""
+
+    links: Sequence[Link]  # L of them
 
     def start(self, summarize: Callable[[], tuple[Tensor, Tensor]], *, reverse: bool) -> Callable[[], Tensor]:
-        """Starts sending `summarize()`, this device's state `[B, H, D_k, D_v]` and decay factor `[B, H, D_k]`;
-        the result waits for the state that enters from the earlier (reverse: later) devices."""
+        """Starts sending `summarize()`, the states `[L, B, H, D_k, D_v]` and decay factors `[L, B, H, D_k]` of this
+        device's links; the result waits for the states `[L, B, H, D_k, D_v]` that enter them from the earlier
+        (reverse: later) links."""
 
 
 def chunked_linear_attention(
@@ -50,8 +59,8 @@ def chunked_linear_attention(
     initial_state: Tensor | None = None,
     exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as `recurrent_linear_attention`. With `exchange` the first and the last document may go on
-    elsewhere, `boundaries` may be (0,) for a device without tokens, and the final states are not to be used."""
+    """Same contract as `recurrent_linear_attention`. With `exchange` the first and the last document of a link may
+    go on elsewhere, `boundaries` may be (0,) for a device without tokens, and the final states are not to be used."""
     chunks = Chunks(boundaries, q.device)
     return _Chunked.apply(q, k, v, log_decay, initial_state, chunks, scale, exchange)
 
@@ -72,13 +81,12 @@ class _Chunked(torch.autograd.Function):
         stream = _Stream(q, k, v, log_decay, scale)
         inside: Iterable[Tensor] = (_inside(*stream.load(block)) for block in chunks.blocks)
         if exchange is not None:
-            wait = exchange.start(lambda: _total_state(stream, chunks, exchange.left_open), reverse=False)
+            wait = exchange.start(lambda: _total_states(stream, chunks, exchange.links), reverse=False)
             inside = list(inside)  # needs no state: runs while the states travel
-            received = wait()  # also where no document goes on: every rank takes part
-            initial_state = received if exchange.left_open else None
+            initial_state = wait()  # also where no document goes on: every rank takes part
 
         out = torch.empty(*q.shape[:3], v.shape[-1], dtype=stream.dtype, device=q.device)
-        entering = stream.per_document(initial_state)
+        entering = _entering(stream, initial_state, exchange)
         state, edges, finals = stream.zero_state(), [], {}
         for block, part in zip(chunks.blocks, inside, strict=True):
             edges.append(state)
@@ -100,14 +108,15 @@ class _Chunked(torch.autograd.Function):
         stream = _Stream(q, k, v, log_decay, ctx.scale)
         if d_out is None:
             d_out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=stream.dtype, device=q.device)
-        entering, leaving = stream.per_document(initial_state), stream.per_document(d_final)
+        entering, leaving = _entering(stream, initial_state, exchange), stream.per_document(d_final)
         inside: Iterable[tuple[Tensor, Tensor, Tensor]] = (
             _inside_backward(*stream.load(block), stream.rows(block, d_out)) for block in reversed(chunks.blocks)
         )
         if exchange is not None:
-            wait = exchange.start(lambda: _total_gradient(stream, d_out, chunks, exchange.left_open), reverse=True)
+            wait = exchange.start(lambda: _total_gradients(stream, d_out, chunks, exchange.links), reverse=True)
             inside = list(inside)
-            leaving = {chunks.documents - 1: wait()}
+            links = zip(exchange.links, wait(), strict=True)
+            leaving = {link.stop - 1: x for link, x in links if link.stop > link.first}
 
         gradients: list[Any] = [None if x is None else torch.empty_like(x) for x in (q, k, v, log_decay)]
         d_state, d_initial = stream.zero_state(), {}
@@ -264,31 +273,46 @@ def _gate_gradient(
     return flow.flip(-2).cumsum(-2).flip(-2) + crossing
 
 
-def _total_state(stream: _Stream, chunks: Chunks, left_open: bool) -> tuple[Tensor, Tensor]:
-    """What this device writes into the state that leaves it, and by how much it decays the one that enters."""
-    state = stream.zero_state()
-    if chunks.documents:
-        for block in chunks.document(-1).blocks:
+def _entering(stream: _Stream, states: Tensor | None, exchange: Exchange | None) -> States:
+    """The states that documents begin with: given for each, or received for the links."""
+    if exchange is None or states is None:
+        return stream.per_document(states)
+    return {link.first: x for link, x in zip(exchange.links, states, strict=True) if link.left_open}
+
+
+def _total_states(stream: _Stream, chunks: Chunks, links: Sequence[Link]) -> tuple[Tensor, Tensor]:
+    """What each link writes into the state that leaves it, and by how much it decays the one that enters."""
+    states = []
+    for link in links:
+        state = stream.zero_state()
+        for block in chunks.document(link.stop - 1).blocks if link.stop > link.first else ():
             _, key, value, b = stream.load(block)
             _, state, _ = _fold_states(block, key, value, b, state, {})
-    return state, _total_factor(stream, chunks, left_open)
+        states.append(state)
+    return torch.stack(states), _total_factors(stream, chunks, links)
 
 
-def _total_gradient(stream: _Stream, d_out: Tensor, chunks: Chunks, left_open: bool) -> tuple[Tensor, Tensor]:
-    """The gradient of the state that enters, as far as it comes from this device's outputs; and the decay."""
-    d_state = stream.zero_state()
-    if chunks.documents and left_open:
-        for block in reversed(chunks.document(0).blocks):
+def _total_gradients(stream: _Stream, d_out: Tensor, chunks: Chunks, links: Sequence[Link]) -> tuple[Tensor, Tensor]:
+    """The gradients of the states that enter, as far as they come from the links' own outputs; and the decays."""
+    d_states = []
+    for link in links:
+        d_state = stream.zero_state()
+        for block in reversed(chunks.document(link.first).blocks) if link.left_open else ():
             query, _, _, b = stream.load(block)
             _, d_state, _ = _fold_gradients(block, query, stream.rows(block, d_out), b, d_state, {})
-    return d_state, _total_factor(stream, chunks, left_open)
+        d_states.append(d_state)
+    return torch.stack(d_states), _total_factors(stream, chunks, links)
 
 
-def _total_factor(stream: _Stream, chunks: Chunks, left_open: bool) -> Tensor:
+def _total_factors(stream: _Stream, chunks: Chunks, links: Sequence[Link]) -> Tensor:
     batch, _, heads, key_dim = stream.k.shape
-    ones = torch.ones(batch, heads, key_dim, dtype=stream.dtype, device=stream.k.device)
-    if chunks.documents == 0:
-        return ones  # no token, no change
-    if chunks.documents > 1 or not left_open:
-        return ones * 0  # a document starts here: nothing of the entering state is left
-    return ones if stream.log_decay is None else ones * stream.log_decay.double().sum(1).exp().to(stream.dtype)
+    factors = torch.ones(len(links), batch, heads, key_dim, dtype=stream.dtype, device=stream.k.device)
+    for factor, link in zip(factors, links, strict=True):
+        if link.stop == link.first:
+            continue  # no token, no change
+        if link.stop - link.first > 1 or not link.left_open:
+            factor.zero_()  # a document starts here: nothing of the entering state is left
+        elif stream.log_decay is not None:
+            start, stop = chunks.boundaries[link.first : link.first + 2]
+            factor *= stream.log_decay[:, start:stop].double().sum(1).exp().to(stream.dtype)
+    return factors

@@ -56,7 +56,6 @@ class Chunks:
 
     def document(self, n: int) -> Chunks:
         """The chunks of one document alone."""
-        n %= self.documents
         return Chunks(self.boundaries[n : n + 2], self.device, self.size)
 
     def _blocks(self) -> Iterator[Block]:

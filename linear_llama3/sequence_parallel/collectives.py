@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,3 +58,39 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Pending:
     """The sum over ranks of `x`, on every rank."""
     x = x.clone(memory_format=torch.contiguous_format)
     return Pending(x, dist.all_reduce(x, op=dist.ReduceOp.SUM, group=group, async_op=True), x)
+
+
+def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """`x` `[W, ...]`: rank r receives the part `[r]` of every rank's, `[W, ...]` in the order of the ranks."""
+    x = x.contiguous()
+    result = torch.empty_like(x)
+    return Pending(result, dist.all_to_all_single(result, x, group=group, async_op=True), x)
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Messages between pairs of ranks on their way."""
+
+    received: tuple[Tensor, ...]
+    works: tuple[Any, ...]
+    sent: tuple[Tensor, ...]  # kept alive until they are read
+
+    def wait(self) -> tuple[Tensor, ...]:
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+def send_receive(
+    sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], group: dist.ProcessGroup
+) -> Transfer:
+    """Sends every tensor to a rank of `group`, and fills every (contiguous) tensor with what a rank sends.
+
+    Messages of one pair of ranks are matched in order. Empty tensors do not travel. All ranks that exchange
+    anything must go through their calls in one order, in which every message is sent and received.
+    """
+    sends = [(x.contiguous(), rank) for x, rank in sends]
+    operations = [(dist.isend, x, rank) for x, rank in sends] + [(dist.irecv, x, rank) for x, rank in receives]
+    messages = [dist.P2POp(op, x, group=group, group_peer=rank) for op, x, rank in operations if x.numel()]
+    works = dist.batch_isend_irecv(messages) if messages else []
+    return Transfer(tuple(x for x, _ in receives), tuple(works), tuple(x for x, _ in sends))

@@ -2,46 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.linear_attention import document_edges
+from ..ops.visibility import Span
 from .collectives import all_gather, group_rank, world_size
 
 
-class Layout(Protocol):
-    """Rank r's tokens, as one interval of the sequence after padding."""
+class Layout(ABC):
+    """Cuts a sequence into `chunks_per_rank * W` equal chunks and says which of them a rank holds."""
+
+    chunks_per_rank: int
+
+    @abstractmethod
+    def chunks(self, rank: int, ranks: int) -> tuple[int, ...]:
+        """The chunks of a rank, ascending: the order in which it holds them."""
 
     def padded(self, length: int, ranks: int) -> int:
-        """The length that `length` tokens are padded to, at the end, so that every rank holds as many."""
+        """The length that `length` tokens are padded to, at the end, so that all chunks are equal."""
+        multiple = self.chunks_per_rank * ranks
+        return -(-length // multiple) * multiple
 
-    def interval(self, rank: int, ranks: int, padded: int) -> tuple[int, int]:
-        """The tokens [start, stop) of a rank."""
+    def spans(self, rank: int, ranks: int, length: int, padded: int) -> tuple[Span, ...]:
+        """The global positions of a rank's true tokens, a span for every chunk, empty ones too.
+
+        Only the end of the sequence is padding and chunks ascend, so they are the first of the rank's tokens.
+        """
+        size = padded // (self.chunks_per_rank * ranks)
+        return tuple((min(c * size, length), min((c + 1) * size, length)) for c in self.chunks(rank, ranks))
+
+    def chain(self, ranks: int) -> tuple[tuple[int, int], ...]:
+        """(rank, place on the rank) of every chunk, in the order of the sequence."""
+        places = {c: (rank, i) for rank in range(ranks) for i, c in enumerate(self.chunks(rank, ranks))}
+        return tuple(places[c] for c in range(len(places)))
 
 
-class Contiguous:
+class Contiguous(Layout):
     """Rank r holds tokens [r * C, (r + 1) * C), C = ceil(T / W)."""
 
-    def padded(self, length: int, ranks: int) -> int:
-        return -(-length // ranks) * ranks
+    chunks_per_rank = 1
 
-    def interval(self, rank: int, ranks: int, padded: int) -> tuple[int, int]:
-        tokens = padded // ranks
-        return rank * tokens, (rank + 1) * tokens
+    def chunks(self, rank: int, ranks: int) -> tuple[int, ...]:
+        return (rank,)
 
 
-LAYOUTS: dict[str, Layout] = {"contiguous": Contiguous()}
+class Zigzag(Layout):
+    """Rank r holds chunks r and 2W - 1 - r of 2W: every rank has the same causal work."""
+
+    chunks_per_rank = 2
+
+    def chunks(self, rank: int, ranks: int) -> tuple[int, ...]:
+        return rank, 2 * ranks - 1 - rank
 
 
-def get_layout(name: str) -> Layout:
+LAYOUTS: dict[str, Layout] = {"contiguous": Contiguous(), "zigzag": Zigzag()}
+
+
+def get_layout(name: str, ranks: int | None = None) -> Layout:
+    """The layout of that name; on one rank all are the same."""
     if name not in LAYOUTS:
         raise ValueError(f"layout must be one of {sorted(LAYOUTS)}, got {name!r}; register new layouts in LAYOUTS")
-    return LAYOUTS[name]
+    return LAYOUTS["contiguous" if ranks == 1 else name]
 
 
 def shard(
@@ -61,13 +87,19 @@ def shard(
         dim: the sequence dim, T tokens long.
         padding: the value of the tokens past the end.
     """
-    rule, ranks = get_layout(layout), world_size(group)
-    length = x.shape[dim]
+    ranks, length = world_size(group), x.shape[dim]
+    rule = get_layout(layout, ranks)
     if length == 0:
         raise ValueError(f"a sequence needs at least one token, got shape {tuple(x.shape)} with none in dim {dim}")
-    start, stop = rule.interval(group_rank(group), ranks, rule.padded(length, ranks))
-    part = x.narrow(dim, min(start, length), max(min(stop, length) - start, 0))
-    missing = stop - start - part.shape[dim]
+    padded = rule.padded(length, ranks)
+    return _cut(x, rule.spans(group_rank(group), ranks, length, padded), padded // ranks, dim, padding)
+
+
+def _cut(x: Tensor, spans: tuple[Span, ...], tokens: int, dim: int, padding: float = 0) -> Tensor:
+    """The spans of `x` one after another, padded to `tokens`."""
+    parts = [x.narrow(dim, start, stop - start) for start, stop in spans]
+    part = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    missing = tokens - part.shape[dim]
     if not missing:
         return part
     # F.pad counts dims from the last one, two numbers each
@@ -83,89 +115,53 @@ def unshard(
     already holds the gradient of the whole and keeps its own part of it. (A rank that computes something of its
     own from the whole has to sum the gradients over the ranks itself.)
     """
-    get_layout(layout)
     ranks = world_size(group)
-    if not x.shape[dim] * ranks >= length > 0:
-        raise ValueError(f"length must be between 1 and the {ranks} x {x.shape[dim]} tokens of all ranks, got {length}")
-    return x.narrow(dim, 0, length) if ranks == 1 else _Unshard.apply(x, group, length, dim % x.dim(), layout)
+    rule = get_layout(layout, ranks)
+    check_length(x.shape[dim], ranks, layout, length)
+    return x.narrow(dim, 0, length) if ranks == 1 else _Unshard.apply(x, group, length, dim % x.dim(), rule)
 
 
 class _Unshard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, length: int, dim: int, layout: str) -> Tensor:
-        ctx.group, ctx.dim, ctx.layout = group, dim, layout
-        ctx.interval = get_layout(layout).interval(
-            group_rank(group), world_size(group), x.shape[dim] * world_size(group)
-        )
-        parts = all_gather(x, group).wait()
-        return parts.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, length)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, length: int, dim: int, layout: Layout) -> Tensor:
+        ctx.tokens, ctx.dim = x.shape[dim], dim
+        ctx.spans = layout.spans(group_rank(group), world_size(group), length, ctx.tokens * world_size(group))
+        parts = all_gather(x, group).wait().movedim(0, dim)  # W before the local tokens
+        return in_order(parts, layout, dim).narrow(dim, 0, length)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        start, stop = ctx.interval
-        own = grad.narrow(ctx.dim, min(start, grad.shape[ctx.dim]), max(min(stop, grad.shape[ctx.dim]) - start, 0))
-        missing = stop - start - own.shape[ctx.dim]
-        pad = [0, 0] * (grad.dim() - 1 - ctx.dim) + [0, missing]
-        return F.pad(own, pad), None, None, None, None
+        return _cut(grad, ctx.spans, ctx.tokens, ctx.dim), None, None, None, None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """A rank's part of one global sequence: the true tokens, and the pieces of documents they belong to."""
-
-    start: int  # global position of the first token
-    tokens: int  # true tokens held; the local positions behind them are padding
-    documents: tuple[int, ...]  # global edges (0, ..., length) of all documents
-    packed: bool  # documents were given; the same on every rank
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.tokens
-
-    @property
-    def boundaries(self) -> tuple[int, ...]:
-        """Local edges of the pieces, (0, ..., tokens); (0,) on a rank without tokens."""
-        inner = [edge - self.start for edge in self.documents if self.start < edge < self.stop]
-        return (0, *inner, self.tokens) if self.tokens else (0,)
-
-    @property
-    def left_open(self) -> bool:
-        """The first piece continues a document of an earlier rank."""
-        return self.tokens > 0 and self.start not in self.documents
-
-
-def locate(
-    tokens: int,
-    *,
-    batch: int,
-    group: dist.ProcessGroup | None,
-    layout: str,
-    cu_seqlens: Tensor | None,
-    length: int | None,
-) -> Part:
-    """Checks what the caller says of the whole sequence, and finds this rank in it.
-
-    Args:
-        tokens: the local length C, padding included.
-        cu_seqlens: global document edges `[N + 1]`, ending at the true length.
-        length: the true global length; default: the end of `cu_seqlens`, else W * C.
-    """
-    rule, ranks = get_layout(layout), world_size(group)
-    padded = tokens * ranks
-    edges = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    if length is None:
-        # `shard` pads to a multiple of W: edges that end in the last padding tell the length.
-        length = edges[-1] if edges and rule.padded(edges[-1], ranks) == padded else padded
-    if not 0 < length <= padded:
+def check_length(tokens: int, ranks: int, layout: str, length: int) -> None:
+    """`ValueError` unless W parts of `tokens` local tokens can hold a sequence of `length`."""
+    rule = get_layout(layout, ranks)
+    if tokens % rule.chunks_per_rank:
         raise ValueError(
-            f"length must be between 1 and the {ranks} x {tokens} = {padded} tokens of all ranks, got {length}"
+            f"layout {layout!r} gives a rank {rule.chunks_per_rank} equal chunks, got {tokens} local tokens; "
+            "cut the sequence with shard(..., layout=...), which pads it"
         )
-    if edges is not None:
-        edges = document_edges(cu_seqlens, batch=batch, tokens=length)
-    start, stop = rule.interval(group_rank(group), ranks, padded)
-    return Part(
-        start=start,
-        tokens=max(min(stop, length) - start, 0),
-        documents=edges or (0, length),
-        packed=edges is not None,
-    )
+    if not 0 < length <= tokens * ranks:
+        raise ValueError(
+            f"length must be between 1 and the {ranks} x {tokens} = {tokens * ranks} tokens of all ranks, got {length}"
+        )
+
+
+def in_order(parts: Tensor, layout: Layout, dim: int) -> Tensor:
+    """`[..., W, C, ...]`, W in `dim`, to the whole padded sequence `[..., W * C, ...]`."""
+    ranks = parts.shape[dim]
+    chunks = parts.flatten(dim, dim + 1).unflatten(dim, (ranks * layout.chunks_per_rank, -1))
+    order = [rank * layout.chunks_per_rank + place for rank, place in layout.chain(ranks)]
+    return _permute(chunks, order, dim).flatten(dim, dim + 1)
+
+
+def by_rank(whole: Tensor, layout: Layout, ranks: int, dim: int) -> Tensor:
+    """The inverse of `in_order`: `[..., W * C, ...]` to `[..., W, C, ...]`."""
+    chunks = whole.unflatten(dim, (ranks * layout.chunks_per_rank, -1))
+    order = [c for rank in range(ranks) for c in layout.chunks(rank, ranks)]
+    return _permute(chunks, order, dim).flatten(dim, dim + 1).unflatten(dim, (ranks, -1))
+
+
+def _permute(x: Tensor, order: list[int], dim: int) -> Tensor:
+    return x if order == sorted(order) else x.index_select(dim, torch.tensor(order, device=x.device))

@@ -19,11 +19,19 @@ from ...ops.chunked import chunked_linear_attention
 from ...ops.linear_attention import check_arguments, divide_by_normalizer, with_ones_column, without_autocast
 from ...ops.linear_attention import linear_attention as attention_on_one_device
 from ..collectives import all_reduce, world_size
-from ..layout import Part, locate
+from ..part import Part, locate
+from .all_scan import all_scan
+from .all_to_all import all_to_all_scan
+from .lasp1 import lasp1
 from .lasp2 import lasp2
+from .scan import Scan
 
-Scan = Callable[..., Callable[[], Tensor]]  # (state, factor, *, group, reverse) -> wait
-LINEAR_STRATEGIES: dict[str, Scan] = {"lasp2": lasp2}
+LINEAR_STRATEGIES: dict[str, Scan] = {
+    "lasp1": lasp1,
+    "lasp2": lasp2,
+    "all_scan": all_scan,
+    "all_to_all": all_to_all_scan,
+}
 
 
 def get_linear_strategy(name: str) -> Scan:
@@ -122,27 +130,29 @@ class StateExchange:
         decays: bool,
         cache: dict[str, Tensor] | None,
     ) -> None:
-        self.scan, self.group, self.cache = scan, group, cache
-        self.left_open = part.left_open
+        self.scan, self.group, self.chain, self.cache = scan, group, part.layout.chain(part.ranks), cache
+        self.links = part.links
         self.fades = decays or part.packed  # the same on every rank: all send the same message
 
     def start(self, summarize: Callable[[], tuple[Tensor, Tensor]], *, reverse: bool) -> Callable[[], Tensor]:
         cache = None if reverse else self.cache
-        if cache is not None and "state" in cache:
-            return lambda: cache["state"]
-        state, factor = summarize()
-        wait = self.scan(state, factor if self.fades else None, group=self.group, reverse=reverse)
+        if cache is not None and "states" in cache:
+            return lambda: cache["states"]
+        states, factors = summarize()
+        factors = factors if self.fades else None
+        wait = self.scan(states, factors, group=self.group, chain=self.chain, reverse=reverse)
         if cache is None:
             return wait
-        return lambda: cache.setdefault("state", wait())
+        return lambda: cache.setdefault("states", wait())
 
 
 class _CompleteStates(torch.autograd.Function):
     """From the states of this rank's pieces of documents `[N, B, H, D_k, D_v]` to those of the whole documents.
 
     Without a mask every token reads all of its document: a sum over ranks (Algorithm 1, with the sum of the
-    backward pass over ALL ranks). Only the first and the last piece can go on elsewhere. The map is symmetric,
-    so its gradient is the map itself.
+    backward pass over ALL ranks). A sum has no order: one document is an all-reduce whatever the strategy. Of packed
+    ones only the first and the last piece of a link can go on elsewhere, in two scans. The map is symmetric, so its
+    gradient is the map itself.
     """
 
     @staticmethod
@@ -157,17 +167,22 @@ class _CompleteStates(torch.autograd.Function):
 
 def _complete(states: Tensor, scan: Scan, group: dist.ProcessGroup, part: Part) -> Tensor:
     if not part.packed:
-        return all_reduce(states, group).wait()
-    first, last = states[0], states[-1]
-    whole = part.tokens == 0 or (len(states) == 1 and part.left_open)  # no document starts on this rank
-    factor = first.new_full(first.shape[:-1], float(whole))
-    from_left = scan(last, factor, group=group, reverse=False)
-    opening = first if part.left_open else torch.zeros_like(first)
-    from_right = scan(opening, factor, group=group, reverse=True)
+        return all_reduce(states.sum(0), group).wait().expand_as(states)
+    nothing = torch.zeros_like(states[0])
+    opening, closing, factors = [], [], []
+    for first, stop, left_open in part.links:
+        opening.append(states[first] if left_open else nothing)
+        closing.append(states[stop - 1] if stop > first else nothing)
+        passes = first == stop or (stop - first == 1 and left_open)  # no document starts here
+        factors.append(torch.full_like(nothing[..., 0], float(passes)))
+    chain, factor = part.layout.chain(part.ranks), torch.stack(factors)
+    # one after the other: a scan is a chain of messages, and two of them could wait for each other
+    from_left = scan(torch.stack(closing), factor, group=group, chain=chain, reverse=False)()
+    from_right = scan(torch.stack(opening), factor, group=group, chain=chain, reverse=True)()
     states = states.clone()
-    if part.left_open:
-        states[0] += from_left()
-    else:
-        from_left()
-    states[-1] += from_right()
+    for i, (first, stop, left_open) in enumerate(part.links):
+        if left_open:
+            states[first] += from_left[i]
+        if stop > first:
+            states[stop - 1] += from_right[i]
     return states

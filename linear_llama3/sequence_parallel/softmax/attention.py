@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...ops.linear_attention import check_shapes, without_autocast
-from ...ops.softmax_attention import Visibility
 from ...ops.softmax_attention import softmax_attention as attention_on_one_device
+from ...ops.visibility import Visibility
 from ..collectives import world_size
-from ..layout import locate
+from ..part import Part, locate
 from .lasp2h import lasp2h
+from .ring import ring
+from .rsa import rsa
+from .token_ring import token_ring
+from .ulysses import ulysses
 
-SOFTMAX_STRATEGIES: dict[str, Callable[..., Tensor]] = {"lasp2h": lasp2h}
+
+class SoftmaxStrategy(Protocol):
+    """A strategy: the attention of this rank's true tokens, on more than one rank."""
+
+    def __call__(
+        self,
+        q: Tensor,  # [B, n, H_q, D]
+        k: Tensor,  # [B, n, H_kv, D], H_q a multiple of H_kv
+        v: Tensor,  # [B, n, H_kv, D_v]
+        *,
+        group: dist.ProcessGroup,
+        part: Part,  # which tokens this rank and the others hold; n of them here, none perhaps
+        scale: float,
+        visibility: Visibility,  # the mask, in global positions
+    ) -> Tensor: ...  # [B, n, H_q, D_v] in any precision; differentiable
 
 
-def get_softmax_strategy(name: str) -> Callable[..., Tensor]:
+SOFTMAX_STRATEGIES: dict[str, SoftmaxStrategy] = {
+    "lasp2h": lasp2h,
+    "ring": ring,
+    "token_ring": token_ring,
+    "rsa": rsa,
+    "ulysses": ulysses,
+}
+
+
+def get_softmax_strategy(name: str) -> SoftmaxStrategy:
     if name not in SOFTMAX_STRATEGIES:
         raise ValueError(
             f"the strategy for softmax layers must be one of {sorted(SOFTMAX_STRATEGIES)}, got {name!r}; "
@@ -69,10 +96,10 @@ def softmax_attention(
     part = locate(q.shape[1], batch=q.shape[0], group=group, layout=layout, cu_seqlens=cu_seqlens, length=length)
     visibility = Visibility(documents=part.documents, causal=causal, window=sliding_window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if world_size(group) == 1:
-        inputs = (x[:, : part.tokens] for x in (q, k, v))
-        out = attention_on_one_device(*inputs, scale=scale, visibility=visibility)
-        out = F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - part.tokens))
+    padding = q.shape[1] - part.tokens
+    q, k, v = (x[:, : part.tokens] for x in (q, k, v))  # padding takes no part
+    if group is None or world_size(group) == 1:
+        out = attention_on_one_device(q, k, v, scale=scale, visibility=visibility)
     else:
         out = attend(q, k, v, group=group, part=part, scale=scale, visibility=visibility)
-    return out.to(v.dtype)
+    return F.pad(out, (0, 0, 0, 0, 0, padding)).to(v.dtype)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
-from ...ops.softmax_attention import BlockAttention, BlockAttentionBackward, Visibility
-from ..collectives import all_gather, reduce_scatter, world_size
-from ..layout import Part
-
-Span = tuple[int, int]
+from ...ops.softmax_attention import BlockAttention, BlockAttentionBackward
+from ...ops.visibility import Span, Visibility
+from ..collectives import all_gather, reduce_scatter
+from ..layout import by_rank, in_order
+from ..part import Part
 
 
 def lasp2h(
@@ -29,10 +30,7 @@ def lasp2h(
     scale: float,
     visibility: Visibility,
 ) -> Tensor:
-    """q `[B, C, H_q, D]`, k `[B, C, H_kv, D]`, v `[B, C, H_kv, D_v]`, padding included; `part` is what they hold.
-
-    Returns out `[B, C, H_q, D_v]` in the working precision, zero at padding.
-    """
+    """See `softmax/attention.py`."""
     return _Lasp2H.apply(q, k, v, group, part, scale, visibility)
 
 
@@ -48,62 +46,50 @@ class _Lasp2H(torch.autograd.Function):
         scale: float,
         visibility: Visibility,
     ) -> Tensor:
-        tokens, (local, key_dim) = part.tokens, (k.shape[1], k.shape[-1])
-        pending = all_gather(torch.cat([k, v], dim=-1), group)  # H_kv heads: not expanded under GQA
-        block = BlockAttention(q[:, :tokens], part.start, value_dim=v.shape[-1], scale=scale, visibility=visibility)
-        block.add(k[:, :tokens], v[:, :tokens], part.start)  # needs no other rank: runs while K and V travel
+        own = torch.cat([k, v], dim=-1)  # H_kv heads: not expanded under GQA
+        pending = all_gather(F.pad(own, (0, 0, 0, 0, 0, part.local - part.tokens)), group)
+        block = BlockAttention(q, part.spans, value_dim=v.shape[-1], scale=scale, visibility=visibility)
+        block.add(k, v, part.spans)  # needs no other rank: runs while K and V travel
 
-        gathered = pending.wait()  # [W, B, C, H_kv, D + D_v]
+        gathered = in_order(pending.wait().movedim(0, 1), part.layout, dim=1)  # [B, W * C, H_kv, D + D_v]
         spans = _visible_spans(part, visibility)
-        remote = [_tokens(gathered, a, b) for a, b in spans]  # copies: the rest of the buffer is freed
-        for (a, _), keys_values in zip(spans, remote, strict=True):
-            block.add(*_split(keys_values, key_dim), a)
+        remote = [gathered[:, a:b].clone() for a, b in spans]  # the rest of the buffer is freed
+        del gathered
+        for span, keys_values in zip(spans, remote, strict=True):
+            block.add(*_split(keys_values, k.shape[-1]), [span])
         out, lse = block.result()
 
         ctx.save_for_backward(q, k, v, out, lse, *remote)
         ctx.group, ctx.part, ctx.scale, ctx.visibility, ctx.spans = group, part, scale, visibility, spans
-        return torch.cat([out, out.new_zeros(out.shape[0], local - tokens, *out.shape[2:])], dim=1)
+        return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *remote = ctx.saved_tensors
-        part, key_dim = ctx.part, k.shape[-1]
-        tokens, (batch, local, heads, _) = part.tokens, k.shape
-        block = BlockAttentionBackward(
-            q[:, :tokens], part.start, out, lse, d_out[:, :tokens], scale=ctx.scale, visibility=ctx.visibility
-        )
-        ranks, width = world_size(ctx.group), key_dim + v.shape[-1]
-        gradients = out.new_zeros(batch, ranks * local, heads, width)  # of every rank's K and V
+        part, key_dim, (batch, tokens, heads, _) = ctx.part, k.shape[-1], k.shape
+        block = BlockAttentionBackward(q, part.spans, out, lse, d_out, scale=ctx.scale, visibility=ctx.visibility)
+        # of every rank's K and V, in the order of the sequence
+        gradients = out.new_zeros(batch, part.ranks * part.local, heads, key_dim + v.shape[-1])
         for (a, b), keys_values in zip(ctx.spans, remote, strict=True):
-            block.add(*_split(keys_values, key_dim), a, *_split(gradients[:, a:b], key_dim))
-        by_rank = gradients.unflatten(1, (ranks, local)).movedim(1, 0)
-        pending = reduce_scatter(by_rank, ctx.group)
+            block.add(*_split(keys_values, key_dim), [(a, b)], *_split(gradients[:, a:b], key_dim))
+        pending = reduce_scatter(by_rank(gradients, part.layout, part.ranks, dim=1).movedim(1, 0), ctx.group)
 
-        own = out.new_zeros(batch, local, heads, width)  # while the others' gradients travel
-        d_key, d_value = _split(own[:, :tokens], key_dim)
-        block.add(k[:, :tokens], v[:, :tokens], part.start, d_key, d_value)
-        d_q = torch.zeros_like(q)
-        d_q[:, :tokens] = block.result()
-        d_k, d_v = _split(own + pending.wait(), key_dim)
-        return d_q, d_k.to(k.dtype), d_v.to(v.dtype), None, None, None, None
+        own = out.new_zeros(batch, tokens, heads, key_dim + v.shape[-1])  # while the others' gradients travel
+        block.add(k, v, part.spans, *_split(own, key_dim))
+        d_k, d_v = _split(own + pending.wait()[:, :tokens], key_dim)
+        return block.result().to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None, None, None
 
 
 def _visible_spans(part: Part, visibility: Visibility) -> list[Span]:
-    """The other ranks' tokens that some query of this rank sees: before its own and, without a mask, behind."""
-    if not part.tokens:
-        return []
-    spans = [(visibility.first_key(part.start), part.start)]
-    if not visibility.causal:
-        spans.append((part.stop, min(edge for edge in visibility.documents if edge >= part.stop)))
+    """The other ranks' tokens that some query of this rank sees: before, between and behind its own chunks."""
+    own = [span for span in part.spans if span[0] < span[1]]
+    spans: list[Span] = []
+    start = 0  # of the gap before a span of one's own
+    for (a, b), after in zip(own, [*own[1:], None], strict=True):
+        spans.append((max(start, visibility.first_key(a)), a))
+        start = min(visibility.last_key(b - 1) + 1, after[0] if after else part.documents[-1])
+        spans.append((b, start))
     return [(a, b) for a, b in spans if a < b]
-
-
-def _tokens(gathered: Tensor, start: int, stop: int) -> Tensor:
-    """Global tokens [start, stop) `[B, stop - start, H, D]` out of `[W, B, C, H, D]`."""
-    local = gathered.shape[2]
-    first = start // local
-    ranks = gathered[first : -(-stop // local)].movedim(0, 1).flatten(1, 2)
-    return ranks[:, start - first * local : stop - first * local].clone()
 
 
 def _split(keys_values: Tensor, key_dim: int) -> tuple[Tensor, Tensor]:

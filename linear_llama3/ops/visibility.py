@@ -1,0 +1,131 @@
+"""Which keys a query sees: a rule on positions, never a matrix of T x T.
+
+Blocks of queries and keys are intervals of one global sequence. The rule cuts a pair of intervals into tiles that
+are fully visible, causal squares, or, with a window, narrow bands; a pair that sees nothing gives no tile and costs
+nothing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Span = tuple[int, int]  # global positions [start, stop)
+
+WINDOW_TILE = 256  # query rows of a band tile: a few wasted keys against more kernel calls
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """Queries [q_start, q_stop) with keys [k_start, k_stop), global positions."""
+
+    q_start: int
+    q_stop: int
+    k_start: int
+    k_stop: int
+    causal: bool = False  # a square on the diagonal
+    window: int | None = None  # a band: keys at most window - 1 before the query
+
+    def split(self, rows: int) -> Iterator[Tile]:
+        """The same in tiles of at most `rows` queries."""
+        for a in range(self.q_start, self.q_stop, rows):
+            b = min(a + rows, self.q_stop)
+            if not self.causal:
+                yield replace(self, q_start=a, q_stop=b)
+                continue
+            if self.k_start < a:
+                yield Tile(q_start=a, q_stop=b, k_start=self.k_start, k_stop=a)
+            yield Tile(q_start=a, q_stop=b, k_start=a, k_stop=b, causal=True)
+
+    def hidden(self, device: torch.device) -> Tensor | None:
+        """True `[T_q, T_k]` where a band's key is not visible; None where the whole tile is."""
+        if self.window is None:
+            return None
+        distance = torch.arange(self.q_start, self.q_stop, device=device).unsqueeze(1) - torch.arange(
+            self.k_start, self.k_stop, device=device
+        )
+        hidden = (distance < 0) | (distance >= self.window)
+        return hidden if bool(hidden.any()) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visibility:
+    """A query sees the keys of its document, not later ones (causal), the last `window` of them."""
+
+    documents: tuple[int, ...]  # edges (0, ..., length)
+    causal: bool = True
+    window: int | None = None
+
+    def tiles(self, queries: Span, keys: Span) -> Iterator[Tile]:
+        first = max(min(queries[0], keys[0]), 0)
+        for n in range(max(bisect_right(self.documents, first) - 1, 0), len(self.documents) - 1):
+            start, stop = self.documents[n : n + 2]
+            q0, q1 = max(start, queries[0]), min(stop, queries[1])
+            k0, k1 = max(start, keys[0]), min(stop, keys[1])
+            if start >= queries[1] or start >= keys[1]:
+                return
+            if q0 >= q1 or k0 >= k1:
+                continue
+            if not self.causal:
+                yield Tile(q_start=q0, q_stop=q1, k_start=k0, k_stop=k1)
+            elif self.window is not None:
+                yield from self._bands(q0, q1, k0, k1, self.window)
+            else:
+                yield from self._causal(q0, q1, k0, k1)
+
+    def sees(self, queries: Span, keys: Span) -> bool:
+        """Whether any of these queries sees any of these keys."""
+        (q0, q1), (k0, k1) = queries, keys
+        if q0 >= q1 or k0 >= k1:
+            return False
+        if q1 <= k0:  # all keys are later: the nearest pair is (q1 - 1, k0)
+            return not self.causal and self._document(q1 - 1) == self._document(k0)
+        if k1 <= q0:
+            near = self.window is None or q0 - (k1 - 1) < self.window
+            return near and self._document(q0) == self._document(k1 - 1)
+        return True  # a token sees itself
+
+    def first_key(self, query: int) -> int:
+        """The earliest key that `query` sees."""
+        start = self.documents[self._document(query)]
+        return start if self.window is None else max(start, query - self.window + 1)
+
+    def last_key(self, query: int) -> int:
+        """The latest key that `query` sees."""
+        return query if self.causal else self.documents[self._document(query) + 1] - 1
+
+    def mask(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Bool `[T_q, T_k]`, True where visible, for positions `[T_q]` and `[T_k]`."""
+        inner = torch.tensor(self.documents[1:-1], dtype=queries.dtype, device=queries.device)
+        document_q, document_k = (torch.bucketize(x, inner, right=True) for x in (queries, keys))
+        visible = document_q.unsqueeze(1) == document_k
+        if self.causal:
+            visible &= queries.unsqueeze(1) >= keys
+        if self.window is not None:
+            visible &= queries.unsqueeze(1) - keys < self.window
+        return visible
+
+    def _document(self, position: int) -> int:
+        return bisect_right(self.documents, position) - 1
+
+    @staticmethod
+    def _causal(q0: int, q1: int, k0: int, k1: int) -> Iterator[Tile]:
+        if k0 < q0:  # keys before all queries
+            yield Tile(q_start=q0, q_stop=q1, k_start=k0, k_stop=min(k1, q0))
+        a, b = max(q0, k0), min(q1, k1)
+        if a < b:
+            yield Tile(q_start=a, q_stop=b, k_start=a, k_stop=b, causal=True)
+            if b < q1:  # queries after all keys
+                yield Tile(q_start=b, q_stop=q1, k_start=a, k_stop=b)
+
+    @staticmethod
+    def _bands(q0: int, q1: int, k0: int, k1: int, window: int) -> Iterator[Tile]:
+        for a in range(q0, q1, WINDOW_TILE):
+            b = min(a + WINDOW_TILE, q1)
+            first, last = max(k0, a - window + 1), min(k1, b)
+            if first < last:
+                yield Tile(q_start=a, q_stop=b, k_start=first, k_stop=last, window=window)

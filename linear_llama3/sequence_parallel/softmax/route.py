@@ -1,0 +1,129 @@
+"""How blocks travel round the ring of ranks, and how far: only as long as a rank ahead has a use for them.
+
+At step t a rank holds the block of the rank t places up or down the ring. A block is made of its owner's chunks, and
+each travels to the last rank on its way that sees it (keys), or where it sees something (queries). What is published
+for one mask each falls out of this rule: contiguous causal blocks stop at the end of the ring, zigzag blocks lose
+one half on the way (0.75 of all rows are sent, arXiv 2412.20501's half-Q saving), a window ends the ring after a few
+hops, and so do the edges of packed documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from ...ops.visibility import Span, Visibility
+from ..part import Part, count
+
+Places = tuple[int, ...]  # of an owner's chunks, ascending
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Where every chunk is at every step."""
+
+    direction: int  # +1: from rank r to r + 1; -1: to r - 1
+    all_spans: tuple[tuple[Span, ...], ...]  # by owner
+    used: tuple[tuple[frozenset[int], ...], ...]  # by owner and place: the steps at which a rank has a use for it
+
+    @property
+    def ranks(self) -> int:
+        return len(self.all_spans)
+
+    @property
+    def steps(self) -> int:
+        """One more than the hops of the chunk that travels farthest."""
+        return 1 + max(max(steps, default=0) for owner in self.used for steps in owner)
+
+    def owner(self, rank: int, step: int) -> int:
+        """Whose block `rank` holds."""
+        return (rank - self.direction * step) % self.ranks
+
+    def visitor(self, rank: int, step: int) -> int:
+        """Who holds the block of `rank`."""
+        return (rank + self.direction * step) % self.ranks
+
+    def held(self, rank: int, step: int) -> Places:
+        """The chunks that `rank` holds: of the block of `owner(rank, step)`, those used then or later."""
+        used = self.used[self.owner(rank, step)]
+        return tuple(i for i, steps in enumerate(used) if step == 0 or max(steps, default=0) >= step)
+
+    def busy(self, rank: int, step: int) -> Places:
+        """Those that `rank` itself has a use for."""
+        used = self.used[self.owner(rank, step)]
+        return tuple(i for i in self.held(rank, step) if step in used[i])
+
+    def onward(self, rank: int, step: int) -> Places:
+        """Those that travel on after this step."""
+        return self.held(self.visitor(rank, 1), step + 1)
+
+    def finished(self, rank: int, step: int) -> Places:
+        """Those that end their journey here."""
+        onward = self.onward(rank, step)
+        return tuple(i for i in self.held(rank, step) if i not in onward)
+
+    def spans(self, rank: int, step: int, places: Places) -> tuple[Span, ...]:
+        spans = self.all_spans[self.owner(rank, step)]
+        return tuple(spans[i] for i in places)
+
+    def rows(self, rank: int, step: int, given: Places, wanted: Places) -> list[slice]:
+        """Where the chunks `wanted` lie in a block that has those `given`."""
+        found, start = [], 0
+        for place, (a, b) in zip(given, self.spans(rank, step, given), strict=True):
+            if place in wanted:
+                found.append(slice(start, start + b - a))
+            start += b - a
+        return found
+
+    def select(self, x: Tensor, rank: int, step: int, wanted: Places) -> Tensor:
+        """The chunks `wanted` of the block `[B, n, ...]` that `rank` holds."""
+        given = self.held(rank, step)
+        if wanted == given:
+            return x
+        return torch.cat([x[:, :0], *(x[:, where] for where in self.rows(rank, step, given, wanted))], dim=1)
+
+    def empty(self, like: Tensor, rank: int, step: int, places: Places) -> Tensor:
+        """Room for these chunks of the block of `owner(rank, step)`, shaped like `like` `[B, *, ...]`."""
+        return like.new_empty(like.shape[0], count(self.spans(rank, step, places)), *like.shape[2:])
+
+
+def route_of_keys(part: Part, visibility: Visibility) -> Route:
+    """Keys go to the ranks whose queries see them."""
+    return _shortest(part.all_spans, visibility, queries_travel=False)
+
+
+def route_of_queries(part: Part, visibility: Visibility) -> Route:
+    """Queries go to the ranks whose keys they see."""
+    return _shortest(part.all_spans, visibility, queries_travel=True)
+
+
+@lru_cache(maxsize=64)  # all layers of a batch travel the same way
+def _shortest(all_spans: tuple[tuple[Span, ...], ...], visibility: Visibility, *, queries_travel: bool) -> Route:
+    """Of the two directions round the ring, the one in which fewer tokens are sent."""
+    ranks = len(all_spans)
+
+    def useful(span: Span, others: Sequence[Span]) -> bool:
+        if queries_travel:
+            return any(visibility.sees(span, other) for other in others)
+        return any(visibility.sees(other, span) for other in others)
+
+    def route(direction: int) -> Route:
+        used = tuple(
+            tuple(
+                frozenset(t for t in range(ranks) if useful(span, all_spans[(owner + direction * t) % ranks]))
+                for span in spans
+            )
+            for owner, spans in enumerate(all_spans)
+        )
+        return Route(direction=direction, all_spans=all_spans, used=used)
+
+    def tokens_sent(route: Route) -> int:
+        spans, used = (list(chain.from_iterable(x)) for x in (all_spans, route.used))
+        return sum((b - a) * max(steps, default=0) for (a, b), steps in zip(spans, used, strict=True))
+
+    return min(route(-1), route(1), key=tokens_sent)
