@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,3 +61,18 @@ def leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """RMS of the difference over RMS of the expected."""
     return ((got - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def positions(rank: int, ranks: int, tokens: int, layout: str) -> np.ndarray:
+    """Global positions of a rank's `tokens` local tokens, by the definition of the layout."""
+    i = np.arange(tokens)
+    if layout == "contiguous" or ranks == 1:
+        return rank * tokens + i
+    half = tokens // 2
+    return np.where(i < half, rank * half + i, (2 * ranks - 1 - rank) * half + i - half)
+
+
+def join(parts: list[np.ndarray], layout: str) -> np.ndarray:
+    """The parts of all ranks `[B, C, ...]` as one padded sequence `[B, W * C, ...]`."""
+    order = np.concatenate([positions(r, len(parts), parts[0].shape[1], layout) for r in range(len(parts))])
+    return np.concatenate(parts, axis=1)[:, np.argsort(order)]

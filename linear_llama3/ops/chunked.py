@@ -40,7 +40,9 @@ class Link(NamedTuple):
 class Exchange(Protocol):
     """The exclusive affine scan of (state, decay) over the links of all devices, seen from one of them."""
 
-    links: Sequence[Link]  # L of them
+    @property
+    def links(self) -> Sequence[Link]:
+        """Those of this device, L of them."""
 
     def start(self, summarize: Callable[[], tuple[Tensor, Tensor]], *, reverse: bool) -> Callable[[], Tensor]:
         """Starts sending `summarize()`, the states `[L, B, H, D_k, D_v]` and decay factors `[L, B, H, D_k]` of this

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from linear_llama3.ops import linear_attention as one_device
-from linear_llama3.sequence_parallel import LINEAR_STRATEGIES, linear_attention, shard
-from tests.attention_cases import GATES, Case, leaves
+from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES, linear_attention, shard
+from tests.attention_cases import GATES, Case, join, leaves
 from tests.distributed import run_distributed
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
@@ -46,14 +48,16 @@ def cases(gate: str) -> list[Case]:
     return plain + packed + normal + strong + both_ways
 
 
-def sharded_run(case: Case, strategy: str, poison: bool) -> tuple[np.ndarray, Result]:
+def sharded_run(
+    case: Case, strategy: str, layout: str = "contiguous", poison: bool = True
+) -> tuple[np.ndarray, Result]:
     """One rank's output `[B, C, H_q, D_v]` and gradients of its shards; padding filled with nan if `poison`."""
     group = dist.group.WORLD
     inputs = case.inputs()
     local = {}
     for name, x in inputs.items():
         padding = float("nan") if poison and name != "w" else 0.0
-        local[name] = x if x.dim() == 1 else shard(x, group=group, padding=padding)
+        local[name] = x if x.dim() == 1 else shard(x, group=group, padding=padding, layout=layout)
     w = local.pop("w")
     variables = leaves(local)
     out = linear_attention(
@@ -62,6 +66,7 @@ def sharded_run(case: Case, strategy: str, poison: bool) -> tuple[np.ndarray, Re
         variables["v"],
         group=group,
         strategy=strategy,
+        layout=layout,
         log_decay=variables.get("log_decay"),
         normalize=case.normalize,
         cu_seqlens=case.cu_seqlens(),
@@ -86,25 +91,31 @@ def whole_run(case: Case) -> tuple[np.ndarray, Result]:
     return out.detach().numpy(), {name: g.numpy() for name, g in zip(variables, gradients, strict=True)}
 
 
-def run_cases(all_cases: list[Case], strategy: str) -> list[tuple[np.ndarray, Result]]:
-    return [sharded_run(case, strategy, poison=True) for case in all_cases]
+def run_cases(all_cases: list[Case], strategy: str, layout: str) -> list[tuple[np.ndarray, Result]]:
+    return [sharded_run(case, strategy, layout) for case in all_cases]
 
 
+@functools.cache
+def expectation(case: Case) -> tuple[np.ndarray, Result]:
+    return whole_run(case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strategy", LINEAR_STRATEGIES)
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_equals_one_device(world_size: int, gate: str, strategy: str) -> None:
-    """`[B, ceil(T / W), H, D]` on W ranks is `[B, T, H, D]` on one, padding holding nan."""
+def test_equals_one_device(world_size: int, gate: str, strategy: str, layout: str) -> None:
+    """`[B, C, H, D]` on W ranks is `[B, T, H, D]` on one, padding holding nan."""
     all_cases = cases(gate)
-    by_rank = run_distributed(run_cases, world_size, all_cases, strategy)
+    by_rank = run_distributed(run_cases, world_size, all_cases, strategy, layout)
     for i, case in enumerate(all_cases):
-        expected, expected_gradients = whole_run(case)
-        out = np.concatenate([by_rank[r][i][0] for r in range(world_size)], axis=1)
+        expected, expected_gradients = expectation(case)
+        out = join([by_rank[r][i][0] for r in range(world_size)], layout)
         assert np.isfinite(out).all(), case
         assert np.abs(out[:, : case.tokens] - expected).max() < 1e-10, case
         for name, reference in expected_gradients.items():
             parts = [by_rank[r][i][1][name] for r in range(world_size)]
-            gradient = sum(parts) if reference.ndim == 1 else np.concatenate(parts, axis=1)[:, : case.tokens]
+            gradient = sum(parts) if reference.ndim == 1 else join(parts, layout)[:, : case.tokens]
             if case.strength == 1.0:  # a strong decay has hardly a gradient
                 assert np.abs(reference).max() > 1e-6, f"{name} has no gradient to compare in {case}"
             assert np.abs(gradient - reference).max() < 1e-10, (name, case)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from linear_llama3.sequence_parallel import SOFTMAX_STRATEGIES, shard, softmax_attention
+from linear_llama3.sequence_parallel import LAYOUTS, SOFTMAX_STRATEGIES, shard, softmax_attention
+from tests.attention_cases import join
 from tests.distributed import run_distributed
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
@@ -25,14 +27,15 @@ class Case:
     window: int | None = None
     causal: bool = True
     value_dim: int = 5
+    heads: int = 2  # of keys and values
 
     def inputs(self) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.tokens)
         shapes = {
-            "q": (2 * self.groups, 5),
-            "k": (2, 5),
-            "v": (2, self.value_dim),
-            "w": (2 * self.groups, self.value_dim),
+            "q": (self.heads * self.groups, 5),
+            "k": (self.heads, 5),
+            "v": (self.heads, self.value_dim),
+            "w": (self.heads * self.groups, self.value_dim),
         }
         return {
             name: 2 * torch.randn(self.batch, self.tokens, *shape, generator=generator, dtype=torch.float64)
@@ -81,28 +84,44 @@ def plain_softmax(case: Case) -> tuple[Tensor, list[Tensor]]:
     return out.detach(), list(torch.autograd.grad((out * inputs["w"]).sum(), [q, k, v]))
 
 
-def sharded_run(case: Case, strategy: str) -> list[np.ndarray]:
+def sharded_run(case: Case, strategy: str, layout: str = "contiguous") -> list[np.ndarray]:
     """This rank's out, dq, dk, dv; the padding of the shards holds nan."""
-    inputs = {n: shard(x, group=dist.group.WORLD, padding=0 if n == "w" else np.nan) for n, x in case.inputs().items()}
+    where = {"group": dist.group.WORLD, "layout": layout}
+    inputs = {n: shard(x, padding=0 if n == "w" else np.nan, **where) for n, x in case.inputs().items()}
     q, k, v = (inputs[name].requires_grad_() for name in "qkv")
-    out = softmax_attention(q, k, v, group=dist.group.WORLD, strategy=strategy, length=case.tokens, **case.options())
+    out = softmax_attention(q, k, v, strategy=strategy, length=case.tokens, **where, **case.options())
     gradients = torch.autograd.grad((out * inputs["w"]).sum(), [q, k, v])
     return [x.detach().numpy() for x in (out, *gradients)]
 
 
-def run_cases(strategy: str) -> list[list[np.ndarray]]:
-    return [sharded_run(case, strategy) for case in CASES]
+def run_cases(strategy: str, layout: str, chosen: list[Case]) -> list[list[np.ndarray]]:
+    return [sharded_run(case, strategy, layout) for case in chosen]
 
 
+def with_enough_heads(world_size: int) -> list[Case]:
+    """Ulysses divides heads: cases with a kv head or several for each rank, and with kv heads that ranks share."""
+    shared = [h for h in (1, 2) if world_size % h == 0]
+    return [replace(case, heads=world_size) for case in CASES] + [
+        replace(CASES[i], heads=h, groups=2 * world_size // h) for h in shared for i in (1, 3, 6, 8, -1)
+    ]
+
+
+@functools.cache
+def expectation(case: Case) -> tuple[Tensor, list[Tensor]]:
+    return plain_softmax(case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strategy", SOFTMAX_STRATEGIES)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_equals_one_device(world_size: int, strategy: str) -> None:
-    """`[B, ceil(T / W), H, D]` on W ranks is `[B, T, H, D]` on one, padding holding nan."""
-    by_rank = run_distributed(run_cases, world_size, strategy)
-    for i, case in enumerate(CASES):
-        out, gradients = plain_softmax(case)
+def test_equals_one_device(world_size: int, strategy: str, layout: str) -> None:
+    """`[B, C, H, D]` on W ranks is `[B, T, H, D]` on one, padding holding nan."""
+    chosen = CASES if strategy != "ulysses" else with_enough_heads(world_size)
+    by_rank = run_distributed(run_cases, world_size, strategy, layout, chosen)
+    for i, case in enumerate(chosen):
+        out, gradients = expectation(case)
         for j, (name, expected) in enumerate(zip(("out", "dq", "dk", "dv"), (out, *gradients), strict=True)):
-            got = np.concatenate([by_rank[r][i][j] for r in range(world_size)], axis=1)
+            got = join([by_rank[r][i][j] for r in range(world_size)], layout)
             assert np.isfinite(got).all(), (name, case)
             assert np.abs(got[:, : case.tokens] - expected.numpy()).max() < 1e-10, (name, case)
 
@@ -111,17 +130,17 @@ def visited_keys() -> list[int]:
     """Keys that this rank's kernel calls read in a forward pass over packed documents, T = 32."""
     from linear_llama3.ops import softmax_attention as ops
 
-    read, original = [], ops._attend
+    read, original = [], ops.attend
 
     def spy(q, k, v, tile, scale):
         read.append(k.shape[2])
         return original(q, k, v, tile, scale)
 
-    ops._attend = spy
+    ops.attend = spy
     try:
         sharded_run(Case(tokens=32, documents=(0, 12, 16, 32)), "lasp2h")
     finally:
-        ops._attend = original
+        ops.attend = original
     return sum(read)
 
 

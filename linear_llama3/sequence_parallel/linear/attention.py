@@ -139,8 +139,8 @@ class StateExchange:
         if cache is not None and "states" in cache:
             return lambda: cache["states"]
         states, factors = summarize()
-        factors = factors if self.fades else None
-        wait = self.scan(states, factors, group=self.group, chain=self.chain, reverse=reverse)
+        sent = factors if self.fades else None
+        wait = self.scan(states, sent, group=self.group, chain=self.chain, reverse=reverse)
         if cache is None:
             return wait
         return lambda: cache.setdefault("states", wait())

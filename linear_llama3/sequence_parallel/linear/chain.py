@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..collectives import group_rank, send_receive
+from ..collectives import Transfer, group_rank, send_receive
 from .scan import Chain, fold, pack
 
 
@@ -40,7 +40,8 @@ def _pass_along(
     ranks = [r for r, _ in chain] + [None]  # nobody behind the last link; and, as [-1], nobody before the first
     # In the order of time if every hop takes one step: waiting for nothing that comes later.
     tasks = sorted((c + i, c, i) for c, (r, _) in enumerate(chain) if r == rank for i in range(blocks))
-    transfers, at_home = [], {}
+    transfers: list[Transfer] = []
+    at_home: dict[tuple[int, int], Tensor] = {}  # between two links of one rank
 
     def rows(x: Tensor, c: int, i: int) -> Tensor:
         return x[chain[c][1]].tensor_split(blocks, dim=-2)[i]

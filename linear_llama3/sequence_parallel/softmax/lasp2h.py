@@ -85,9 +85,10 @@ def _visible_spans(part: Part, visibility: Visibility) -> list[Span]:
     own = [span for span in part.spans if span[0] < span[1]]
     spans: list[Span] = []
     start = 0  # of the gap before a span of one's own
-    for (a, b), after in zip(own, [*own[1:], None], strict=True):
+    for n, (a, b) in enumerate(own):
         spans.append((max(start, visibility.first_key(a)), a))
-        start = min(visibility.last_key(b - 1) + 1, after[0] if after else part.documents[-1])
+        following = own[n + 1][0] if n + 1 < len(own) else part.documents[-1]
+        start = min(visibility.last_key(b - 1) + 1, following)
         spans.append((b, start))
     return [(a, b) for a, b in spans if a < b]
 

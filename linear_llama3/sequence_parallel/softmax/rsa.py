@@ -9,6 +9,7 @@ not a way to long sequences.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ def _columns(part: Part) -> list[slice]:
     stops = [0]
     for spans in part.all_spans:
         stops.append(stops[-1] + count(spans))
-    return [slice(a, b) for a, b in zip(stops, stops[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(stops)]
 
 
 def _visible(part: Part, visibility: Visibility, device: torch.device) -> Tensor:

@@ -52,7 +52,7 @@ class _TokenRing(torch.autograd.Function):
         visibility: Visibility,
     ) -> Tensor:
         rank, route = part.rank, route_of_queries(part, visibility)
-        options = {"value_dim": v.shape[-1], "scale": scale, "visibility": visibility}
+        options: dict[str, Any] = {"value_dim": v.shape[-1], "scale": scale, "visibility": visibility}
         own = BlockAttention(q, part.spans, **options)
         held, partial = q, q[:, :0]
         for t in range(route.steps + 1):  # the last one only brings results home
