@@ -72,12 +72,12 @@ class Transfer:
     """Messages between pairs of ranks on their way."""
 
     received: tuple[Tensor, ...]
-    works: tuple[Any, ...]
+    works: list[Any]
     sent: tuple[Tensor, ...]  # kept alive until they are read
 
     def wait(self) -> tuple[Tensor, ...]:
-        for work in self.works:
-            work.wait()
+        while self.works:  # each once: gloo would wait for a second message
+            self.works.pop(0).wait()
         return self.received
 
 
@@ -93,4 +93,4 @@ def send_receive(
     operations = [(dist.isend, x, rank) for x, rank in sends] + [(dist.irecv, x, rank) for x, rank in receives]
     messages = [dist.P2POp(op, x, group=group, group_peer=rank) for op, x, rank in operations if x.numel()]
     works = dist.batch_isend_irecv(messages) if messages else []
-    return Transfer(tuple(x for x, _ in receives), tuple(works), tuple(x for x, _ in sends))
+    return Transfer(tuple(x for x, _ in receives), list(works), tuple(x for x, _ in sends))
