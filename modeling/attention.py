@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 class LinearLlama3Attention(LlamaAttention):
     """Softmax attention on transformers' backends; under a context, keys and values are exchanged."""
 
+    layer_type = "full_attention"
+
     def __init__(self, config: LinearLlama3Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)  # type: ignore[arg-type]
         self.sequence_parallel_context: SequenceParallelContext | None = None

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
 
+from ..sequence_parallel import SequenceParallelContext
 from ..sequence_parallel.packing import restarting_positions
 from .cache import CountingCache
 from .configuration import LinearLlama3Config
@@ -26,7 +27,7 @@ def check_shard(
     position_ids: Tensor | None,
     *,
     cache_given: bool,
-    rank: int,
+    context: SequenceParallelContext,
     packed: bool,
     kwargs: dict[str, Any],
 ) -> None:
@@ -36,12 +37,13 @@ def check_shard(
             "under sequence parallelism every rank needs its own position_ids, got none; "
             "call context.shard_batch(batch) first and pass all that it returns"
         )
-    restarts = (position_ids.diff() != 1).any() or (rank > 0 and (position_ids[:, 0] == 0).any())
-    if not packed and restarts:
+    expected = context.positions(position_ids.shape[1], position_ids.device)
+    fits = bool((position_ids - position_ids[:, :1] == expected - expected[0]).all())
+    if not packed and (not fits or (context.rank > 0 and bool((position_ids[:, 0] == 0).any()))):
         raise ValueError(
-            "under sequence parallelism position_ids are global and run on from rank to rank, and packed documents are "
-            f"told by cu_seq_lens_q of the whole sequence, got {position_ids[0, :8].tolist()} on rank {rank} without "
-            "them; call context.shard_batch(batch) first and pass all that it returns"
+            f"under sequence parallelism position_ids are global, those of layout {context.layout!r}, and packed "
+            f"documents are told by cu_seq_lens_q of the whole sequence, got {position_ids[0, :8].tolist()} on rank "
+            f"{context.rank} without them; call context.shard_batch(batch) first and pass all that it returns"
         )
     if attention_mask is not None:
         raise ValueError(

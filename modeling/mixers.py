@@ -57,6 +57,8 @@ class LinearAttention(nn.Module):
     float32 and lives in the cache's recurrent state of this layer.
     """
 
+    layer_type = "linear_attention"
+
     def __init__(self, config: LinearLlama3Config, layer_idx: int) -> None:
         super().__init__()
         self.config = config

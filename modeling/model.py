@@ -178,7 +178,7 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
                 attention_mask,
                 position_ids,
                 cache_given=cache_given,
-                rank=self.sequence_parallel_context.rank,
+                context=self.sequence_parallel_context,
                 packed=cu_seq_lens is not None,
                 kwargs=kwargs,
             )

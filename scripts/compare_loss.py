@@ -1,6 +1,6 @@
 """The loss of a recipe's new model on its first row, on as many processes as it is launched on.
 
-    python compare_loss.py RECIPE.yaml; accelerate launch … compare_loss.py RECIPE.yaml
+    python compare_loss.py RECIPE.yaml; accelerate launch … compare_loss.py RECIPE.yaml [section.key=value …]
 
 A launch on several processes also says how far it is from the last run on one.
 """
@@ -21,8 +21,10 @@ from linear_llama3.trainer.recipe import load_recipe
 
 
 def main() -> None:
-    recipe = load_recipe(sys.argv[1])
-    accelerator = SequenceParallelAccelerator(cpu=bool(recipe.training.get("use_cpu")))
+    recipe = load_recipe(sys.argv[1], sys.argv[2:])
+    accelerator = SequenceParallelAccelerator(
+        cpu=bool(recipe.training.get("use_cpu")), sequence_parallel_config=recipe.sequence_parallel.config()
+    )
     tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
     with accelerator.main_process_first():
         rows = pack_documents(load_documents(recipe.data), tokenizer, recipe.sequence_length)

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # From a bare machine with Python and git to a hybrid Linear-Llama3, trained on two processes that each hold half of
 # every sequence, saved, reloaded and generating. Everything it makes is in .venv and runs/quickstart.
+#
+# Arguments change the recipe: bash scripts/quickstart.sh sequence_parallel.linear=lasp1 sequence_parallel.softmax=ring
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -16,11 +18,11 @@ echo "== 1. Long documents: the sources of Python's standard library; a byte-lev
 python scripts/quickstart_data.py runs/quickstart
 
 echo "== 2. The same batch on one process and on two"
-python scripts/compare_loss.py scripts/recipes/quickstart.yaml
-two_processes scripts/compare_loss.py scripts/recipes/quickstart.yaml
+python scripts/compare_loss.py scripts/recipes/quickstart.yaml "$@"
+two_processes scripts/compare_loss.py scripts/recipes/quickstart.yaml "$@"
 
-echo "== 3. Training on two processes, LASP-2 in the linear layers and LASP-2H in the softmax layer"
-two_processes -m linear_llama3.trainer scripts/recipes/quickstart.yaml
+echo "== 3. Training on two processes"
+two_processes -m linear_llama3.trainer scripts/recipes/quickstart.yaml "$@"
 
 echo "== 4. A new process loads the checkpoint through the Auto classes and writes Python"
 python scripts/quickstart_generate.py runs/quickstart/model

@@ -1,7 +1,8 @@
-"""Trains from a recipe: accelerate launch … -m linear_llama3.trainer RECIPE.yaml"""
+"""Trains from a recipe: accelerate launch … -m linear_llama3.trainer RECIPE.yaml [section.key=value …]"""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -17,10 +18,12 @@ from .trainer import LinearLlama3Trainer
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) != 1:
-        raise SystemExit("usage: accelerate launch … -m linear_llama3.trainer RECIPE.yaml")
+    if not arguments:
+        raise SystemExit("usage: accelerate launch … -m linear_llama3.trainer RECIPE.yaml [section.key=value …]")
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger("linear_llama3").setLevel(logging.INFO)  # what "auto" chose, and why
     try:
-        recipe = load_recipe(arguments[0])
+        recipe = load_recipe(arguments[0], arguments[1:])
         trainer = build_trainer(recipe)
     except ValueError as error:  # the user's; later ones keep their traceback
         raise SystemExit(f"error: {error}") from error
@@ -38,13 +41,16 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
     tokenizer = _load_tokenizer(recipe.tokenizer)
     with args.main_process_first(desc="preparing the data"):  # the others read its cache
         rows = pack_documents(load_documents(recipe.data), tokenizer, recipe.sequence_length)
-    return LinearLlama3Trainer(
+    trainer = LinearLlama3Trainer(
         model=build_model(recipe, tokenizer),
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
+    if trainer.sequence_parallel_context is not None:
+        trainer.sequence_parallel_context.settle_layout(trainer.model)
+    return trainer
 
 
 def describe(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:

@@ -6,6 +6,8 @@ data: {files: corpus/}                       # files, folders, patterns; or {dat
 sequence_length: 8192
 sequence_parallel: {size: auto, linear: lasp2, softmax: lasp2h, layout: auto}
 training: {output_dir: runs/out, max_steps: 100, learning_rate: 1e-3}         # any TrainingArguments field
+
+A launch can change values of the file: `RECIPE.yaml sequence_parallel.softmax=ring training.max_steps=10`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -49,6 +52,9 @@ class SequenceParallelRecipe:
     softmax: str = "lasp2h"
     layout: str = "auto"
 
+    def config(self) -> SequenceParallelConfig:
+        return SequenceParallelConfig(linear=self.linear, softmax=self.softmax, layout=self.layout)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
@@ -77,8 +83,11 @@ class Recipe:
         )
 
 
-def load_recipe(path: str | Path) -> Recipe:
+def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe.
+
+    Args:
+        changes: "key=value" or "section.key=value", in place of what the file says.
 
     Raises:
         ValueError: no such file, no YAML mapping, an unknown or missing key, a value of the wrong type.
@@ -90,6 +99,8 @@ def load_recipe(path: str | Path) -> Recipe:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"a recipe must be YAML, {path} is not: {error}") from error
+    for change in changes:
+        _apply(change, content)
     values = _checked(Recipe, content, f"recipe {path}")
     values["data"] = DataRecipe(**_checked(DataRecipe, values["data"], "data"))
     if "sequence_parallel" in values:
@@ -98,6 +109,16 @@ def load_recipe(path: str | Path) -> Recipe:
     recipe = Recipe(**values)
     _check_values(recipe)
     return recipe
+
+
+def _apply(change: str, content: Any) -> None:
+    keys, equals, value = change.partition("=")
+    *sections, key = keys.split(".")
+    for section in sections:
+        content = content.setdefault(section, {}) if isinstance(content, dict) else None
+    if not equals or not isinstance(content, dict):
+        raise ValueError(f"a change must read section.key=value and name a section of the recipe, got {change!r}")
+    content[key] = yaml.load(value, _Loader)
 
 
 class _Loader(yaml.SafeLoader):
@@ -115,8 +136,7 @@ def _check_values(recipe: Recipe) -> None:
     data = recipe.data
     if (data.files is None) == (data.dataset is None):
         raise ValueError(f"data needs files or dataset, one of them, got files={data.files} and dataset={data.dataset}")
-    parallel = recipe.sequence_parallel
-    SequenceParallelConfig(linear=parallel.linear, softmax=parallel.softmax, layout=parallel.layout)
+    recipe.sequence_parallel.config()
     if "name_or_path" in recipe.model:
         _check_names(recipe.model, ["name_or_path"], "model with name_or_path")
     else:

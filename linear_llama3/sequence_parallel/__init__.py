@@ -3,7 +3,7 @@
 from .context import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
 from .layout import LAYOUTS, shard, unshard
 from .linear import LINEAR_STRATEGIES, linear_attention
-from .softmax import SOFTMAX_STRATEGIES, softmax_attention
+from .softmax import SOFTMAX_STRATEGIES, linformer_attention, softmax_attention
 
 __all__ = [
     "LAYOUTS",
@@ -13,6 +13,7 @@ __all__ = [
     "SequenceParallelContext",
     "enable_sequence_parallel",
     "linear_attention",
+    "linformer_attention",
     "shard",
     "softmax_attention",
     "unshard",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,13 @@ def world_size(group: dist.ProcessGroup | None) -> int:
 def group_rank(group: dist.ProcessGroup | None) -> int:
     """This process's rank inside `group` (not its global rank)."""
     return 0 if group is None else dist.get_rank(group)
+
+
+def number_of_nodes(group: dist.ProcessGroup) -> int:
+    """Machines over which the ranks of `group` are spread, by the launcher's LOCAL_WORLD_SIZE; 1 if it is not set."""
+    ranks = dist.get_process_group_ranks(group)
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return len({rank // per_node for rank in ranks})
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .collectives import group_rank, world_size
-from .layout import get_layout, shard
+from .layout import check_length, get_layout, shard
 from .linear.attention import get_linear_strategy, linear_attention
 from .packing import document_edges, restarting_positions
 from .softmax.attention import get_softmax_strategy, softmax_attention
@@ -22,15 +22,22 @@ IGNORE_INDEX = -100  # transformers' label of a token without loss
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceParallelConfig:
-    """Names of the strategies for both kinds of layers, and of the layout ("auto": the best there is for both)."""
+    """Names of the strategies for both kinds of layers, and of the layout.
+
+    Strategy "auto" is the cheapest one for the sizes of each call (`costs.py`); layout "auto" is zigzag for models
+    with softmax layers, whose causal work it balances, and contiguous for purely linear ones, whose states it would
+    double.
+    """
 
     linear: str = "lasp2"
     softmax: str = "lasp2h"
     layout: str = "auto"
 
     def __post_init__(self) -> None:
-        get_linear_strategy(self.linear)
-        get_softmax_strategy(self.softmax)
+        if self.linear != "auto":
+            get_linear_strategy(self.linear)
+        if self.softmax != "auto":
+            get_softmax_strategy(self.softmax)
         if self.layout != "auto":
             get_layout(self.layout)
 
@@ -46,7 +53,28 @@ class SequenceParallelContext:
     def __init__(self, group: dist.ProcessGroup | None, config: SequenceParallelConfig | None = None) -> None:
         self.group = group
         self.config = config or SequenceParallelConfig()
-        self.layout = "contiguous" if self.config.layout == "auto" else self.config.layout
+        self._layout = None if self.config.layout == "auto" else self.config.layout
+
+    @property
+    def layout(self) -> str:
+        """Name of the layout. "auto" is settled by the first model that is enabled, or as contiguous by whatever
+        asks before that, and stays: what is cut and what is computed never differ."""
+        if self._layout is None:
+            self._layout = "contiguous"
+        return self._layout
+
+    def settle_layout(self, model: nn.Module) -> None:
+        """Makes "auto" the layout that suits `model`, unless it is settled."""
+        if self._layout is None:
+            kinds = {getattr(module, "layer_type", None) for module in model.modules()}
+            self._layout = "zigzag" if "full_attention" in kinds else "contiguous"
+
+    def positions(self, tokens: int, device: torch.device | None = None) -> Tensor:
+        """Global positions `[C]` of this rank's `tokens` local ones, padding included."""
+        ranks, total = self.world_size, tokens * self.world_size
+        check_length(tokens, ranks, self.layout, total)
+        spans = get_layout(self.layout, ranks).spans(self.rank, ranks, total, total)
+        return torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])
 
     @property
     def rank(self) -> int:
@@ -104,7 +132,7 @@ class SequenceParallelContext:
         if edges is not None and rows > 1:
             sequences = {name: x.flatten(0, 1).unsqueeze(0) for name, x in sequences.items()}
         total = sequences["position_ids"].shape[1]
-        padding = get_layout(self.layout).padded(total, self.world_size) - total
+        padding = get_layout(self.layout, self.world_size).padded(total, self.world_size) - total
         sequences["position_ids"] = _extend_positions(sequences["position_ids"], padding, edges is not None)
         local = {name: self._cut(name, x) for name, x in sequences.items()}
         if edges is not None:
@@ -130,6 +158,8 @@ def enable_sequence_parallel(model: nn.Module, context: SequenceParallelContext 
             f"sequence parallelism needs layers with a sequence_parallel_context, {type(model).__name__} has none; "
             "use a LinearLlama3 model"
         )
+    if context is not None:
+        context.settle_layout(model)
     for layer in layers:
         layer.sequence_parallel_context = context  # type: ignore[assignment]
 

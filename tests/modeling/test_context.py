@@ -23,6 +23,10 @@ class OneRank:
     """A context of one rank, with softmax attention written out."""
 
     rank = 0
+    layout = "contiguous"
+
+    def positions(self, tokens: int, device: torch.device) -> Tensor:
+        return torch.arange(tokens, device=device)
 
     def __init__(self) -> None:
         self.exchange_caches: list[dict[str, Any] | None] = []

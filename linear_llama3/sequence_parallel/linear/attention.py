@@ -19,7 +19,8 @@ from ...ops.chunked import chunked_linear_attention
 from ...ops.linear_attention import check_arguments, divide_by_normalizer, with_ones_column, without_autocast
 from ...ops.linear_attention import linear_attention as attention_on_one_device
 from ..collectives import all_reduce, world_size
-from ..part import Part, locate
+from ..costs import choose_linear
+from ..part import Part, locate, sizes_of
 from .all_scan import all_scan
 from .all_to_all import all_to_all_scan
 from .lasp1 import lasp1
@@ -67,7 +68,7 @@ def linear_attention(
         q, k, v, log_decay, scale, normalize, causal: as in `ops.linear_attention`, the tokens of this rank:
             `[B, C, H, D]`. A constant decay `[H_kv]` gets this rank's part of its gradient.
         group: the ranks that share the sequence, in order; None or a group of one is plain attention.
-        strategy: a name of LINEAR_STRATEGIES.
+        strategy: a name of LINEAR_STRATEGIES, or "auto": the cheapest by the model in `costs.py`.
         layout: a name of LAYOUTS.
         cu_seqlens: document edges of the whole sequence, int `[N + 1]`, for a batch of 1.
         length: true length of the whole sequence, where its tail is padding. Whatever the padding holds changes
@@ -79,7 +80,8 @@ def linear_attention(
     Returns:
         out `[B, C, H_q, D_v]` in the dtype of v.
     """
-    scan = get_linear_strategy(strategy)
+    if strategy != "auto":
+        get_linear_strategy(strategy)
     log_decay, _ = check_arguments(q, k, v, log_decay=log_decay, cu_seqlens=None, causal=causal, backend=backend)
     if backend == "recurrent" and world_size(group) > 1:
         raise ValueError("backend 'recurrent' is defined on one device, got a group of several ranks; use 'chunked'")
@@ -104,8 +106,12 @@ def linear_attention(
     else:
         assert group is not None
         values = with_ones_column(v) if normalize else v
+        fades = log_decay is not None or part.packed  # the same on every rank: all send the same message
+        if strategy == "auto":
+            strategy = choose_linear(sizes_of(q, values, part, group, decays=fades), log=part.rank == 0)
+        scan = get_linear_strategy(strategy)
         if causal:
-            exchange = StateExchange(scan, group, part, decays=log_decay is not None, cache=exchange_cache)
+            exchange = StateExchange(scan, group, part, fades=fades, cache=exchange_cache)
             out, _ = chunked_linear_attention(
                 q, k, values, log_decay, scale=scale, boundaries=part.boundaries, exchange=exchange
             )
@@ -127,12 +133,11 @@ class StateExchange:
         group: dist.ProcessGroup,
         part: Part,
         *,
-        decays: bool,
+        fades: bool,
         cache: dict[str, Tensor] | None,
     ) -> None:
         self.scan, self.group, self.chain, self.cache = scan, group, part.layout.chain(part.ranks), cache
-        self.links = part.links
-        self.fades = decays or part.packed  # the same on every rank: all send the same message
+        self.links, self.fades = part.links, fades
 
     def start(self, summarize: Callable[[], tuple[Tensor, Tensor]], *, reverse: bool) -> Callable[[], Tensor]:
         cache = None if reverse else self.cache

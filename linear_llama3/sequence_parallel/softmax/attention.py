@@ -12,7 +12,8 @@ from ...ops.linear_attention import check_shapes, without_autocast
 from ...ops.softmax_attention import softmax_attention as attention_on_one_device
 from ...ops.visibility import Visibility
 from ..collectives import world_size
-from ..part import Part, locate
+from ..costs import choose_softmax
+from ..part import Part, locate, sizes_of
 from .lasp2h import lasp2h
 from .ring import ring
 from .rsa import rsa
@@ -76,7 +77,7 @@ def softmax_attention(
         k: `[B, C, H_kv, D]`, H_q a multiple of H_kv; never expanded.
         v: `[B, C, H_kv, D_v]`.
         group: the ranks that share the sequence, in order; None or a group of one is plain attention.
-        strategy: a name of SOFTMAX_STRATEGIES.
+        strategy: a name of SOFTMAX_STRATEGIES, or "auto": the cheapest by the model in `costs.py`.
         layout: a name of LAYOUTS.
         scale: of the scores. Default: `D ** -0.5`.
         cu_seqlens: document edges of the whole sequence, int `[N + 1]`, for a batch of 1.
@@ -87,7 +88,8 @@ def softmax_attention(
     Returns:
         out `[B, C, H_q, D_v]` in the dtype of v.
     """
-    attend = get_softmax_strategy(strategy)
+    if strategy != "auto":
+        get_softmax_strategy(strategy)
     check_shapes(q, k, v)
     if sliding_window is not None and (sliding_window < 1 or not causal):
         raise ValueError(
@@ -101,5 +103,8 @@ def softmax_attention(
     if group is None or world_size(group) == 1:
         out = attention_on_one_device(q, k, v, scale=scale, visibility=visibility)
     else:
+        if strategy == "auto":
+            strategy = choose_softmax(sizes_of(q, v, part, group), log=part.rank == 0)
+        attend = get_softmax_strategy(strategy)
         out = attend(q, k, v, group=group, part=part, scale=scale, visibility=visibility)
     return F.pad(out, (0, 0, 0, 0, 0, padding)).to(v.dtype)
