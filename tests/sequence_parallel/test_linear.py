@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from linear_llama3.ops import linear_attention as one_device
 from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES, linear_attention, shard
+from linear_llama3.sequence_parallel.linear import all_scan
 from tests.attention_cases import GATES, Case, join, leaves
 from tests.distributed import run_distributed
 
@@ -92,7 +94,10 @@ def whole_run(case: Case) -> tuple[np.ndarray, Result]:
 
 
 def run_cases(all_cases: list[Case], strategy: str, layout: str) -> list[tuple[np.ndarray, Result]]:
-    return [sharded_run(case, strategy, layout) for case in all_cases]
+    all_scan.LATENCY_BYTES, latency = 1, all_scan.LATENCY_BYTES  # All-Scan: a block for every row of the state
+    results = [sharded_run(case, strategy, layout) for case in all_cases]
+    all_scan.LATENCY_BYTES = latency
+    return results
 
 
 @functools.cache
@@ -121,35 +126,25 @@ def test_equals_one_device(world_size: int, gate: str, strategy: str, layout: st
             assert np.abs(gradient - reference).max() < 1e-10, (name, case)
 
 
-def count_collectives(packed: bool) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Names and sent bytes of the collectives of a forward and a backward, at two lengths."""
-    from linear_llama3.sequence_parallel import collectives
-
-    counted = []
-    for tokens in (16, 64):
-        case = Case(tokens=tokens, gate="none", dtype=torch.float32, documents=(0, 3, tokens) if packed else None)
-        calls: list[tuple[str, int]] = []
-        original = collectives._all_gather
-
-        def spy(out, x, *args, _calls=calls, _original=original, **kwargs):
-            _calls.append(("all_gather", x.numel() * x.element_size()))
-            return _original(out, x, *args, **kwargs)
-
-        collectives._all_gather = spy
-        try:
-            sharded_run(case, "lasp2", poison=False)
-        finally:
-            collectives._all_gather = original
-        counted.append(calls)
-    return counted[0], counted[1]
+def all_strategies(layout: str, latency_bytes: int) -> list[tuple[np.ndarray, Result]]:
+    """Every strategy on one case in float32; All-Scan in as many blocks as rows, or in fewer."""
+    case = Case(tokens=37, gate="channel", documents=(0, 5, 29, 37), groups=2, dtype=torch.float32)
+    all_scan.LATENCY_BYTES, latency = latency_bytes, all_scan.LATENCY_BYTES
+    assert all_scan.number_of_blocks(120, rows=5, hops=3) == (5 if latency_bytes == 1 else 2)
+    results = [sharded_run(case, strategy, layout) for strategy in LINEAR_STRATEGIES]
+    all_scan.LATENCY_BYTES = latency
+    return results
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_lasp2_sends_one_state_each_way_whatever_the_length(packed: bool) -> None:
-    case = Case(tokens=1)
-    state = case.heads * case.key_dim * (case.value_dim + packed) * 4  # float32, with the decay where documents end
-    for short, long in run_distributed(count_collectives, 2, packed):
-        assert short == long == [("all_gather", state)] * 2
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("latency_bytes", [1, 50])
+def test_strategies_agree_bit_by_bit(world_size: int, layout: str, latency_bytes: int) -> None:
+    for (out, gradients), *others in run_distributed(all_strategies, world_size, layout, latency_bytes):
+        for other, other_gradients in others:
+            assert np.array_equal(out, other)
+            for name, gradient in gradients.items():
+                assert np.array_equal(gradient, other_gradients[name]), name
 
 
 def recompute_twice() -> tuple[int, float]:
@@ -179,32 +174,81 @@ def test_recomputation_does_not_gather_again() -> None:
         assert difference == 0.0
 
 
-def strided_groups() -> float:
+def strided_groups(strategy: str) -> float:
     """Ranks (0, 2) and (1, 3) shard two different sequences."""
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     which = dist.get_rank() % 2
     case = Case(tokens=20 + which, gate="scalar")
     inputs, group = case.inputs(), groups[which]
     local = {name: shard(x, group=group) for name, x in inputs.items() if name != "w"}
-    out = linear_attention(**local, group=group, length=case.tokens)
+    out = linear_attention(**local, group=group, length=case.tokens, strategy=strategy)
     expected = shard(torch.from_numpy(whole_run(case)[0]), group=group)
     return (out - expected).abs().max().item()
 
 
-def test_groups_need_not_be_consecutive() -> None:
-    assert max(run_distributed(strided_groups, 4)) < 1e-10
+@pytest.mark.parametrize("strategy", LINEAR_STRATEGIES)
+def test_groups_need_not_be_consecutive(strategy: str) -> None:
+    assert max(run_distributed(strided_groups, 4, strategy)) < 1e-10
 
 
-def low_precision(dtype: torch.dtype) -> np.ndarray:
-    case = Case(tokens=300, gate="channel", key_dim=16, value_dim=16, dtype=dtype, strength=0.1)
-    local = {name: shard(x, group=dist.group.WORLD) for name, x in case.inputs().items() if name != "w"}
-    return linear_attention(**local, group=dist.group.WORLD, length=300).float().numpy()
+def order_of_events(strategy: str) -> list[str]:
+    """What happens in a forward and backward pass: starting the exchange, products inside chunks, waiting."""
+    from linear_llama3.ops import chunked
+    from linear_llama3.sequence_parallel.linear.attention import StateExchange
+
+    events: list[str] = []
+
+    def recorded(name: str, function):
+        def call(*args, **kwargs):
+            events.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    start, inside, inside_backward = StateExchange.start, chunked._inside, chunked._inside_backward
+
+    def recorded_start(self, summarize, *, reverse):
+        wait = recorded("start", start)(self, summarize, reverse=reverse)
+        return recorded("wait", wait)
+
+    StateExchange.start = recorded_start
+    chunked._inside, chunked._inside_backward = recorded("inside", inside), recorded("inside", inside_backward)
+    try:
+        sharded_run(Case(tokens=24, gate="scalar"), strategy)
+    finally:
+        StateExchange.start, chunked._inside, chunked._inside_backward = start, inside, inside_backward
+    return events
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
-def test_precision(dtype: torch.dtype, bound: float) -> None:
-    case = Case(tokens=300, gate="channel", key_dim=16, value_dim=16, dtype=dtype, strength=0.1)
+@pytest.mark.parametrize("strategy", LINEAR_STRATEGIES)
+def test_states_travel_while_chunks_are_worked_on(strategy: str) -> None:
+    assert run_distributed(order_of_events, 2, strategy) == [["start", "inside", "wait"] * 2] * 2
+
+
+NORMALIZED = Case(tokens=2048, normalize=True, key_dim=16, value_dim=16, dtype=torch.bfloat16)
+GATED = Case(tokens=300, gate="channel", key_dim=16, value_dim=16, strength=0.1)
+
+
+def low_precision(case: Case, strategy: str, layout: str) -> np.ndarray:
+    where = {"group": dist.group.WORLD, "layout": layout}
+    local = {name: shard(x, **where) for name, x in case.inputs().items() if name != "w"}
+    out = linear_attention(**local, length=case.tokens, strategy=strategy, normalize=case.normalize, **where)
+    return out.float().numpy()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", LINEAR_STRATEGIES)
+@pytest.mark.parametrize(
+    ("case", "bound"),
+    [
+        (replace(GATED, dtype=torch.float32), 1e-5),
+        (replace(GATED, dtype=torch.bfloat16), 5e-3),
+        (NORMALIZED, 5e-3),  # a normaliser that is summed in bfloat16 stalls
+    ],
+    ids=["float32", "bfloat16", "normalized bfloat16"],
+)
+def test_precision(case: Case, bound: float, strategy: str, layout: str) -> None:
     inputs = {name: x.double() for name, x in case.inputs().items() if name != "w"}
-    expected = one_device(**inputs, backend="recurrent")[0].numpy()
-    out = np.concatenate(run_distributed(low_precision, 4, dtype), axis=1)[:, :300]
+    expected = one_device(**inputs, normalize=case.normalize, backend="recurrent")[0].numpy()
+    out = join(run_distributed(low_precision, 4, case, strategy, layout), layout)[:, : case.tokens]
     assert np.linalg.norm(out - expected) / np.linalg.norm(expected) < bound

@@ -1,0 +1,107 @@
+"""Bytes on the wire, counted below torch.distributed, against the formulas of the cost model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES, SOFTMAX_STRATEGIES, shard
+from linear_llama3.sequence_parallel import linear_attention as sharded_linear
+from linear_llama3.sequence_parallel import softmax_attention as sharded_softmax
+from linear_llama3.sequence_parallel.costs import Sizes, linear_costs, softmax_costs
+from linear_llama3.sequence_parallel.traffic import Traffic
+from tests.distributed import run_distributed
+
+Counted = tuple[float, float, Counter[str]]
+LINEAR = {"batch": 2, "q_heads": 8, "kv_heads": 4, "key_dim": 6, "value_dim": 5}
+SOFTMAX = {"batch": 2, "q_heads": 16, "kv_heads": 8, "key_dim": 8, "value_dim": 8}
+
+
+def count(strategy: str, layout: str, tokens: int, gate: bool, dtype: torch.dtype) -> Counted:
+    """Bytes this rank sends forward and backward, and its messages."""
+    linear, where = strategy in LINEAR_STRATEGIES, {"group": dist.group.WORLD, "layout": layout}
+    s = LINEAR if linear else SOFTMAX
+    shapes = {"q": ("q_heads", "key_dim"), "k": ("kv_heads", "key_dim"), "v": ("kv_heads", "value_dim")}
+    whole = {n: torch.rand(s["batch"], tokens, *(s[x] for x in shape)) for n, shape in shapes.items()}
+    if gate:
+        whole["log_decay"] = -torch.rand(s["batch"], tokens, s["kv_heads"])
+    local = {n: shard(x, **where).to(dtype).requires_grad_() for n, x in whole.items()}
+    with Traffic() as forward:
+        op = sharded_linear if linear else sharded_softmax
+        out = op(**local, strategy=strategy, length=tokens, **where)
+    with Traffic() as backward:
+        out.sum().backward()
+    return forward.bytes, backward.bytes, forward.messages + backward.messages
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", [*LINEAR_STRATEGIES, *SOFTMAX_STRATEGIES])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_bytes_are_those_of_the_cost_model(ranks: int, strategy: str, layout: str, dtype: torch.dtype) -> None:
+    linear = strategy in LINEAR_STRATEGIES
+    for gate in (False, True) if linear else (False,):
+        sizes = Sizes(
+            **(LINEAR if linear else SOFTMAX),
+            tokens=64 // ranks,
+            element=dtype.itemsize,
+            ranks=ranks,
+            chunks_per_rank=LAYOUTS[layout].chunks_per_rank,
+            decays=gate,
+        )
+        theory = (linear_costs if linear else softmax_costs)(sizes)[strategy]
+        counted = run_distributed(count, ranks, strategy, layout, 64, gate, dtype)
+        assert sum(c[0] for c in counted) / ranks == pytest.approx(theory.forward)
+        assert sum(c[1] for c in counted) / ranks == pytest.approx(theory.backward)
+
+
+MESSAGES = {  # of the rank that sends most, forward and backward together, W = 4, zigzag; All-Scan in one block
+    "lasp1": Counter(send=4),
+    "lasp2": Counter(all_gather=2),
+    "all_scan": Counter(send=4),
+    "all_to_all": Counter(all_to_all=4),
+    "lasp2h": Counter(all_gather=1, reduce_scatter=1),
+    "ring": Counter(send=3 + 3 + 5),  # K and V twice; their gradients, of which halves go home from different ranks
+    "token_ring": Counter(send=(3 + 3) + (2 * 3 + 3)),  # queries and results; bundles of two dtypes and results
+    "rsa": Counter(send=4 * 3, reduce_scatter=1),
+    "ulysses": Counter(all_to_all=4),
+}
+
+
+@pytest.mark.parametrize("strategy", [*LINEAR_STRATEGIES, *SOFTMAX_STRATEGIES])
+def test_number_of_messages(strategy: str) -> None:
+    counted = run_distributed(count, 4, strategy, "zigzag", 64, False, torch.float32)
+    assert max((c[2] for c in counted), key=lambda messages: messages.total()) == MESSAGES[strategy]
+
+
+@pytest.mark.parametrize("strategy", LINEAR_STRATEGIES)
+def test_linear_layers_send_the_same_at_every_length(strategy: str) -> None:
+    short, long = (run_distributed(count, 4, strategy, "zigzag", t, True, torch.float32) for t in (16, 256))
+    assert short == long
+
+
+@pytest.mark.parametrize("strategy", ["lasp1", "all_scan", "all_to_all"])
+def test_bytes_that_do_not_grow_with_the_ranks(strategy: str) -> None:
+    """At most one state (all-to-all: two, and the decay), while LASP-2 sends W - 1."""
+    few, many = (
+        max(c[0] for c in run_distributed(count, ranks, strategy, "contiguous", 64, True, torch.float32))
+        for ranks in (2, 8)
+    )
+    state = LINEAR["batch"] * LINEAR["kv_heads"] * LINEAR["key_dim"] * LINEAR["value_dim"] * 4
+    assert few <= many <= state * (1 if strategy != "all_to_all" else 2 + 1 / LINEAR["value_dim"])
+    sizes = Sizes(**LINEAR, tokens=8, element=4, ranks=8)
+    assert linear_costs(sizes)["lasp2"].forward == 7 * state
+    assert linear_costs(replace(sizes, ranks=64))["all_to_all"].forward < 2 * state
+
+
+def one_rank(strategy: str) -> Counter[str]:
+    return count(strategy, "zigzag", 16, False, torch.float32)[2]
+
+
+@pytest.mark.parametrize("strategy", [*LINEAR_STRATEGIES, *SOFTMAX_STRATEGIES])
+def test_one_rank_sends_nothing(strategy: str) -> None:
+    assert run_distributed(one_rank, 1, strategy) == [Counter()]
