@@ -1,0 +1,79 @@
+"""Linformer attention on shards against the definition on one device, and why causal models are refused it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from linear_llama3.sequence_parallel import LAYOUTS, linformer_attention, shard
+from tests.attention_cases import join
+from tests.distributed import run_distributed
+
+TOKENS, PROJECTED = 37, 4
+Result = list[np.ndarray]
+
+
+def inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q": (2, TOKENS, 4, 5), "k": (2, TOKENS, 2, 5), "v": (2, TOKENS, 2, 3), "w": (2, TOKENS, 4, 3)}
+    shapes |= {"key_projection": (PROJECTED, TOKENS), "value_projection": (PROJECTED, TOKENS)}
+    return {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+
+
+def sharded(layout: str) -> Result:
+    where = {"group": dist.group.WORLD, "layout": layout}
+    local = {n: shard(x, padding=0 if n == "w" else np.nan, **where) for n, x in inputs().items()}
+    w = local.pop("w")
+    variables = {n: x.requires_grad_() for n, x in local.items()}
+    out = linformer_attention(**variables, length=TOKENS, **where)
+    return [x.detach().numpy() for x in (out, *torch.autograd.grad((out * w).sum(), list(variables.values())))]
+
+
+def definition() -> list[Tensor]:
+    x = {n: t.requires_grad_() for n, t in inputs().items()}
+    k, v = (x[n].repeat_interleave(2, dim=2) for n in "kv")
+    keys = torch.einsum("pt,bthd->bphd", x["key_projection"], k)
+    values = torch.einsum("pt,bthd->bphd", x["value_projection"], v)
+    p = (torch.einsum("bthd,bphd->bthp", x["q"], keys) / 5**0.5).softmax(-1)
+    out = torch.einsum("bthp,bphd->bthd", p, values)
+    names = ("q", "k", "v", "key_projection", "value_projection")
+    return [out.detach(), *torch.autograd.grad((out * x["w"]).sum(), [x[n] for n in names])]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+def test_equals_one_device(world_size: int, layout: str) -> None:
+    by_rank = run_distributed(sharded, world_size, layout)
+    for i, expected in enumerate(definition()):
+        got = join([r[i] for r in by_rank], layout)[:, :TOKENS]
+        assert expected.abs().max() > 1e-8
+        assert np.abs(got - expected.numpy()).max() < 1e-10
+
+
+def test_it_shows_the_future() -> None:
+    """The reason of the refusal: the last token moves the first output."""
+    x = inputs()
+    w = x.pop("w")
+    before = linformer_attention(**x, group=None)
+    x["v"][:, -1] += 1
+    assert (linformer_attention(**x, group=None) - before)[:, 0].abs().max() > 0.01
+    assert w.shape == before.shape
+    with pytest.raises(ValueError, match="shows a causal model the future, got causal=True"):
+        linformer_attention(**x, group=None, causal=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key_projection": torch.zeros(4, 5)}, r"key_projection must be this rank's columns \[p, C = 37\]"),
+        ({"value_projection": torch.zeros(3, TOKENS)}, "must have as many rows, got 4 and 3"),
+    ],
+)
+def test_projections_that_do_not_fit(change: dict[str, Tensor], message: str) -> None:
+    x = inputs() | change
+    x.pop("w")
+    with pytest.raises(ValueError, match=message):
+        linformer_attention(**x, group=None)
