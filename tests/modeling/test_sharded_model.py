@@ -9,7 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from linear_llama3.sequence_parallel import SequenceParallelContext, enable_sequence_parallel, unshard
+from linear_llama3.sequence_parallel import (
+    LAYOUTS,
+    SequenceParallelConfig,
+    SequenceParallelContext,
+    enable_sequence_parallel,
+    unshard,
+)
 from tests.distributed import run_distributed
 from tests.modeling.tiny import MIXER_NAMES, gradients, tiny_model, tokens
 
@@ -27,7 +33,14 @@ def batch(rows: int, documents: list[int] | None) -> dict[str, torch.Tensor]:
     return {"input_ids": x, "labels": labels, "position_ids": positions}
 
 
-def run(mixer: str, rows: int, documents: list[int] | None, checkpointing: str, sharded: bool) -> Result:
+def run(
+    mixer: str,
+    rows: int,
+    documents: list[int] | None,
+    checkpointing: str,
+    sharded: bool,
+    config: SequenceParallelConfig | None = None,
+) -> Result:
     """Logits `[rows, T, vocab]`, loss and gradients; sharded: of the whole group, summed over its ranks."""
     model = tiny_model(mixer).double().train()
     if checkpointing != "no":
@@ -39,7 +52,7 @@ def run(mixer: str, rows: int, documents: list[int] | None, checkpointing: str, 
         out = model(**inputs, num_items_in_batch=count)
         out.loss.backward()
         return out.logits.detach().numpy(), out.loss.item(), {k: g.numpy() for k, g in gradients(model).items()}
-    context = SequenceParallelContext(dist.group.WORLD)
+    context = SequenceParallelContext(dist.group.WORLD, config)
     enable_sequence_parallel(model, context)
     out = model(**context.shard_batch(inputs), num_items_in_batch=count)
     out.loss.backward()
@@ -66,8 +79,13 @@ def run(mixer: str, rows: int, documents: list[int] | None, checkpointing: str, 
 def test_sharded_equals_one_device(
     mixer: str, rows: int, documents: list[int] | None, checkpointing: str, world_size: int
 ) -> None:
-    logits, loss, grads = run(mixer, rows, documents, checkpointing, False)
-    for got in run_distributed(run, world_size, mixer, rows, documents, checkpointing, True):
+    expected = run(mixer, rows, documents, checkpointing, False)
+    check(run_distributed(run, world_size, mixer, rows, documents, checkpointing, True), expected)
+
+
+def check(by_rank: list[Result], expected: Result) -> None:
+    logits, loss, grads = expected
+    for got in by_rank:
         # transformers' RMSNorm and rotary table are float32 in every run, hence not 1e-10
         np.testing.assert_allclose(got[0], logits, rtol=1e-5, atol=1e-5)
         assert abs(got[1] - loss) < 1e-6 * abs(loss)
@@ -76,6 +94,20 @@ def test_sharded_equals_one_device(
             np.testing.assert_allclose(
                 got[2][name], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(), err_msg=name
             )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("documents", [None, [5, 1, 20, 11]], ids=["rows", "packed"])
+@pytest.mark.parametrize(
+    ("linear", "softmax"),
+    [("lasp1", "ring"), ("all_scan", "token_ring"), ("all_to_all", "rsa"), ("lasp2", "ulysses"), ("auto", "auto")],
+)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_strategy(world_size: int, linear: str, softmax: str, documents: list[int] | None, layout: str) -> None:
+    """A hybrid of GLA and softmax layers, recomputed in the backward pass."""
+    config = SequenceParallelConfig(linear=linear, softmax=softmax, layout=layout)
+    expected = run("gla", 2, documents, "non-reentrant", False)
+    check(run_distributed(run, world_size, "gla", 2, documents, "non-reentrant", True, config), expected)
 
 
 def uncut_batch() -> str:

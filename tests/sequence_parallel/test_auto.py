@@ -72,9 +72,7 @@ def auto_runs() -> tuple[float, float]:
     case, where = Case(tokens=21, gate="scalar", groups=2), {"group": dist.group.WORLD, "layout": "zigzag"}
     local = {n: shard(x, **where) for n, x in case.inputs().items() if n != "w"}
     gate = local.pop("log_decay")
-    linear = [
-        linear_attention(**local, log_decay=gate, length=21, strategy=s, **where) for s in ("auto", "all_to_all")
-    ]
+    linear = [linear_attention(**local, log_decay=gate, length=21, strategy=s, **where) for s in ("auto", "all_to_all")]
     softmax = [softmax_attention(**local, length=21, strategy=s, **where) for s in ("auto", "lasp2h")]
     return (linear[0] - linear[1]).abs().max().item(), (softmax[0] - softmax[1]).abs().max().item()
 
@@ -89,7 +87,9 @@ def layouts() -> list[str]:
     found = []
     for kind in ("linear_attention", "full_attention"):
         context = SequenceParallelContext(dist.group.WORLD)
-        enable_sequence_parallel(tiny_model("basic", num_hidden_layers=2, layer_types=["linear_attention", kind]), context)
+        enable_sequence_parallel(
+            tiny_model("basic", num_hidden_layers=2, layer_types=["linear_attention", kind]), context
+        )
         found.append(context.layout)
     early = SequenceParallelContext(dist.group.WORLD, SequenceParallelConfig(linear="auto", softmax="auto"))
     early.shard_batch({"input_ids": tokens(1, 9)})

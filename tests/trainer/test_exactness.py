@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
-from linear_llama3.sequence_parallel import SequenceParallelConfig
+from linear_llama3.sequence_parallel import LAYOUTS, SequenceParallelConfig
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments, SequenceParallelAccelerator
 from linear_llama3.trainer.parallelism import attach, resolve_parallelism
 from tests.distributed import run_distributed
@@ -108,10 +108,10 @@ def assert_same(run: dict[str, Any], one: dict[str, Any], where: Any) -> None:
     assert run["tokens"] == one["tokens"], where
 
 
-def train(world: int, degree: int, packed: bool, checkpointing: bool, folder: str) -> dict[str, Any]:
+def train(world: int, degree: int, packed: bool, checkpointing: bool, folder: str, **choices: str) -> dict[str, Any]:
     """A run, its evaluation loss, and its logits."""
     reset_accelerate()
-    changes = {"sequence_parallel_size": degree, "gradient_checkpointing": checkpointing}
+    changes = {"sequence_parallel_size": degree, "gradient_checkpointing": checkpointing, **choices}
     args = LinearLlama3TrainingArguments(**arguments(folder, world // degree, **changes))
     data = rows(packed)
     trainer = SequentialTrainer(model=tiny_model(), args=args, train_dataset=data, eval_dataset=data[:6])
@@ -133,6 +133,23 @@ class SequentialTrainer(LinearLlama3Trainer):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def train_with(linear: str, softmax: str, layout: str, folder: str) -> dict[str, Any]:
+    return train(2, 2, True, False, folder, linear_strategy=linear, softmax_strategy=softmax, sequence_layout=layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("linear", "softmax"),
+    [("lasp1", "ring"), ("all_scan", "token_ring"), ("all_to_all", "rsa"), ("lasp2", "ulysses"), ("auto", "auto")],
+)
+def test_strategies_by_name(linear: str, softmax: str, layout: str, tmp_path: Path) -> None:
+    (one,) = run_distributed(train, 1, 1, 1, True, False, str(tmp_path))
+    for run in run_distributed(train_with, 2, linear, softmax, layout, str(tmp_path)):
+        assert_same(run, one, (linear, softmax, layout))
+        assert run["eval"] == pytest.approx(one["eval"], rel=1e-5)
+        assert abs(run["logits"] - one["logits"]).max() < 1e-4
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])

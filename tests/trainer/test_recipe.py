@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.fsdp import StateDictType
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from linear_llama3.sequence_parallel import SequenceParallelConfig
 from linear_llama3.trainer.__main__ import build_model, save
 from linear_llama3.trainer.data import load_documents, pack_documents
 from linear_llama3.trainer.recipe import DataRecipe, load_recipe
@@ -73,6 +74,19 @@ def test_a_recipe_is_read(tmp_path: Path) -> None:
     assert recipe.sequence_parallel.size == 2 and recipe.sequence_parallel.linear == "lasp2"
     assert recipe.training["learning_rate"] == 1e-3
     assert recipe.training_arguments().max_steps == 2
+
+
+def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
+    path = recipe_with(tmp_path)
+    recipe = load_recipe(path, ["sequence_parallel.softmax=ring", "training.learning_rate=1e-3", "sequence_length=64"])
+    assert recipe.sequence_parallel.config() == SequenceParallelConfig(softmax="ring")
+    assert (recipe.training["learning_rate"], recipe.sequence_length) == (1e-3, 64)
+    with pytest.raises(ValueError, match=r"must read section\.key=value .* got 'sequence_length'"):
+        load_recipe(path, ["sequence_length"])
+    with pytest.raises(ValueError, match=r"name a section of the recipe, got 'tokenizer\.name=x'"):
+        load_recipe(path, ["tokenizer.name=x"])
+    with pytest.raises(ValueError, match="unknown key 'sofmax' in sequence_parallel; did you mean 'softmax'"):
+        load_recipe(path, ["sequence_parallel.sofmax=ring"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,324 @@
+"""Every way of sharding side by side: messages, bytes, memory, time and error of one attention layer.
+
+    python scripts/bench_sequence_parallel.py [--ranks 4 8] [--linear-lengths ...] [--softmax-lengths ...]
+        [--strategies lasp2 ring/zigzag ...] [--link-rate 1gbit] [--out FILE.json] [--plot FILE.png]
+
+Float32 on CPUs over gloo, forward and backward. Messages and bytes are counted below torch.distributed and set
+against the cost model (`sequence_parallel/costs.py`); with --link-rate, which gives every rank a network namespace
+and a link of that rate, also as the kernel counts them. The error is the largest difference from one device, of the
+output and all gradients. Times are medians of the slowest rank; memory is what the pass adds to a rank, at its peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from slow_network import sent_bytes, slow_network
+from torch import Tensor
+
+from linear_llama3.ops import linear_attention as linear_on_one_device
+from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES, SOFTMAX_STRATEGIES, shard
+from linear_llama3.sequence_parallel import linear_attention as sharded_linear
+from linear_llama3.sequence_parallel import softmax_attention as sharded_softmax
+from linear_llama3.sequence_parallel.costs import Sizes, linear_costs, softmax_costs
+from linear_llama3.sequence_parallel.traffic import Traffic
+
+CONFIGURATIONS = [
+    *(f"{name}/contiguous" for name in LINEAR_STRATEGIES),
+    "lasp2/zigzag",
+    "lasp2h/contiguous",
+    "lasp2h/zigzag",
+    "ring/contiguous",
+    "ring/zigzag",
+    "token_ring/zigzag",
+    "rsa/contiguous",
+    "ulysses/contiguous",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the workers are told."""
+
+    configurations: list[str]
+    linear_lengths: list[int]
+    softmax_lengths: list[int]
+    q_heads: int
+    kv_heads: int
+    dim: int
+    repeats: int
+
+
+# ---- one rank ----
+
+
+def work(job: Job, out: Path) -> None:
+    """Measures everything; rank 0 writes the rows."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rows = []
+    for linear, lengths in ((True, job.linear_lengths), (False, job.softmax_lengths)):
+        strategies = LINEAR_STRATEGIES if linear else SOFTMAX_STRATEGIES
+        chosen = [c for c in job.configurations if c.split("/")[0] in strategies]
+        for tokens in lengths if chosen else ():
+            whole = inputs(job, tokens)
+            expected = None if dist.get_rank() else one_device(whole, linear)
+            for configuration in chosen:
+                rows.append(measure(job, configuration, tokens, whole, expected, linear))
+                if dist.get_rank() == 0:
+                    print(f"  W={dist.get_world_size()} T={tokens} {configuration}", file=sys.stderr, flush=True)
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(rows))
+    dist.barrier()
+    sys.stderr.flush()
+    os._exit(0)  # gloo now and then aborts at interpreter exit
+
+
+def inputs(job: Job, tokens: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    heads = {"q": job.q_heads, "k": job.kv_heads, "v": job.kv_heads, "w": job.q_heads}
+    return {name: torch.randn(1, tokens, h, job.dim, generator=generator) for name, h in heads.items()}
+
+
+def one_device(whole: dict[str, Tensor], linear: bool) -> list[Tensor]:
+    leaves = [whole[name].clone().requires_grad_() for name in "qkv"]
+    out = linear_on_one_device(*leaves)[0] if linear else sharded_softmax(*leaves, group=None)
+    return [out.detach(), *torch.autograd.grad(out, leaves, whole["w"])]
+
+
+def measure(
+    job: Job, configuration: str, tokens: int, whole: dict[str, Tensor], expected: list[Tensor] | None, linear: bool
+) -> dict[str, Any]:
+    strategy, layout = configuration.split("/")
+    where: dict[str, Any] = {"group": dist.group.WORLD, "layout": layout}
+    local = {name: shard(x, **where).clone() for name, x in whole.items()}
+    leaves = [local[name].requires_grad_() for name in "qkv"]
+    op = sharded_linear if linear else sharded_softmax
+    times, results = [], []
+    for repeat in range(job.repeats + 1):  # the first one counts, and warms up
+        results = []
+        before, resident = sent_bytes(), reset_peak()
+        dist.barrier()
+        start = time.perf_counter()
+        with Traffic() if repeat == 0 else nullcontext() as forward:
+            out = op(*leaves, strategy=strategy, length=tokens, **where)
+        with Traffic() if repeat == 0 else nullcontext() as backward:
+            results = [out.detach(), *torch.autograd.grad(out, leaves, local["w"])]
+        times.append(time.perf_counter() - start)
+        if repeat == 0:
+            assert isinstance(forward, Traffic) and isinstance(backward, Traffic)
+            counted = {
+                "forward": forward.bytes,
+                "backward": backward.bytes,
+                "messages": (forward.messages + backward.messages).total(),
+                "on_the_wire": None if before is None else sent_bytes() - before,  # type: ignore[operator]
+                "peak": peak() - resident,
+            }
+        del out
+    own = {**counted, "times": times[1:], "error": error(results, expected, where, tokens)}
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    return summarize(job, strategy, layout, tokens, linear, ranks)
+
+
+def error(results: list[Tensor], expected: list[Tensor] | None, where: dict[str, Any], tokens: int) -> float:
+    """Relative to the largest entry; every rank is sent its part of what one device computed."""
+    worst = 0.0
+    for i, got in enumerate(results):
+        shape = (1, tokens, *got.shape[2:])
+        reference = expected[i] if expected is not None else torch.empty(shape)
+        dist.broadcast(reference, 0)
+        worst = max(worst, float((got - shard(reference, **where)).abs().max() / reference.abs().max()))
+    return worst
+
+
+def summarize(
+    job: Job, strategy: str, layout: str, tokens: int, linear: bool, ranks: list[dict[str, Any]]
+) -> dict[str, Any]:
+    sizes = Sizes(
+        batch=1,
+        tokens=tokens // len(ranks),
+        q_heads=job.q_heads,
+        kv_heads=job.kv_heads,
+        key_dim=job.dim,
+        value_dim=job.dim,
+        element=4,
+        ranks=len(ranks),
+        chunks_per_rank=LAYOUTS[layout].chunks_per_rank,
+        gpu=False,
+    )
+    theory = (linear_costs if linear else softmax_costs)(sizes)[strategy]
+    mean = {name: statistics.mean(r[name] for r in ranks) for name in ("forward", "backward")}
+    wire = [r["on_the_wire"] for r in ranks]
+    return {
+        "ranks": len(ranks),
+        "tokens": tokens,
+        "kind": "linear" if linear else "softmax",
+        "strategy": strategy,
+        "layout": layout,
+        "messages": max(r["messages"] for r in ranks),
+        "forward_bytes": mean["forward"],
+        "backward_bytes": mean["backward"],
+        "theory_forward_bytes": theory.forward,
+        "theory_backward_bytes": theory.backward,
+        "wire_bytes": None if None in wire else statistics.mean(wire),
+        "peak_bytes": max(r["peak"] for r in ranks),
+        "seconds": statistics.median(max(times) for times in zip(*(r["times"] for r in ranks), strict=True)),
+        "error": max(r["error"] for r in ranks),
+    }
+
+
+def reset_peak() -> int:
+    """Gives freed memory back, and starts Linux's high-water mark anew; returns the resident bytes."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
+
+
+# ---- all ranks ----
+
+
+def run_ranks(ranks: int, job: Job, link_rate: str | None) -> list[dict[str, Any]]:
+    """The rows of one number of ranks."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        slow_network(ranks, link_rate) if link_rate else nullcontext([]) as namespaces,
+    ):
+        out = Path(folder) / "rows.json"
+        command = [sys.executable, __file__, "--worker", json.dumps(asdict(job)), "--out", str(out)]
+        shared = {**os.environ, "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+        shared |= {"MASTER_ADDR": "10.77.0.1" if namespaces else "127.0.0.1", "MASTER_PORT": str(free_port())}
+        if namespaces:
+            shared["GLOO_SOCKET_IFNAME"] = "eth0"
+        processes = []
+        for rank in range(ranks):
+            prefix = ["ip", "netns", "exec", namespaces[rank]] if namespaces else []
+            processes.append(subprocess.Popen([*prefix, *command], env={**shared, "RANK": str(rank)}))
+        failed = [rank for rank, process in enumerate(processes) if process.wait()]
+        if failed:
+            raise SystemExit(f"ranks {failed} failed")
+        return json.loads(out.read_text())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Markdown; bytes in MiB per rank."""
+    wire = any(row["wire_bytes"] is not None for row in rows)
+    header = ["W", "T", "strategy", "layout", "messages", "sent forward", "sent backward", "theory"]
+    header += ["on the wire"] * wire + ["peak", "seconds", "error"]
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+    for row in rows:
+        theory = row["theory_forward_bytes"] + row["theory_backward_bytes"]
+        cells = [row["ranks"], row["tokens"], row["strategy"], row["layout"], row["messages"]]
+        cells += [mib(row["forward_bytes"]), mib(row["backward_bytes"]), mib(theory)]
+        cells += [mib(row["wire_bytes"] or 0)] * wire
+        cells += [mib(row["peak_bytes"]), f"{row['seconds']:.3f}", f"{row['error']:.0e}"]
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:.2f}"
+
+
+def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Bytes and time over the length, a line for every strategy and number of ranks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(2, 2)
+    for axis_row, kind in zip(axes, ("linear", "softmax"), strict=True):
+        chosen = [row for row in rows if row["kind"] == kind]
+        names = sorted({(row["strategy"], row["layout"]) for row in chosen})
+        for ranks, style in zip(sorted({row["ranks"] for row in chosen}), ("-", "--", ":", "-."), strict=False):
+            for i, (strategy, layout) in enumerate(names):
+                line = [r for r in chosen if (r["ranks"], r["strategy"], r["layout"]) == (ranks, strategy, layout)]
+                lengths = [r["tokens"] for r in line]
+                sent = [(r["forward_bytes"] + r["backward_bytes"]) / 2**20 for r in line]
+                options: dict[str, Any] = {"linestyle": style, "color": f"C{i}", "marker": "o", "markersize": 3}
+                axis_row[0].plot(lengths, sent, label=f"{strategy}, {layout}, W={ranks}", **options)
+                axis_row[1].plot(lengths, [r["seconds"] for r in line], **options)
+        for axis, label in zip(axis_row, ("MiB sent per rank, forward + backward", "seconds"), strict=True):
+            axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label, title=f"{kind} layer")
+        axis_row[0].legend(fontsize=6, ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--linear-lengths", type=int, nargs="*", default=[4096, 16384, 65536])
+    parser.add_argument("--softmax-lengths", type=int, nargs="*", default=[2048, 4096, 8192])
+    parser.add_argument("--strategies", nargs="+", default=CONFIGURATIONS, help="NAME/LAYOUT; default: %(default)s")
+    parser.add_argument("--q-heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--link-rate", help="such as 1gbit: a namespace and a link of this rate for every rank")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(Job(**json.loads(args.worker)), args.out)
+    job = Job(
+        configurations=[name if "/" in name else f"{name}/contiguous" for name in args.strategies],
+        linear_lengths=args.linear_lengths,
+        softmax_lengths=args.softmax_lengths,
+        q_heads=args.q_heads,
+        kv_heads=args.kv_heads,
+        dim=args.dim,
+        repeats=args.repeats,
+    )
+    rows = [row for ranks in args.ranks for row in run_ranks(ranks, job, args.link_rate)]
+    print_table(rows)
+    setting = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores shared by all ranks",
+        "torch": torch.__version__,
+        "link_rate": args.link_rate,
+        "sizes": asdict(job),
+    }
+    if args.out:
+        args.out.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
+    if args.plot:
+        link = f"links of {args.link_rate}" if args.link_rate else "one machine's loopback"
+        heads = f"H_q {job.q_heads}, H_kv {job.kv_heads}, D {job.dim}, float32"
+        plot(rows, args.plot, f"One attention layer, {heads}; {setting['machine']}, {link}, {setting['date']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""A network namespace for every rank, joined by links of a limited rate (Linux, iproute2, root).
+
+Each namespace has one end of a veth pair; the other ends hang on a bridge in a namespace of their own. A token bucket
+filter (tbf) at both ends of a pair limits what a rank sends and what it receives.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PREFIX = "linearllama3"
+
+
+def explain_if_impossible() -> None:
+    """`SystemExit` with what is missing."""
+    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    if missing:
+        raise SystemExit(f"--link-rate needs {' and '.join(missing)} (package iproute2), not found")
+    if os.geteuid() != 0:
+        raise SystemExit("--link-rate makes network namespaces and needs root; run it with sudo, or leave it out")
+
+
+@contextmanager
+def slow_network(ranks: int, rate: str) -> Iterator[list[str]]:
+    """Yields the namespace of every rank; rank r has address 10.77.0.(r + 1) on the interface `eth0`."""
+    explain_if_impossible()
+    hub, names = f"{PREFIX}-hub", [f"{PREFIX}-{rank}" for rank in range(ranks)]
+    limit = f"root tbf rate {rate} burst 256kb latency 50ms"
+    try:
+        for name in (hub, *names):
+            _run(f"ip netns add {name}")
+        _run(f"ip -n {hub} link add bridge0 type bridge")
+        _run(f"ip -n {hub} link set bridge0 up")
+        for rank, name in enumerate(names):
+            _run(f"ip link add eth0 netns {name} type veth peer name port{rank} netns {hub}")
+            _run(f"ip -n {hub} link set port{rank} master bridge0 up")
+            _run(f"ip -n {name} addr add 10.77.0.{rank + 1}/24 dev eth0")
+            _run(f"ip -n {name} link set eth0 up")
+            _run(f"ip -n {name} link set lo up")
+            _run(f"tc -n {name} qdisc add dev eth0 {limit}")
+            _run(f"tc -n {hub} qdisc add dev port{rank} {limit}")
+        yield names
+    finally:
+        for name in (hub, *names):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def sent_bytes() -> int | None:
+    """What the kernel has sent on this namespace's link, headers included; None outside of such a namespace."""
+    counter = Path("/sys/class/net/eth0/statistics/tx_bytes")
+    return int(counter.read_text()) if "GLOO_SOCKET_IFNAME" in os.environ and counter.is_file() else None
+
+
+def _run(command: str) -> None:
+    done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"'{command}' failed: {done.stderr.strip()}")
