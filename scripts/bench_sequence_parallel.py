@@ -144,7 +144,7 @@ def error(results: list[Tensor], expected: list[Tensor] | None, where: dict[str,
     worst = 0.0
     for i, got in enumerate(results):
         shape = (1, tokens, *got.shape[2:])
-        reference = expected[i] if expected is not None else torch.empty(shape)
+        reference = torch.empty(shape) if expected is None else expected[i].contiguous()
         dist.broadcast(reference, 0)
         worst = max(worst, float((got - shard(reference, **where)).abs().max() / reference.abs().max()))
     return worst
@@ -222,8 +222,11 @@ def run_ranks(ranks: int, job: Job, link_rate: str | None) -> list[dict[str, Any
         for rank in range(ranks):
             prefix = ["ip", "netns", "exec", namespaces[rank]] if namespaces else []
             processes.append(subprocess.Popen([*prefix, *command], env={**shared, "RANK": str(rank)}))
-        failed = [rank for rank, process in enumerate(processes) if process.wait()]
-        if failed:
+        while any(process.poll() is None for process in processes) and not any(p.poll() for p in processes):
+            time.sleep(0.1)
+        if failed := [rank for rank, process in enumerate(processes) if process.poll()]:
+            for process in processes:  # the others would wait for ever
+                process.kill()
             raise SystemExit(f"ranks {failed} failed")
         return json.loads(out.read_text())
 
@@ -268,11 +271,18 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
                 line = [r for r in chosen if (r["ranks"], r["strategy"], r["layout"]) == (ranks, strategy, layout)]
                 lengths = [r["tokens"] for r in line]
                 sent = [(r["forward_bytes"] + r["backward_bytes"]) / 2**20 for r in line]
-                options: dict[str, Any] = {"linestyle": style, "color": f"C{i}", "marker": "o", "markersize": 3}
+                options: dict[str, Any] = {
+                    "linestyle": style,
+                    "color": f"C{i}",
+                    "marker": "os^vDPX"[i % 7],
+                    "alpha": 0.7,
+                }
                 axis_row[0].plot(lengths, sent, label=f"{strategy}, {layout}, W={ranks}", **options)
                 axis_row[1].plot(lengths, [r["seconds"] for r in line], **options)
         for axis, label in zip(axis_row, ("MiB sent per rank, forward + backward", "seconds"), strict=True):
             axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label, title=f"{kind} layer")
+            axis.set_xticks(lengths := sorted({row["tokens"] for row in chosen}), map(str, lengths))
+            axis.minorticks_off()
         axis_row[0].legend(fontsize=6, ncols=2)
     figure.savefig(path, dpi=110)
 
