@@ -32,6 +32,11 @@ def check_shard(
     kwargs: dict[str, Any],
 ) -> None:
     """`ValueError` for what has no meaning on one rank's part of a sequence."""
+    if cache_given:
+        raise ValueError(
+            "under sequence parallelism there is no cache, got past_key_values or use_cache=True; "
+            f"leave it out, or, to generate, {SWITCH_OFF}"
+        )
     if position_ids is None:
         raise ValueError(
             "under sequence parallelism every rank needs its own position_ids, got none; "
@@ -49,11 +54,6 @@ def check_shard(
         raise ValueError(
             "under sequence parallelism the model takes no attention_mask, got one; call "
             "context.shard_batch(batch) first, which takes right padding out of the labels"
-        )
-    if cache_given:
-        raise ValueError(
-            "under sequence parallelism there is no cache, got past_key_values or use_cache=True; "
-            f"leave it out, or, to generate, {SWITCH_OFF}"
         )
     if kwargs.get("output_attentions", config.output_attentions):
         raise ValueError(f"no rank holds the attention weights, got output_attentions=True; {SWITCH_OFF}")

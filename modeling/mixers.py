@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from ..ops import linear_attention
 from ..ops.decays import lightning_log_decay, retention_log_decay
 from ..ops.feature_maps import FEATURE_MAPS
+from ..ops.precision import working_dtype
 
 if TYPE_CHECKING:
     from ..sequence_parallel import SequenceParallelContext
@@ -158,7 +159,7 @@ class LinearAttention(nn.Module):
         if not self.mixer.learned_decay:
             return None
         gate = self.decay_up_proj(self.decay_down_proj(x)) + self.decay_bias
-        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
+        gate = gate.to(working_dtype(gate))
         return (F.logsigmoid(gate) / DECAY_TEMPERATURE).view(*x.shape[:2], self.num_kv_heads, self.key_dim)
 
     def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Cache | None) -> Tensor:

@@ -12,15 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .precision import working_dtype
 from .visibility import Tile
 
 SCORE_ROWS = 256  # query rows at once where the scores are formed, T_q x T_k, for want of a fused operator
 FLASH_HEAD_DIM = 256  # the widest head of the CUDA flash operator
-
-
-def working_dtype(x: Tensor) -> torch.dtype:
-    """What partial results are accumulated in, whatever the inputs: float32, float64 for float64."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def operand_dtype(q: Tensor, v: Tensor) -> torch.dtype:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .precision import working_dtype
+
 
 def bidirectional_linear_attention(
     q: Tensor,
@@ -24,7 +26,7 @@ def bidirectional_linear_attention(
     `complete` turns the states of this device's pieces of documents `[N, B, H_kv, D_k, D_v]` into those of the
     whole documents, where documents reach over several devices.
     """
-    work = torch.promote_types(q.dtype, torch.float32)
+    work = working_dtype(q)
     batch, _, kv_heads, _ = k.shape
     q, k, v = q.to(work) * scale, k.to(work), v.to(work)
     # A device without a token has one piece, an empty one: it takes part in `complete`, backward too.

@@ -21,8 +21,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .chunks import Block, Chunks
+from .precision import without_autocast, working_dtype
 from .scores import repeat_rows, scores, scores_backward
 
 NOTHING_LEFT = -1e4  # a log decay whose factor is 0 in any precision; -inf - -inf would be nan
@@ -103,6 +105,8 @@ class _Chunked(torch.autograd.Function):
         return out, torch.cat([finals[n] for n in range(chunks.documents)] or [state])
 
     @staticmethod
+    @once_differentiable
+    @without_autocast
     def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, initial_state, edges = ctx.saved_tensors
         chunks, exchange = ctx.chunks, ctx.exchange
@@ -140,7 +144,7 @@ class _Stream:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float) -> None:
         self.q, self.k, self.v, self.scale = q, k, v, scale
         self.log_decay = log_decay.unsqueeze(-1) if log_decay is not None and log_decay.dim() == 3 else log_decay
-        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.dtype = working_dtype(q)
         self.groups = q.shape[2] // k.shape[2]
 
     def load(self, block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -8,10 +8,8 @@ value per token, head and key channel (GLA).
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,29 +17,13 @@ from torch.nn import functional as F
 
 from .bidirectional import bidirectional_linear_attention
 from .chunked import chunked_linear_attention
+from .precision import without_autocast
 from .recurrent import recurrent_linear_attention
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "recurrent": recurrent_linear_attention,
     "chunked": chunked_linear_attention,
 }
-
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def without_autocast(function: Function) -> Function:
-    """Autocast would round states and scores to bfloat16 inside; the working precision is chosen here."""
-
-    @functools.wraps(function)
-    def call(q: Tensor, *args: Any, **kwargs: Any) -> Any:
-        device = q.device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-            return function(q, *args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return function(q, *args, **kwargs)
-
-    return cast(Function, call)
 
 
 @without_autocast

@@ -10,6 +10,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from .precision import working_dtype
+
 
 def recurrent_linear_attention(
     q: Tensor,
@@ -26,7 +28,7 @@ def recurrent_linear_attention(
     Returns out `[B, T, H_q, D_v]` and the state after each document `[B or N, H_kv, D_k, D_v]`, both in float32
     (float64 for float64 inputs). Differentiable by plain autograd.
     """
-    work = torch.promote_types(q.dtype, torch.float32)
+    work = working_dtype(q)
     batch, _, kv_heads, key_dim = k.shape
     q, k, v = q.to(work) * scale, k.to(work), v.to(work)
     q = q.unflatten(2, (kv_heads, -1))  # [B, T, H_kv, G, D_k]: G query heads read one state

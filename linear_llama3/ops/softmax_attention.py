@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .attention_kernels import attend, attend_backward, fitting, operand_dtype, working_dtype
+from .attention_kernels import attend, attend_backward, fitting, operand_dtype
+from .precision import without_autocast, working_dtype
 from .visibility import Span, Tile, Visibility
 
 
@@ -36,6 +38,8 @@ class _SoftmaxAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
+    @without_autocast
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         spans = [(0, q.shape[1])]

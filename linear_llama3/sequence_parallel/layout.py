@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..ops.visibility import Span
@@ -130,6 +131,7 @@ class _Unshard(torch.autograd.Function):
         return in_order(parts, layout, dim).narrow(dim, 0, length)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _cut(grad, ctx.spans, ctx.tokens, ctx.dim), None, None, None, None
 

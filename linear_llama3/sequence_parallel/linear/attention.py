@@ -12,12 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...ops.bidirectional import bidirectional_linear_attention
 from ...ops.chunked import chunked_linear_attention
-from ...ops.linear_attention import check_arguments, divide_by_normalizer, with_ones_column, without_autocast
+from ...ops.linear_attention import check_arguments, divide_by_normalizer, with_ones_column
 from ...ops.linear_attention import linear_attention as attention_on_one_device
+from ...ops.precision import without_autocast
 from ..collectives import all_reduce, world_size
 from ..costs import choose_linear
 from ..part import Part, locate, sizes_of
@@ -166,6 +168,7 @@ class _CompleteStates(torch.autograd.Function):
         return _complete(states, scan, group, part)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _complete(grad, ctx.scan, ctx.group, ctx.part), None, None, None
 

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...ops.linear_attention import check_shapes, without_autocast
+from ...ops.linear_attention import check_shapes
+from ...ops.precision import without_autocast
 from ...ops.softmax_attention import softmax_attention as attention_on_one_device
 from ...ops.visibility import Visibility
 from ..collectives import world_size

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ...ops.precision import without_autocast
 from ...ops.softmax_attention import BlockAttention, BlockAttentionBackward
 from ...ops.visibility import Span, Visibility
 from ..collectives import all_gather, reduce_scatter
@@ -64,6 +66,8 @@ class _Lasp2H(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
+    @without_autocast
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *remote = ctx.saved_tensors
         part, key_dim, (batch, tokens, heads, _) = ctx.part, k.shape[-1], k.shape

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ...ops.attention_kernels import working_dtype
-from ...ops.linear_attention import check_shapes, without_autocast
+from ...ops.linear_attention import check_shapes
+from ...ops.precision import without_autocast, working_dtype
 from ..collectives import all_reduce, world_size
 from ..part import locate
 
@@ -86,5 +87,6 @@ class _SumOverRanks(torch.autograd.Function):
         return all_reduce(x, group).wait()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return all_reduce(grad, ctx.group).wait(), None

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ...ops.precision import without_autocast
 from ...ops.softmax_attention import BlockAttention, BlockAttentionBackward
 from ...ops.visibility import Visibility
 from ..collectives import Transfer, send_receive
@@ -59,6 +61,8 @@ class _Ring(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
+    @without_autocast
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         part, group, route, key_dim = ctx.part, ctx.group, ctx.route, k.shape[-1]

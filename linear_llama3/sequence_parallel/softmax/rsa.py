@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ...ops.attention_kernels import working_dtype
+from ...ops.precision import without_autocast, working_dtype
 from ...ops.visibility import Visibility
 from ..collectives import reduce_scatter, send_receive
 from ..part import Part, count
@@ -62,6 +63,8 @@ class _RingSelfAttention(torch.autograd.Function):
         return _by_token(out)
 
     @staticmethod
+    @once_differentiable
+    @without_autocast
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, p = ctx.saved_tensors
         part, group, heads = ctx.part, ctx.group, k.shape[2]

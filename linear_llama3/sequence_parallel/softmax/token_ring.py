@@ -17,7 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ...ops.precision import without_autocast
 from ...ops.softmax_attention import BlockAttention, BlockAttentionBackward, output_with_delta
 from ...ops.visibility import Visibility
 from ..collectives import Transfer, send_receive
@@ -74,6 +76,8 @@ class _TokenRing(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
+    @without_autocast
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         part, route, rank, key_dim = ctx.part, ctx.route, ctx.part.rank, q.shape[-1]

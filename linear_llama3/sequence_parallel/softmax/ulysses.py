@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...ops.softmax_attention import softmax_attention
@@ -74,5 +75,6 @@ class _AllToAll(torch.autograd.Function):
         return all_to_all(x, group).wait()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return all_to_all(grad, ctx.group).wait(), None
