@@ -17,9 +17,16 @@ class LinearLlama3TrainingArguments(TrainingArguments):
         default="auto",
         metadata={"help": "Processes that share every sequence; 'auto' takes all processes of the launch."},
     )
-    linear_strategy: str = field(default="lasp2", metadata={"help": "How linear layers exchange states."})
-    softmax_strategy: str = field(default="lasp2h", metadata={"help": "How softmax layers exchange K and V."})
-    sequence_layout: str = field(default="auto", metadata={"help": "Which tokens a rank holds."})
+    linear_strategy: str = field(
+        default="lasp2",
+        metadata={"help": "How linear layers exchange states: lasp1, lasp2, all_scan, all_to_all, auto."},
+    )
+    softmax_strategy: str = field(
+        default="lasp2h", metadata={"help": "How softmax layers meet: lasp2h, ring, token_ring, rsa, ulysses, auto."}
+    )
+    sequence_layout: str = field(
+        default="auto", metadata={"help": "Which tokens a rank holds: contiguous, zigzag, auto."}
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Every parameter takes part, also on a rank without labels."}
     )

@@ -1,0 +1,42 @@
+"""The benchmark's own figures: counted bytes are those of the theory, and errors those of rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def test_it_measures_every_strategy(tmp_path: Path) -> None:
+    out, plot = tmp_path / "rows.json", tmp_path / "plot.png"
+    sizes = ["--linear-lengths", "64", "--softmax-lengths", "64", "--q-heads", "4", "--kv-heads", "2", "--dim", "16"]
+    command = [sys.executable, SCRIPTS / "bench_sequence_parallel.py", "--ranks", "2", "--repeats", "1", *sizes]
+    done = subprocess.run([*command, "--out", out, "--plot", plot], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["strategy"] for row in rows} >= {"lasp1", "lasp2", "all_scan", "all_to_all", "lasp2h", "ring"}
+    assert len(done.stdout.splitlines()) == 2 + len(rows) and plot.stat().st_size > 10_000
+    for row in rows:
+        assert row["forward_bytes"] == row["theory_forward_bytes"], row
+        assert row["backward_bytes"] == row["theory_backward_bytes"], row
+        assert 0 < row["error"] < 1e-5 or row["strategy"] == "ulysses", row
+        assert row["seconds"] > 0
+
+
+def test_slow_links_need_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import slow_network
+
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(slow_network.shutil, "which", lambda tool: "/sbin/" + tool)
+    with pytest.raises(SystemExit, match="needs root"):
+        slow_network.explain_if_impossible()
+    monkeypatch.setattr(slow_network.shutil, "which", lambda tool: None)
+    with pytest.raises(SystemExit, match="needs ip and tc"):
+        slow_network.explain_if_impossible()
