@@ -237,23 +237,30 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Markdown; bytes in MiB per rank."""
-    wire = any(row["wire_bytes"] is not None for row in rows)
-    header = ["W", "T", "strategy", "layout", "messages", "sent forward", "sent backward", "theory"]
-    header += ["on the wire"] * wire + ["peak", "seconds", "error"]
-    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
-    for row in rows:
-        theory = row["theory_forward_bytes"] + row["theory_backward_bytes"]
-        cells = [row["ranks"], row["tokens"], row["strategy"], row["layout"], row["messages"]]
-        cells += [mib(row["forward_bytes"]), mib(row["backward_bytes"]), mib(theory)]
-        cells += [mib(row["wire_bytes"] or 0)] * wire
-        cells += [mib(row["peak_bytes"]), f"{row['seconds']:.3f}", f"{row['error']:.0e}"]
-        print("| " + " | ".join(map(str, cells)) + " |")
+def print_tables(rows: list[dict[str, Any]]) -> None:
+    """Markdown, a table for each kind of layer; a cell holds the figures of all lengths. Bytes in MiB per rank."""
+    for kind in ("linear", "softmax"):
+        chosen = [row for row in rows if row["kind"] == kind]
+        lengths = sorted({row["tokens"] for row in chosen})
+        wire = any(row["wire_bytes"] is not None for row in chosen)
+        header = ["W", f"{kind} layer, T = {' / '.join(map(str, lengths))}", "messages", "MiB sent", "theory"]
+        header += ["on the wire"] * wire + ["peak MiB", "seconds", "error"]
+        print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+        for ranks, strategy, layout in dict.fromkeys((r["ranks"], r["strategy"], r["layout"]) for r in chosen):
+            line = [r for r in chosen if (r["ranks"], r["strategy"], r["layout"]) == (ranks, strategy, layout)]
+            cells = [f"{ranks}", f"`{strategy}`, {layout}", f"{line[0]['messages']}"]
+            cells.append(_figures([(r["forward_bytes"] + r["backward_bytes"]) / 2**20 for r in line]))
+            cells.append(_figures([(r["theory_forward_bytes"] + r["theory_backward_bytes"]) / 2**20 for r in line]))
+            cells += [_figures([(r["wire_bytes"] or 0) / 2**20 for r in line])] * wire
+            cells += [_figures([r["peak_bytes"] / 2**20 for r in line], 0), _figures([r["seconds"] for r in line])]
+            print("| " + " | ".join([*cells, f"{max(r['error'] for r in line):.0e}"]) + " |")
+        print()
 
 
-def mib(size: float) -> str:
-    return f"{size / 2**20:.2f}"
+def _figures(values: list[float], digits: int = 2) -> str:
+    """One figure if they are all the same."""
+    texts = [f"{value:.{digits}f}" for value in values]
+    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -314,7 +321,7 @@ def main() -> None:
         repeats=args.repeats,
     )
     rows = [row for ranks in args.ranks for row in run_ranks(ranks, job, args.link_rate)]
-    print_table(rows)
+    print_tables(rows)
     setting = {
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores shared by all ranks",

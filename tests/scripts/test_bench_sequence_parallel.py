@@ -21,7 +21,7 @@ def test_it_measures_every_strategy(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert {row["strategy"] for row in rows} >= {"lasp1", "lasp2", "all_scan", "all_to_all", "lasp2h", "ring"}
-    assert len(done.stdout.splitlines()) == 2 + len(rows) and plot.stat().st_size > 10_000
+    assert len(done.stdout.splitlines()) == 2 * 3 + len(rows) and plot.stat().st_size > 10_000
     for row in rows:
         assert row["forward_bytes"] == row["theory_forward_bytes"], row
         assert row["backward_bytes"] == row["theory_backward_bytes"], row
