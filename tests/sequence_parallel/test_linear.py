@@ -231,7 +231,7 @@ GATED = Case(tokens=300, gate="channel", key_dim=16, value_dim=16, strength=0.1)
 
 def low_precision(case: Case, strategy: str, layout: str) -> np.ndarray:
     where = {"group": dist.group.WORLD, "layout": layout}
-    local = {name: shard(x, **where) for name, x in case.inputs().items() if name != "w"}
+    local = {n: x if x.dim() == 1 else shard(x, **where) for n, x in case.inputs().items() if n != "w"}
     out = linear_attention(**local, length=case.tokens, strategy=strategy, normalize=case.normalize, **where)
     return out.float().numpy()
 
