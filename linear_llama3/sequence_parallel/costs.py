@@ -23,7 +23,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch.distributed as dist
+from torch import Tensor
+
+from .collectives import number_of_nodes
 from .linear.all_scan import number_of_blocks
+from .part import Part
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +72,24 @@ class Sizes:
         if not self.gpu:
             return "cpus"
         return "gpus of one node" if self.nodes == 1 else "nodes with gpus"
+
+
+def sizes_of(q: Tensor, v: Tensor, part: Part, group: dist.ProcessGroup, *, decays: bool = False) -> Sizes:
+    """What the cost model has to know of q `[B, n, H_q, D_k]` and v `[B, n, H_kv, D_v]`; the same on every rank."""
+    return Sizes(
+        batch=q.shape[0],
+        tokens=part.local,
+        q_heads=q.shape[2],
+        kv_heads=v.shape[2],
+        key_dim=q.shape[3],
+        value_dim=v.shape[3],
+        element=q.element_size(),
+        ranks=part.ranks,
+        nodes=number_of_nodes(group),
+        chunks_per_rank=part.layout.chunks_per_rank,
+        decays=decays,
+        gpu=q.device.type != "cpu",
+    )
 
 
 class Cost(NamedTuple):

@@ -10,8 +10,7 @@ from torch import Tensor
 from ..ops.chunked import Link
 from ..ops.linear_attention import document_edges
 from ..ops.visibility import Span
-from .collectives import group_rank, number_of_nodes, world_size
-from .costs import Sizes
+from .collectives import group_rank, world_size
 from .layout import Layout, check_length, get_layout
 
 
@@ -100,22 +99,4 @@ def locate(
         all_spans=tuple(rule.spans(rank, ranks, length, padded) for rank in range(ranks)),
         documents=edges or (0, length),
         packed=edges is not None,
-    )
-
-
-def sizes_of(q: Tensor, v: Tensor, part: Part, group: dist.ProcessGroup, *, decays: bool = False) -> Sizes:
-    """What the cost model has to know of q `[B, n, H_q, D_k]` and v `[B, n, H_kv, D_v]`; the same on every rank."""
-    return Sizes(
-        batch=q.shape[0],
-        tokens=part.local,
-        q_heads=q.shape[2],
-        kv_heads=v.shape[2],
-        key_dim=q.shape[3],
-        value_dim=v.shape[3],
-        element=q.element_size(),
-        ranks=part.ranks,
-        nodes=number_of_nodes(group),
-        chunks_per_rank=part.layout.chunks_per_rank,
-        decays=decays,
-        gpu=q.device.type != "cpu",
     )

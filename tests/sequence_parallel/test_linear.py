@@ -253,3 +253,23 @@ def test_precision(case: Case, bound: float, strategy: str, layout: str) -> None
     expected = one_device(**inputs, normalize=case.normalize, backend="recurrent")[0].numpy()
     out = join(run_distributed(low_precision, 4, case, strategy, layout), layout)[:, : case.tokens]
     assert np.linalg.norm(out - expected) / np.linalg.norm(expected) < bound
+
+
+def saved_elements(strategy: str, layout: str, tokens: int) -> int:
+    """Numbers that a forward pass keeps for the backward pass, the inputs left out."""
+    case, where = Case(tokens=tokens, gate="scalar"), {"group": dist.group.WORLD, "layout": layout}
+    local = {n: shard(x, **where).requires_grad_() for n, x in case.inputs().items() if n != "w"}
+    kept: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.numel()}), lambda x: x):
+        linear_attention(**local, length=tokens, strategy=strategy, **where)
+    return sum(kept.values()) - sum(x.numel() for x in local.values())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", LINEAR_STRATEGIES)
+def test_few_states_are_kept(strategy: str, layout: str) -> None:
+    """One that enters every link and one for every 1,024 tokens: neither all states of the ranks nor any scores."""
+    case, links = Case(tokens=1), 1 if layout == "contiguous" else 2
+    state = case.heads * case.key_dim * case.value_dim
+    for tokens in (256, 2048):
+        assert run_distributed(saved_elements, 4, strategy, layout, tokens) == [(links + 1) * state] * 4

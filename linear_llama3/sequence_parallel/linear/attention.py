@@ -21,8 +21,8 @@ from ...ops.linear_attention import check_arguments, divide_by_normalizer, with_
 from ...ops.linear_attention import linear_attention as attention_on_one_device
 from ...ops.precision import without_autocast
 from ..collectives import all_reduce, world_size
-from ..costs import choose_linear
-from ..part import Part, locate, sizes_of
+from ..costs import choose_linear, sizes_of
+from ..part import Part, locate
 from .all_scan import all_scan
 from .all_to_all import all_to_all_scan
 from .lasp1 import lasp1

@@ -13,8 +13,8 @@ from ...ops.precision import without_autocast
 from ...ops.softmax_attention import softmax_attention as attention_on_one_device
 from ...ops.visibility import Visibility
 from ..collectives import world_size
-from ..costs import choose_softmax
-from ..part import Part, locate, sizes_of
+from ..costs import choose_softmax, sizes_of
+from ..part import Part, locate
 from .lasp2h import lasp2h
 from .ring import ring
 from .rsa import rsa
