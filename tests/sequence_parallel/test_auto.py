@@ -65,6 +65,7 @@ def test_the_choice_and_its_reasons_are_logged(caplog: pytest.LogCaptureFixture)
         choose_softmax(sizes, log=True)
     (record,) = caplog.records  # once
     assert "softmax layers use ring" in record.message and "not lasp2h: it would gather" in record.message
+    assert "not rsa: its scores" in record.message
     assert "H_q > 2 H_kv" in record.message and GATHERED_LIMIT == 8 * 2**30
 
 
