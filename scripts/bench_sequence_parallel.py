@@ -241,6 +241,8 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
     """Markdown, a table for each kind of layer; a cell holds the figures of all lengths. Bytes in MiB per rank."""
     for kind in ("linear", "softmax"):
         chosen = [row for row in rows if row["kind"] == kind]
+        if not chosen:
+            continue
         lengths = sorted({row["tokens"] for row in chosen})
         wire = any(row["wire_bytes"] is not None for row in chosen)
         header = ["W", f"{kind} layer, T = {' / '.join(map(str, lengths))}", "messages", "MiB sent", "theory"]
