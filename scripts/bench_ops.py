@@ -1,29 +1,37 @@
-"""Linear attention on one device: the chunked form against the recurrence, time and memory.
+"""Linear attention on one device: the chunked form against the recurrence and against peers, time and memory.
 
     python scripts/bench_ops.py [--tokens 16384] [--out FILE.json]
 
-Times are medians of forward, and of forward and backward, in one run on one machine; compare the ratios. Memory is
-the growth of the process's peak over a forward and backward, each in a process of its own.
+The peers are the core of transformers' MiniMax lightning attention (its module, projections and norm taken out) and
+torch's causal softmax attention. Times are medians of forward, and of forward and backward, in one run on one machine;
+compare the ratios. Memory is the growth of the process's peak over a forward and backward, each in its own process.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import MiniMaxConfig
+from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
 from linear_llama3.ops import linear_attention
+from linear_llama3.ops.decays import lightning_log_decay
 
 HEADS, DIM = 8, 64
+PEER_HEADS, PEER_LENGTHS = 16, (512, 1024, 2048, 4096, 8192)
 GATES = ("none", "head", "scalar", "channel")
 
 
@@ -56,18 +64,99 @@ def median_seconds(call, variables: dict[str, Tensor], backend: str, repeats: in
     return statistics.median(times[1:])
 
 
-def peak_memory(tokens: int, gate: str) -> float:
-    """MiB that a chunked forward and backward adds to the inputs, in a new process."""
-    code = f"import bench_ops; bench_ops.print_peak({tokens}, {gate!r})"
+def peer_inputs(tokens: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(1, tokens, PEER_HEADS, DIM, generator=generator) for name in "qkv"}
+
+
+def chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    decay = lightning_log_decay(PEER_HEADS, 0, 2)
+    return linear_attention(q, k, v, log_decay=decay, scale=1.0, backend="chunked")[0]
+
+
+def minimax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    core = minimax_core()
+    hidden = torch.cat([q, k, v], dim=-1).flatten(2)  # what its projection gives: q, k, v of each head
+    return 2 * core(hidden, position_embeddings=None, attention_mask=None)[0].unflatten(2, (PEER_HEADS, DIM))
+
+
+def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+PEERS = {"chunked": chunked, "MiniMax": minimax, "softmax": softmax}
+
+
+class NoGate(nn.Module):
+    """sigmoid(0) = 1 / 2 on every output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(1)
+
+
+@functools.cache
+def minimax_core() -> MiniMaxLightningAttention:
+    config = MiniMaxConfig(
+        hidden_size=PEER_HEADS * DIM, num_attention_heads=PEER_HEADS, head_dim=DIM, num_hidden_layers=2,
+        layer_types=["linear_attention"] * 2,
+    )  # fmt: skip
+    core = MiniMaxLightningAttention(config, 0)
+    core.act_fn = core.norm = core.qkv_proj = core.out_proj = nn.Identity()
+    core.output_gate = NoGate()
+    return core
+
+
+def peer_forward(variables: dict[str, Tensor], peer: str) -> None:
+    with torch.no_grad():
+        PEERS[peer](**variables)
+
+
+def peer_forward_backward(variables: dict[str, Tensor], peer: str) -> None:
+    leaves = {name: x.detach().requires_grad_() for name, x in variables.items()}
+    PEERS[peer](**leaves).square().sum().backward()
+
+
+def compare_with_peers() -> list[dict[str, object]]:
+    """Seconds at growing lengths, and the memory of the longest."""
+    columns = ["pass", "chunked s", "MiniMax s", "softmax s", "MiniMax / chunked", "softmax / chunked"]
+    print(f"\n| B1 H{PEER_HEADS} D{DIM}, T | {' | '.join(columns)} |\n" + "|---" * 7 + "|")
+    rows: list[dict[str, object]] = []
+    for tokens in PEER_LENGTHS:
+        variables = peer_inputs(tokens)
+        ours, theirs = chunked(**variables), minimax(**variables)
+        assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max(), "not the same function"
+        for name, call in (("forward", peer_forward), ("forward + backward", peer_forward_backward)):
+            seconds = {peer: median_seconds(call, variables, peer, 5) for peer in PEERS}
+            rows.append({"tokens": tokens, "pass": name, **seconds})
+            ratios = [seconds[peer] / seconds["chunked"] for peer in ("MiniMax", "softmax")]
+            cells = [*(f"{x:.3f}" for x in seconds.values()), *(f"{x:.1f}" for x in ratios)]
+            print(f"| {tokens} | {name} | {' | '.join(cells)} |", flush=True)
+    peaks = {peer: peak_memory("peer", PEER_LENGTHS[-1], peer) for peer in PEERS}
+    print(f"\nMiB at T {PEER_LENGTHS[-1]}: {', '.join(f'{peer} {peak:.0f}' for peer, peak in peaks.items())}")
+    return [*rows, {"tokens": PEER_LENGTHS[-1], "mebibytes": peaks}]
+
+
+def prepare(kind: str, tokens: int, name: str) -> Callable[[], None]:
+    """A forward and backward, its inputs made: of a gate's chunked form, or of a peer."""
+    variables = inputs(tokens, name) if kind == "gate" else peer_inputs(tokens)
+    if kind == "gate":
+        return lambda: forward_backward(variables, "chunked")
+    return lambda: peer_forward_backward(variables, name)
+
+
+def peak_memory(kind: str, tokens: int, name: str) -> float:
+    """MiB that a forward and backward adds to the inputs, in a new process."""
+    code = f"import bench_ops; bench_ops.print_peak({kind!r}, {tokens}, {name!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
     return float(done.stdout)
 
 
-def print_peak(tokens: int, gate: str) -> None:
-    forward_backward(inputs(256, gate), "chunked")  # what the first call of anything costs
-    variables = inputs(tokens, gate)
+def print_peak(kind: str, tokens: int, name: str) -> None:
+    prepare(kind, 256, name)()  # what the first call of anything costs
+    call = prepare(kind, tokens, name)
     before = high_water_mark()
-    forward_backward(variables, "chunked")
+    call()
     print((high_water_mark() - before) / 1024)
 
 
@@ -99,12 +188,13 @@ def main() -> None:
     print(f"\n| gate | {' | '.join(f'MiB at T {n}' for n in lengths)} | bytes per token-head |")
     print("|---|" + "---|" * (len(lengths) + 1))
     for gate in GATES:
-        peaks = [peak_memory(n, gate) for n in lengths]
+        peaks = [peak_memory("gate", n, gate) for n in lengths]
         memory.append({"gate": gate, "mebibytes": dict(zip(map(str, lengths), peaks, strict=True))})
         slope = (peaks[-1] - peaks[0]) * 2**20 / (lengths[-1] - lengths[0]) / HEADS
         print(f"| {gate} | {' | '.join(f'{peak:.0f}' for peak in peaks)} | {slope:.0f} |", flush=True)
+    peers = compare_with_peers()
     if options.out:
-        result = {"hardware": hardware, "date": str(date.today()), "times": rows, "memory": memory}
+        result = {"hardware": hardware, "date": str(date.today()), "times": rows, "memory": memory, "peers": peers}
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
