@@ -156,14 +156,11 @@ def document_edges(cu_seqlens: Tensor | None, *, batch: int, tokens: int) -> tup
     """`cu_seqlens` as a tuple of ints; (0, T) where there is none."""
     if cu_seqlens is None:
         return (0, tokens)
+    check_cu_seqlens(cu_seqlens)
     if batch != 1:
         raise ValueError(
             f"cu_seqlens packs documents in a batch of 1, got a batch of {batch}; "
             "flatten the rows into one and shift their edges"
-        )
-    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
-        raise ValueError(
-            f"cu_seqlens must be a 1-D integer tensor [N + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
     edges = tuple(cu_seqlens.tolist())
     if edges[0] != 0 or edges[-1] != tokens or any(a >= b for a, b in itertools.pairwise(edges)):
@@ -172,6 +169,15 @@ def document_edges(cu_seqlens: Tensor | None, *, batch: int, tokens: int) -> tup
             f"{'...' if len(edges) > 8 else ''} ending at {edges[-1]}; drop empty documents"
         )
     return edges
+
+
+def check_cu_seqlens(cu_seqlens: Tensor) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens must be a 1-D integer tensor [N + 1], got a {type(cu_seqlens).__name__}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"cu_seqlens must be a 1-D integer tensor [N + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
 
 
 def check_initial_state(

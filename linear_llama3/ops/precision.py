@@ -18,11 +18,14 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 
 def without_autocast(function: Function) -> Function:
-    """Autocast would round states and scores to bfloat16 inside, also in a backward pass that is called under it."""
+    """Autocast would round states and scores to bfloat16 inside, also in a hand-written backward pass called under it.
+
+    What autograd derives (attention without a mask, Linformer) keeps its precision only outside of autocast.
+    """
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        device = next((x.device.type for x in args if isinstance(x, Tensor)), "cpu")
+        device = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), "cpu")
         if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):

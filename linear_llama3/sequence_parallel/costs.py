@@ -1,7 +1,8 @@
 """What each strategy sends, and the choice that `strategy="auto"` makes from it.
 
-Bytes are what a rank sends in one layer, exact for causal attention where the length divides into equal chunks: the
-mean over the ranks for the forward and for the backward pass. The time of a direction is
+Bytes are what a rank sends in one layer, exact for causal attention of inputs up to float32 (float64 keeps states,
+gradients and partial results in float64) where the length divides into equal chunks: the mean over the ranks for the
+forward and for the backward pass. The time of a direction is
 
     messages one after another * latency + bytes of the busiest rank and direction of its link / bandwidth
 
@@ -85,7 +86,7 @@ def sizes_of(q: Tensor, v: Tensor, part: Part, group: dist.ProcessGroup, *, deca
         value_dim=v.shape[3],
         element=q.element_size(),
         ranks=part.ranks,
-        nodes=number_of_nodes(group),
+        nodes=number_of_nodes(group, q.device),
         chunks_per_rank=part.layout.chunks_per_rank,
         decays=decays,
         gpu=q.device.type != "cpu",

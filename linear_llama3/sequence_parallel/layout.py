@@ -144,6 +144,8 @@ def check_length(tokens: int, ranks: int, layout: str, length: int) -> None:
             f"layout {layout!r} gives a rank {rule.chunks_per_rank} equal chunks, got {tokens} local tokens; "
             "cut the sequence with shard(..., layout=...), which pads it"
         )
+    if isinstance(length, bool) or not hasattr(length, "__index__"):  # on every rank, before any of them waits
+        raise ValueError(f"length must be an integer, the tokens of the whole sequence, got {length!r}")
     if not 0 < length <= tokens * ranks:
         raise ValueError(
             f"length must be between 1 and the {ranks} x {tokens} = {tokens * ranks} tokens of all ranks, got {length}"

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops.chunked import Link
-from ..ops.linear_attention import document_edges
+from ..ops.linear_attention import check_cu_seqlens, document_edges
 from ..ops.visibility import Span
 from .collectives import group_rank, world_size
 from .layout import Layout, check_length, get_layout
@@ -85,7 +85,10 @@ def locate(
     """
     ranks = world_size(group)
     rule, padded = get_layout(layout, ranks), tokens * ranks
-    edges = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    edges = None
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens)
+        edges = tuple(cu_seqlens.tolist())
     if length is None:
         # `shard` pads to a multiple: edges that end in the last padding tell the length.
         length = edges[-1] if edges and rule.padded(edges[-1], ranks) == padded else padded

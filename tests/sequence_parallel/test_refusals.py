@@ -157,3 +157,21 @@ def just_fits() -> str:
     linear_attention(q, q, q, group=group, layout="zigzag", length=5, causal=False)
     linformer_attention(q, q, q, *[torch.rand(2, q.shape[1])] * 2, group=group, layout="zigzag", length=5)
     return "works"
+
+
+@pytest.mark.parametrize("op", [linear_attention, softmax_attention])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 3.0}, "length must be an integer, .* got 3.0"),
+        ({"length": True}, "length must be an integer"),
+        ({"cu_seqlens": [0, 4]}, "cu_seqlens must be a 1-D integer tensor .* got a list"),
+        ({"cu_seqlens": torch.tensor(4)}, "cu_seqlens must be a 1-D integer tensor"),
+        ({"cu_seqlens": torch.tensor([[0, 4]])}, "cu_seqlens must be a 1-D integer tensor"),
+    ],
+)
+def test_what_is_said_of_the_whole_sequence_is_checked(
+    op: Callable[..., Tensor], options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        op(*qkv(), group=None, **options)

@@ -69,7 +69,8 @@ def linear_attention(
     Args:
         q, k, v, log_decay, scale, normalize, causal: as in `ops.linear_attention`, the tokens of this rank:
             `[B, C, H, D]`. A constant decay `[H_kv]` gets this rank's part of its gradient.
-        group: the ranks that share the sequence, in order; None or a group of one is plain attention.
+        group: the ranks that share the sequence, in order, each with as many local tokens (as `shard` gives);
+            None or a group of one is plain attention.
         strategy: a name of LINEAR_STRATEGIES, or "auto": the cheapest by the model in `costs.py`.
         layout: a name of LAYOUTS.
         cu_seqlens: document edges of the whole sequence, int `[N + 1]`, for a batch of 1.

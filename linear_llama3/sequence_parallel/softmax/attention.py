@@ -77,7 +77,8 @@ def softmax_attention(
         q: `[B, C, H_q, D]`, the tokens of this rank.
         k: `[B, C, H_kv, D]`, H_q a multiple of H_kv; never expanded.
         v: `[B, C, H_kv, D_v]`.
-        group: the ranks that share the sequence, in order; None or a group of one is plain attention.
+        group: the ranks that share the sequence, in order, each with as many local tokens (as `shard` gives);
+            None or a group of one is plain attention.
         strategy: a name of SOFTMAX_STRATEGIES, or "auto": the cheapest by the model in `costs.py`.
         layout: a name of LAYOUTS.
         scale: of the scores. Default: `D ** -0.5`.

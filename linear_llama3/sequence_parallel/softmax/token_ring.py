@@ -6,7 +6,7 @@ on, against that direction: both directions of a link work. The public code has 
 never move, and sends back the gradient of the queries. delta = rowsum(d_out * out).
 
 With the zigzag layout a block loses its first half of rows at the end of the ring (the paper's half-Q saving): see
-`route.py`. Partial results travel in float32.
+`route.py`. Partial results travel in float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
