@@ -34,6 +34,7 @@ def fitting(tile: Tile, q: Tensor, v: Tensor) -> Iterator[Tile]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
     """out `[B, H_q, T_q, D_v]` and lse."""
+    q, k, v = (_dense(x) for x in (q, k, v))
     hidden = tile.hidden(q.device)
     if _flash_on_cpu(q, v):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -55,6 +56,7 @@ def attend_backward(
     q: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of the tile, from the out and lse over all keys."""
+    q, k, v, out, d_out = (_dense(x) for x in (q, k, v, out, d_out))
     hidden = tile.hidden(q.device)
     if _flash_on_cpu(q, v):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -76,6 +78,11 @@ def attend_backward(
     p = (_scores(q, k, tile, hidden, scale) - lse_g.unsqueeze(-1)).exp()
     d_s = scale * p * (d_out_g @ v_g.mT - delta_g.unsqueeze(-1))
     return (d_s @ k_g).flatten(1, 2), (d_s.mT @ q_g).sum(2), (p.mT @ d_out_g).sum(2)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The fused operators read the last dim as dense, whatever its stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _flash_on_cpu(q: Tensor, v: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linear_llama3.ops import attention_kernels as kernels
-from linear_llama3.ops.softmax_attention import BlockAttention, _merge, output_with_delta
+from linear_llama3.ops.softmax_attention import BlockAttention, _merge, output_with_delta, softmax_attention
 from linear_llama3.ops.visibility import Tile, Visibility
 
 RULES = [
@@ -124,3 +124,17 @@ def test_cuda_operators_take_what_they_are_given(monkeypatch: pytest.MonkeyPatch
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
     gradients = kernels.attend_backward(q, out.float(), lse, d_out.float(), k, v, tile, 0.3)
     assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
+
+
+def test_inputs_of_any_stride() -> None:
+    """The CPU operator reads past a last dim that is not dense."""
+    rule = Visibility(documents=(0, 20), window=7)
+    wide = [torch.randn(2, 20, 2, 16, dtype=torch.float64)[..., ::2].requires_grad_() for _ in range(4)]
+    turned = [torch.randn(2, 20, 8, 2, dtype=torch.float64).transpose(2, 3).requires_grad_() for _ in range(4)]
+    for *inputs, d_out in (wide, turned):
+        dense = [x.detach().contiguous().requires_grad_() for x in inputs]
+        for visibility in (rule, RULES[0]):
+            out, expected = (softmax_attention(*x, scale=0.3, visibility=visibility) for x in (inputs, dense))
+            assert torch.equal(out, expected)
+            gradients = (torch.autograd.grad(y, x, d_out) for y, x in ((out, inputs), (expected, dense)))
+            assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
