@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .bidirectional import bidirectional_linear_attention
 from .chunked import chunked_linear_attention
-from .precision import without_autocast
+from .precision import without_autocast, working_dtype
 from .recurrent import recurrent_linear_attention
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
@@ -127,7 +127,8 @@ def check_arguments(
                     f"a constant log_decay must be <= 0 (a natural logarithm), got {log_decay.max().item():.4g}; "
                     "pass the log of a factor in (0, 1]"
                 )
-            log_decay = log_decay.expand(batch, tokens, kv_heads)
+            # not in half precision: its gradient is a sum over all tokens
+            log_decay = log_decay.to(working_dtype(q)).expand(batch, tokens, kv_heads)
     return log_decay, document_edges(cu_seqlens, batch=batch, tokens=tokens)
 
 
