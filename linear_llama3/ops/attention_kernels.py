@@ -17,6 +17,7 @@ from .visibility import Tile
 
 SCORE_ROWS = 256  # query rows at once where the scores are formed, T_q x T_k, for want of a fused operator
 FLASH_HEAD_DIM = 256  # the widest head of the CUDA flash operator
+FLASH_CAPABILITY = (8, 0)  # and the oldest GPU that it runs on
 
 
 def operand_dtype(q: Tensor, v: Tensor) -> torch.dtype:
@@ -91,10 +92,13 @@ def _flash_on_cpu(q: Tensor, v: Tensor) -> bool:
 
 
 def _flash_on_cuda(q: Tensor, v: Tensor) -> bool:
-    """torch's CUDA flash operator takes half precision, D_v = D, a multiple of 8."""
+    """torch's CUDA flash operator takes half precision, D_v = D, a multiple of 8, on NVIDIA's Ampere or newer."""
     dim = q.shape[-1]
     half = q.dtype in (torch.float16, torch.bfloat16)
-    return q.device.type == "cuda" and half and dim == v.shape[-1] and dim % 8 == 0 and dim <= FLASH_HEAD_DIM
+    if not (q.device.type == "cuda" and half and dim == v.shape[-1] and dim % 8 == 0 and dim <= FLASH_HEAD_DIM):
+        return False
+    # ROCm calls its devices cuda as well, with another operator under the same name
+    return torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= FLASH_CAPABILITY
 
 
 def _scores(q: Tensor, k: Tensor, tile: Tile, hidden: Tensor | None, scale: float) -> Tensor:

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from linear_llama3.ops import attention_kernels as kernels
 from linear_llama3.ops.softmax_attention import BlockAttention, _merge, output_with_delta, softmax_attention
@@ -124,6 +125,22 @@ def test_cuda_operators_take_what_they_are_given(monkeypatch: pytest.MonkeyPatch
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
     gradients = kernels.attend_backward(q, out.float(), lse, d_out.float(), k, v, tile, 0.3)
     assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"),
+    [((8, 0), None, True), ((9, 0), None, True), ((7, 5), None, False), ((9, 4), "6.4", False)],
+    ids=["ampere", "hopper", "turing", "rocm"],
+)
+def test_the_cuda_flash_operator_is_used_where_it_exists(
+    capability: tuple[int, int], hip: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with FakeTensorMode():
+        x = torch.empty(1, 2, 6, 64, device="cuda", dtype=torch.bfloat16)
+    assert kernels._flash_on_cuda(x, x) is expected
+    assert kernels.operand_dtype(x, x) is (torch.bfloat16 if expected else torch.float32)
 
 
 def test_inputs_of_any_stride() -> None:
