@@ -101,8 +101,8 @@ class SequenceParallelContext:
 
         Args:
             batch: `input_ids` `[B, T]` or `inputs_embeds` `[B, T, D]`, and any of `labels`, `shift_labels`,
-                `position_ids`, `attention_mask` `[B, T]` (right padding only), `cu_seq_lens_q/k` `[N + 1]`.
-                Entries that are not cut (numbers, `num_items_in_batch`) pass through.
+                `position_ids` (or `[1, T]`), `attention_mask` `[B, T]` (right padding only), `cu_seq_lens_q/k`
+                `[N + 1]`. Entries that are not cut (numbers, `num_items_in_batch`) pass through.
 
         Returns:
             The same keys, cut, without `attention_mask`, and with `position_ids` and, where there are labels,
@@ -112,10 +112,9 @@ class SequenceParallelContext:
         inputs = {name: rest.pop(name) for name in ("input_ids", "inputs_embeds") if rest.get(name) is not None}
         if len(inputs) != 1:
             raise ValueError(f"a batch needs input_ids or inputs_embeds, one of them, got {sorted(batch)}")
-        tokens = next(iter(inputs.values()))
+        [(name, tokens)] = inputs.items()
+        _check_shapes(name, tokens, rest)
         rows, length = tokens.shape[:2]
-        if tokens.numel() == 0:
-            raise ValueError(f"a sequence needs at least one token, got a batch of shape {tuple(tokens.shape)}")
         mask = rest.pop("attention_mask", None)
         _check_padding(mask)
         given = [rest.pop(name, None) for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k")]
@@ -164,15 +163,32 @@ def enable_sequence_parallel(model: nn.Module, context: SequenceParallelContext 
         layer.sequence_parallel_context = context  # type: ignore[assignment]
 
 
+def _check_shapes(name: str, tokens: Tensor, rest: Mapping[str, Any]) -> None:
+    """What is not as long as the tokens would be cut at other places."""
+    embedded = name == "inputs_embeds"
+    if tokens.dim() != 2 + embedded:
+        raise ValueError(
+            f"{name} must be {'[B, T, D]' if embedded else '[B, T]'}, got shape {tuple(tokens.shape)}; "
+            "a single sequence is a batch of 1"
+        )
+    if tokens.numel() == 0:
+        raise ValueError(f"a sequence needs at least one token, got a batch of shape {tuple(tokens.shape)}")
+    rows, length = tokens.shape[:2]
+    for key in ("labels", "shift_labels", "attention_mask", "position_ids"):
+        x = rest.get(key)
+        if x is None or x.shape == (rows, length) or (key == "position_ids" and x.shape == (1, length)):
+            continue
+        documents = ", and tell documents by cu_seq_lens_q or restarting position_ids"
+        raise ValueError(
+            f"{key} must be [B, T] = {(rows, length)} like {name}, got shape {tuple(x.shape)}; collate it with "
+            f"the tokens{documents if key == 'attention_mask' else ''}"
+        )
+
+
 def _check_padding(mask: Tensor | None) -> None:
     """Causal attention never looks at padding on the right; anywhere else it would have to be masked."""
     if mask is None:
         return
-    if mask.dim() != 2:
-        raise ValueError(
-            f"attention_mask must be [B, T] under sequence parallelism, got shape {tuple(mask.shape)}; "
-            "tell documents by cu_seq_lens_q or restarting position_ids"
-        )
     mask = mask.bool()
     if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
         raise ValueError(

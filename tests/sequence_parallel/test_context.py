@@ -79,11 +79,19 @@ def test_packed_rows_become_one_sequence(told_by: str) -> None:
 def test_other_entries_pass_through() -> None:
     batch = {
         "input_ids": torch.ones(1, 4, dtype=torch.long),
+        "seq_idx": torch.zeros(1, 4, dtype=torch.int32),
         "num_items_in_batch": torch.tensor(3),
         "flag": True,
     }
     local = SequenceParallelContext(None).shard_batch(batch)
     assert local["flag"] is True and local["num_items_in_batch"] == 3 and "labels" not in local
+    assert "seq_idx" not in local  # of the whole row, and not needed
+
+
+def test_positions_of_all_rows_at_once() -> None:
+    rows = torch.ones(3, 4, dtype=torch.long)
+    local = SequenceParallelContext(None).shard_batch({"input_ids": rows, "position_ids": torch.arange(4)[None] + 2})
+    assert local["position_ids"].tolist() == [[2, 3, 4, 5]] * 3
 
 
 ONES = torch.ones(1, 4, dtype=torch.long)
@@ -95,7 +103,15 @@ ONES = torch.ones(1, 4, dtype=torch.long)
         ({"labels": ONES}, "input_ids or inputs_embeds"),
         ({"input_ids": torch.ones(1, 0, dtype=torch.long)}, "at least one token"),
         ({"input_ids": ONES, "attention_mask": torch.tensor([[0, 1, 1, 1]])}, "padding on the right only"),
-        ({"input_ids": ONES, "attention_mask": torch.ones(1, 1, 4, 4)}, r"must be \[B, T\]"),
+        ({"input_ids": ONES[0]}, r"input_ids must be \[B, T\], got shape \(4,\)"),
+        ({"inputs_embeds": ONES}, r"inputs_embeds must be \[B, T, D\], got shape \(1, 4\)"),
+        ({"input_ids": ONES, "attention_mask": torch.ones(1, 1, 4, 4)}, r"attention_mask must be \[B, T\] = \(1, 4\)"),
+        ({"input_ids": ONES, "attention_mask": ONES[:, :3]}, r"attention_mask must be .* got shape \(1, 3\)"),
+        ({"input_ids": ONES, "labels": ONES[:, :3]}, r"labels must be \[B, T\] = \(1, 4\) .* got shape \(1, 3\)"),
+        ({"input_ids": ONES, "shift_labels": ONES.expand(2, 4)}, r"shift_labels must be .* got shape \(2, 4\)"),
+        ({"input_ids": ONES.expand(2, 4), "labels": ONES}, r"labels must be \[B, T\] = \(2, 4\)"),
+        ({"input_ids": ONES, "position_ids": torch.arange(5)[None]}, r"position_ids must be .* got shape \(1, 5\)"),
+        ({"input_ids": ONES, "position_ids": ONES.expand(3, 1, 4)}, r"position_ids must be .* got shape \(3, 1, 4\)"),
         ({"input_ids": ONES, "cu_seq_lens_q": torch.tensor([0, 3])}, "increase from 0 to"),
     ],
 )
