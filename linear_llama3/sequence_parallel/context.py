@@ -115,12 +115,11 @@ class SequenceParallelContext:
         [(name, tokens)] = inputs.items()
         _check_shapes(name, tokens, rest)
         rows, length = tokens.shape[:2]
-        mask = rest.pop("attention_mask", None)
+        mask, positions = rest.pop("attention_mask", None), rest.pop("position_ids", None)
         _check_padding(mask)
-        given = [rest.pop(name, None) for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k")]
         for name in ("max_length_q", "max_length_k", "seq_idx"):
             rest.pop(name, None)  # describe the whole rows; nothing here needs them
-        positions, edges = given[0], given[1] if given[1] is not None else given[2]
+        edges = _same_edges(rest.pop("cu_seq_lens_q", None), rest.pop("cu_seq_lens_k", None))
         edges = document_edges(positions, edges, mask, batch=rows, length=length)
         if positions is None and edges is not None:
             positions = restarting_positions(edges, batch=rows, length=length)
@@ -195,6 +194,18 @@ def _check_padding(mask: Tensor | None) -> None:
             "sequence parallelism takes padding on the right only, got an attention_mask with padding before a "
             "token; set tokenizer.padding_side = 'right' or pack the documents"
         )
+
+
+def _same_edges(queries: Tensor | None, keys: Tensor | None) -> Tensor | None:
+    """The documents of the queries are those of the keys: either edges are enough."""
+    if queries is None or keys is None:
+        return keys if queries is None else queries
+    if queries.tolist() != keys.tolist():
+        raise ValueError(
+            "cu_seq_lens_q and cu_seq_lens_k must be the same in self-attention, got "
+            f"{queries.tolist()} and {keys.tolist()}; give one of them"
+        )
+    return queries
 
 
 def _targets(rest: dict[str, Any]) -> dict[str, Tensor]:

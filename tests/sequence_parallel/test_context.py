@@ -61,12 +61,13 @@ def test_labels_are_shifted_before_the_cut() -> None:
     assert "attention_mask" not in left and "cu_seq_lens_q" not in left
 
 
-@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens_q"])
+@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens_q", "cu_seq_lens_k"])
 def test_packed_rows_become_one_sequence(told_by: str) -> None:
     ids = torch.arange(1, 11).view(2, 5)
     told = {
         "position_ids": torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 0]]),
         "cu_seq_lens_q": torch.tensor([0, 2, 5, 9, 10]),
+        "cu_seq_lens_k": torch.tensor([0, 2, 5, 9, 10]),
     }
     parts = run_distributed(cut, 3, {"input_ids": ids, "labels": ids, told_by: told[told_by]})
     assert [p["input_ids"] for p in parts] == [[[1, 2, 3, 4]], [[5, 6, 7, 8]], [[9, 10, 0, 0]]]
@@ -113,6 +114,10 @@ ONES = torch.ones(1, 4, dtype=torch.long)
         ({"input_ids": ONES, "position_ids": torch.arange(5)[None]}, r"position_ids must be .* got shape \(1, 5\)"),
         ({"input_ids": ONES, "position_ids": ONES.expand(3, 1, 4)}, r"position_ids must be .* got shape \(3, 1, 4\)"),
         ({"input_ids": ONES, "cu_seq_lens_q": torch.tensor([0, 3])}, "increase from 0 to"),
+        (
+            {"input_ids": ONES, "cu_seq_lens_q": torch.tensor([0, 4]), "cu_seq_lens_k": torch.tensor([0, 3, 4])},
+            r"cu_seq_lens_q and cu_seq_lens_k must be the same .* got \[0, 4\] and \[0, 3, 4\]",
+        ),
     ],
 )
 def test_batches_that_are_refused(batch: dict[str, torch.Tensor], message: str) -> None:
