@@ -126,6 +126,7 @@ class SequenceParallelContext:
         elif positions is None:
             positions = torch.arange(length, device=tokens.device).unsqueeze(0)
         sequences = {**inputs, **_targets(rest), "position_ids": positions.expand(rows, length)}
+        _check_uncut(rest, rows, length)
 
         if edges is not None and rows > 1:
             sequences = {name: x.flatten(0, 1).unsqueeze(0) for name, x in sequences.items()}
@@ -206,6 +207,16 @@ def _same_edges(queries: Tensor | None, keys: Tensor | None) -> Tensor | None:
             f"{queries.tolist()} and {keys.tolist()}; give one of them"
         )
     return queries
+
+
+def _check_uncut(rest: Mapping[str, Any], rows: int, length: int) -> None:
+    """What has a value for every token must not reach a model whole, beside the tokens of one rank."""
+    for name, x in rest.items():
+        if isinstance(x, Tensor) and x.shape[:2] == (rows, length):
+            raise ValueError(
+                "shard_batch cuts no other tensors [B, T, ...] than tokens, labels, positions and masks, got "
+                f"{name!r} of shape {tuple(x.shape)}; take it out of the batch, and cut it with shard where needed"
+            )
 
 
 def _targets(rest: dict[str, Any]) -> dict[str, Tensor]:

@@ -118,6 +118,8 @@ ONES = torch.ones(1, 4, dtype=torch.long)
             {"input_ids": ONES, "cu_seq_lens_q": torch.tensor([0, 4]), "cu_seq_lens_k": torch.tensor([0, 3, 4])},
             r"cu_seq_lens_q and cu_seq_lens_k must be the same .* got \[0, 4\] and \[0, 3, 4\]",
         ),
+        ({"input_ids": ONES, "token_type_ids": ONES}, r"cuts no other .*'token_type_ids' of shape \(1, 4\)"),
+        ({"input_ids": ONES, "bias": torch.ones(1, 4, 3)}, r"cuts no other .*'bias' of shape \(1, 4, 3\)"),
     ],
 )
 def test_batches_that_are_refused(batch: dict[str, torch.Tensor], message: str) -> None:

@@ -84,6 +84,10 @@ def left_padding() -> None:
     model_run(batch={"input_ids": tokens(1, 12), "attention_mask": mask})
 
 
+def unknown_entry() -> None:
+    model_run(batch={"input_ids": tokens(1, 12), "token_type_ids": torch.zeros(1, 12, dtype=torch.long)})
+
+
 def generation() -> None:
     model = tiny_model("basic")
     enable_sequence_parallel(model, SequenceParallelContext(dist.group.WORLD))
@@ -113,6 +117,7 @@ REFUSED: list[tuple[str, Callable[[], None], str]] = [  # (the README's words, w
     ("names that are not in the registries", unknown_names, "must be one of .*got 'megatron'"),
     ("dropout inside attention", dropout, "attention_dropout must be 0 in sequence-parallel training, got 0.1"),
     ("padding on the left", left_padding, "takes padding on the right only"),
+    ("other entries of a batch with a value for every token", unknown_entry, "got 'token_type_ids' of shape"),
     ("generation and caches", generation, "there is no cache, got past_key_values or use_cache=True"),
     ("attention weights as output", weights, "no rank holds the attention weights"),
     ("rotary embeddings that depend on the length (`dynamic`, `longrope`)", rope, "'dynamic' depends on the length"),
