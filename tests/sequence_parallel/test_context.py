@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -169,6 +171,12 @@ def test_sliding_window_needs_a_direction() -> None:
         softmax_attention(X, X, X, group=None, sliding_window=2, causal=False)
     with pytest.raises(ValueError, match="sliding_window must be at least 1"):
         softmax_attention(X, X, X, group=None, sliding_window=0)
+
+
+@pytest.mark.parametrize("window", [2.0, 2.5, True, "2", torch.tensor(2.5)])
+def test_sliding_window_is_a_number_of_tokens(window: object) -> None:
+    with pytest.raises(ValueError, match=f"sliding_window must be an integer, .* got {re.escape(repr(window))}"):
+        softmax_attention(X, X, X, group=None, sliding_window=window)  # type: ignore[arg-type]
 
 
 def recurrent_backend() -> str:

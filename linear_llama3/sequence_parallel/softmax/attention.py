@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Protocol
 
 import torch.distributed as dist
@@ -93,10 +94,8 @@ def softmax_attention(
     if strategy != "auto":
         get_softmax_strategy(strategy)
     check_shapes(q, k, v)
-    if sliding_window is not None and (sliding_window < 1 or not causal):
-        raise ValueError(
-            f"sliding_window must be at least 1 and needs causal=True, got {sliding_window} with causal={causal}"
-        )
+    if sliding_window is not None:
+        _check_window(sliding_window, causal)
     part = locate(q.shape[1], batch=q.shape[0], group=group, layout=layout, cu_seqlens=cu_seqlens, length=length)
     visibility = Visibility(documents=part.documents, causal=causal, window=sliding_window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -110,3 +109,12 @@ def softmax_attention(
         attend = get_softmax_strategy(strategy)
         out = attend(q, k, v, group=group, part=part, scale=scale, visibility=visibility)
     return F.pad(out, (0, 0, 0, 0, 0, padding)).to(v.dtype)
+
+
+def _check_window(window: int, causal: bool) -> None:
+    if isinstance(window, bool) or not isinstance(window, Integral):
+        raise ValueError(
+            f"sliding_window must be an integer, the tokens that a token sees, got {window!r}; None is no window"
+        )
+    if window < 1 or not causal:
+        raise ValueError(f"sliding_window must be at least 1 and needs causal=True, got {window} with causal={causal}")
