@@ -166,8 +166,9 @@ def document_edges(cu_seqlens: Tensor | None, *, batch: int, tokens: int) -> tup
     edges = tuple(cu_seqlens.tolist())
     if edges[0] != 0 or edges[-1] != tokens or any(a >= b for a, b in itertools.pairwise(edges)):
         raise ValueError(
-            f"cu_seqlens must start at 0, increase, and end at T = {tokens}, got {edges[:8]}"
-            f"{'...' if len(edges) > 8 else ''} ending at {edges[-1]}; drop empty documents"
+            f"cu_seqlens must start at 0, increase, and end at T = {tokens}, the tokens of the whole sequence (its "
+            f"`length`, where one is given), got {edges[:8]}{'...' if len(edges) > 8 else ''} ending at {edges[-1]}; "
+            "drop empty documents"
         )
     return edges
 

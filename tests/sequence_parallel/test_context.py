@@ -179,6 +179,12 @@ def test_sliding_window_is_a_number_of_tokens(window: object) -> None:
         softmax_attention(X, X, X, group=None, sliding_window=window)  # type: ignore[arg-type]
 
 
+def test_length_names_itself_beside_edges() -> None:
+    for attention in (linear_attention, softmax_attention):
+        with pytest.raises(ValueError, match=r"end at T = 3, .*`length`.* got \(0, 2, 4\)"):
+            attention(X, X, X, group=None, cu_seqlens=torch.tensor([0, 2, 4]), length=3)
+
+
 def recurrent_backend() -> str:
     try:
         linear_attention(X, X, X, group=dist.group.WORLD, backend="recurrent")
