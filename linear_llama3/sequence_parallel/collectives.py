@@ -31,8 +31,24 @@ class Pending:
         return self.result
 
 
+def check_group(group: dist.ProcessGroup | None) -> None:
+    """`ValueError` unless `group` is None or a group of ranks with this process among them."""
+    if group is None or isinstance(group, dist.ProcessGroup):
+        return
+    if group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives to the processes outside
+        raise ValueError(
+            f"group must hold this process, got one without global rank {dist.get_rank()}; give every process the "
+            "group that it is in, or None to keep whole sequences"
+        )
+    raise ValueError(
+        f"group must be a ProcessGroup or None, got a {type(group).__name__}; make one with "
+        "torch.distributed.new_group, or take that of a mesh axis with mesh.get_group()"
+    )
+
+
 def world_size(group: dist.ProcessGroup | None) -> int:
-    """Ranks in `group`; None is a group of one."""
+    """Ranks in `group`, a user's perhaps; None is a group of one."""
+    check_group(group)
     return 1 if group is None else dist.get_world_size(group)
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .collectives import group_rank, world_size
+from .collectives import check_group, group_rank, world_size
 from .layout import check_length, get_layout, shard
 from .linear.attention import get_linear_strategy, linear_attention
 from .packing import document_edges, restarting_positions
@@ -51,6 +51,7 @@ class SequenceParallelContext:
     """
 
     def __init__(self, group: dist.ProcessGroup | None, config: SequenceParallelConfig | None = None) -> None:
+        check_group(group)
         self.group = group
         self.config = config or SequenceParallelConfig()
         self._layout = None if self.config.layout == "auto" else self.config.layout

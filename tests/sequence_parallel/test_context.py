@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from linear_llama3.sequence_parallel import (
     SequenceParallelConfig,
     SequenceParallelContext,
     enable_sequence_parallel,
     linear_attention,
+    linformer_attention,
     shard,
     softmax_attention,
     unshard,
@@ -148,6 +152,30 @@ def test_a_model_without_such_layers_is_refused() -> None:
 
 
 X = torch.ones(1, 4, 2, 3)
+
+
+def use_groups() -> list[list[str]]:
+    """What each use says to the last rank, of a group without it, of a mesh, and of a name."""
+    mixed = partial(linformer_attention, X, X, X, torch.ones(2, 4), torch.ones(2, 4))
+    attention = [partial(op, X, X, X) for op in (linear_attention, softmax_attention)]
+    uses = [SequenceParallelContext, partial(shard, X), partial(unshard, X, length=4), mixed, *attention]
+    groups = [dist.new_group([0, 1]), init_device_mesh("cpu", (3,)), "cp"]
+    return [[refusal(use, group) for use in uses] for group in groups] if dist.get_rank() == 2 else []
+
+
+def refusal(use: Callable[..., object], group: object) -> str:
+    try:
+        use(group=group)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_groups_that_are_refused() -> None:
+    without, mesh, name = run_distributed(use_groups, 3)[2]
+    assert all(re.search("group must hold this process, got one without global rank 2; ", x) for x in without)
+    assert all(re.search(r"group must be a ProcessGroup or None, got a DeviceMesh; .*get_group\(\)", x) for x in mesh)
+    assert all("group must be a ProcessGroup or None, got a str" in x for x in name)
 
 
 @pytest.mark.parametrize(
