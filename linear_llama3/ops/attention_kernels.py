@@ -36,8 +36,8 @@ def fitting(tile: Tile, q: Tensor, v: Tensor) -> Iterator[Tile]:
 def attend(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
     """out `[B, H_q, T_q, D_v]` and lse."""
     q, k, v = (_dense(x) for x in (q, k, v))
-    hidden = tile.hidden(q.device)
     if _flash_on_cpu(q, v):
+        hidden = tile.hidden(q.device)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, tile.causal, attn_mask=_bias(hidden, q.dtype), scale=scale
         )
@@ -47,7 +47,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[T
     if _flash_on_cuda(q, v) and tile.window is None:
         # causal tiles are squares: whether a kernel aligns the mask at the top or the bottom is the same
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, tile.causal, scale=scale)[:2]
-    s = _scores(q, k, tile, hidden, scale)
+    s = _scores(q, k, tile, scale)
     lse = s.logsumexp(-1)
     p = (s - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)).exp()
     return (p @ v.to(p.dtype).unsqueeze(2)).flatten(1, 2), lse.flatten(1, 2)
@@ -58,10 +58,10 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of the tile, from the out and lse over all keys."""
     q, k, v, out, d_out = (_dense(x) for x in (q, k, v, out, d_out))
-    hidden = tile.hidden(q.device)
     if _flash_on_cpu(q, v):
+        bias = _bias(tile.hidden(q.device), q.dtype)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out, q, k, v, out, lse, 0.0, tile.causal, attn_mask=_bias(hidden, q.dtype), scale=scale
+            d_out, q, k, v, out, lse, 0.0, tile.causal, attn_mask=bias, scale=scale
         )
     if _flash_on_cuda(q, v) and tile.window is None:
         unused = torch.empty(2, dtype=torch.int64, device=q.device)  # the state of a dropout that does not happen
@@ -70,13 +70,12 @@ def attend_backward(
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
             d_out, q, k, v, out, lse, *sizes, 0.0, tile.causal, unused, unused, scale=scale
         )
-    if hidden is not None:  # rows that see no key here contribute nothing; inf keeps exp(s - lse) at 0
-        lse = lse.masked_fill(hidden.all(-1), torch.inf)
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that sees no key: inf keeps exp(s - lse) at 0
     work, heads = working_dtype(q), k.shape[1]
     delta = (d_out * out).sum(-1)
     q_g, d_out_g, lse_g, delta_g = (x.to(work).unflatten(1, (heads, -1)) for x in (q, d_out, lse, delta))
     k_g, v_g = (x.to(work).unsqueeze(2) for x in (k, v))
-    p = (_scores(q, k, tile, hidden, scale) - lse_g.unsqueeze(-1)).exp()
+    p = (_scores(q, k, tile, scale) - lse_g.unsqueeze(-1)).exp()
     d_s = scale * p * (d_out_g @ v_g.mT - delta_g.unsqueeze(-1))
     return (d_s @ k_g).flatten(1, 2), (d_s.mT @ q_g).sum(2), (p.mT @ d_out_g).sum(2)
 
@@ -101,13 +100,10 @@ def _flash_on_cuda(q: Tensor, v: Tensor) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= FLASH_CAPABILITY
 
 
-def _scores(q: Tensor, k: Tensor, tile: Tile, hidden: Tensor | None, scale: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, tile: Tile, scale: float) -> Tensor:
     """`[B, H_kv, G, T_q, T_k]` in the working precision."""
     work = working_dtype(q)
-    s = scale * (q.to(work).unflatten(1, (k.shape[1], -1)) @ k.to(work).unsqueeze(2).mT)
-    if tile.causal:
-        hidden = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
-    return s if hidden is None else s.masked_fill(hidden, -torch.inf)
+    return tile.mask(scale * (q.to(work).unflatten(1, (k.shape[1], -1)) @ k.to(work).unsqueeze(2).mT))
 
 
 def _bias(hidden: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -129,7 +129,11 @@ def check_arguments(
                 )
             # not in half precision: its gradient is a sum over all tokens
             log_decay = log_decay.to(working_dtype(q)).expand(batch, tokens, kv_heads)
-    return log_decay, document_edges(cu_seqlens, batch=batch, tokens=tokens)
+    if cu_seqlens is None:
+        return log_decay, (0, tokens)
+    edges = read_cu_seqlens(cu_seqlens)
+    check_edges(edges, batch=batch, tokens=tokens)
+    return log_decay, edges
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -153,32 +157,29 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k and v must share a floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
 
 
-def document_edges(cu_seqlens: Tensor | None, *, batch: int, tokens: int) -> tuple[int, ...]:
-    """`cu_seqlens` as a tuple of ints; (0, T) where there is none."""
-    if cu_seqlens is None:
-        return (0, tokens)
-    check_cu_seqlens(cu_seqlens)
-    if batch != 1:
-        raise ValueError(
-            f"cu_seqlens packs documents in a batch of 1, got a batch of {batch}; "
-            "flatten the rows into one and shift their edges"
-        )
-    edges = tuple(cu_seqlens.tolist())
-    if edges[0] != 0 or edges[-1] != tokens or any(a >= b for a, b in itertools.pairwise(edges)):
-        raise ValueError(
-            f"cu_seqlens must start at 0, increase, and end at T = {tokens}, the tokens of the whole sequence (its "
-            f"`length`, where one is given), got {edges[:8]}{'...' if len(edges) > 8 else ''} ending at {edges[-1]}; "
-            "drop empty documents"
-        )
-    return edges
-
-
-def check_cu_seqlens(cu_seqlens: Tensor) -> None:
+def read_cu_seqlens(cu_seqlens: Tensor) -> tuple[int, ...]:
+    """As a tuple of ints: waits for the device."""
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens must be a 1-D integer tensor [N + 1], got a {type(cu_seqlens).__name__}")
     if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
         raise ValueError(
             f"cu_seqlens must be a 1-D integer tensor [N + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    return tuple(cu_seqlens.tolist())
+
+
+def check_edges(edges: tuple[int, ...], *, batch: int, tokens: int) -> None:
+    """Whether these are the document edges of a whole sequence."""
+    if batch != 1:
+        raise ValueError(
+            f"cu_seqlens packs documents in a batch of 1, got a batch of {batch}; "
+            "flatten the rows into one and shift their edges"
+        )
+    if edges[0] != 0 or edges[-1] != tokens or any(a >= b for a, b in itertools.pairwise(edges)):
+        raise ValueError(
+            f"cu_seqlens must start at 0, increase, and end at T = {tokens}, the tokens of the whole sequence (its "
+            f"`length`, where one is given), got {edges[:8]}{'...' if len(edges) > 8 else ''} ending at {edges[-1]}; "
+            "drop empty documents"
         )
 
 

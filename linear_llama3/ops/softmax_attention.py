@@ -132,20 +132,9 @@ def _tiles(
     block: BlockAttention | BlockAttentionBackward, keys: Sequence[Span], q: Tensor, v: Tensor
 ) -> Iterator[tuple[Tile, slice, slice]]:
     """The tiles of the block with keys at these spans, with their rows and columns."""
-    for row, query_span in _with_offset(block.spans):
-        for column, key_span in _with_offset(keys):
-            for whole in block.visibility.tiles(query_span, key_span):
-                for tile in fitting(whole, q, v):
-                    rows = slice(tile.q_start + row, tile.q_stop + row)
-                    yield tile, rows, slice(tile.k_start + column, tile.k_stop + column)
-
-
-def _with_offset(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
-    """Every span with what its global positions have to be shifted by to become rows of the block."""
-    row = 0
-    for start, stop in spans:
-        yield row - start, (start, stop)
-        row += stop - start
+    for whole, row, column in block.visibility.tiles_of_blocks(block.spans, keys):
+        for tile in fitting(whole, q, v):
+            yield tile, *tile.slices(row, column)
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:

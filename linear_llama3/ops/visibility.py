@@ -8,7 +8,7 @@ nothing.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,6 +30,10 @@ class Tile:
     causal: bool = False  # a square on the diagonal
     window: int | None = None  # a band: keys at most window - 1 before the query
 
+    def slices(self, row: int, column: int) -> tuple[slice, slice]:
+        """Its queries and keys, shifted by so much."""
+        return slice(self.q_start + row, self.q_stop + row), slice(self.k_start + column, self.k_stop + column)
+
     def split(self, rows: int) -> Iterator[Tile]:
         """The same in tiles of at most `rows` queries."""
         for a in range(self.q_start, self.q_stop, rows):
@@ -45,11 +49,18 @@ class Tile:
         """True `[T_q, T_k]` where a band's key is not visible; None where the whole tile is."""
         if self.window is None:
             return None
-        distance = torch.arange(self.q_start, self.q_stop, device=device).unsqueeze(1) - torch.arange(
-            self.k_start, self.k_stop, device=device
-        )
-        hidden = (distance < 0) | (distance >= self.window)
-        return hidden if bool(hidden.any()) else None
+        if self.k_stop - 1 <= self.q_start and self.q_stop - 1 - self.k_start < self.window:
+            return None  # the last key is not later than the first query, the first key not too far from the last
+        queries = torch.arange(self.q_start, self.q_stop, device=device)
+        distance = queries.unsqueeze(1) - torch.arange(self.k_start, self.k_stop, device=device)
+        return (distance < 0) | (distance >= self.window)
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Scores `[..., T_q, T_k]`, -inf where the key is not visible."""
+        hidden = self.hidden(scores.device)
+        if self.causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +88,16 @@ class Visibility:
             else:
                 yield from self._causal(q0, q1, k0, k1)
 
+    def tiles_of_blocks(self, queries: Sequence[Span], keys: Sequence[Span]) -> Iterator[tuple[Tile, int, int]]:
+        """The tiles of two blocks, each of the tokens of some spans, one span after another.
+
+        With a tile comes what its positions have to be shifted by to become rows and columns of the blocks.
+        """
+        for row, query_span in _with_shift(queries):
+            for column, key_span in _with_shift(keys):
+                for tile in self.tiles(query_span, key_span):
+                    yield tile, row, column
+
     def sees(self, queries: Span, keys: Span) -> bool:
         """Whether any of these queries sees any of these keys."""
         (q0, q1), (k0, k1) = queries, keys
@@ -98,17 +119,6 @@ class Visibility:
         """The latest key that `query` sees."""
         return query if self.causal else self.documents[self._document(query) + 1] - 1
 
-    def mask(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Bool `[T_q, T_k]`, True where visible, for positions `[T_q]` and `[T_k]`."""
-        inner = torch.tensor(self.documents[1:-1], dtype=queries.dtype, device=queries.device)
-        document_q, document_k = (torch.bucketize(x, inner, right=True) for x in (queries, keys))
-        visible = document_q.unsqueeze(1) == document_k
-        if self.causal:
-            visible &= queries.unsqueeze(1) >= keys
-        if self.window is not None:
-            visible &= queries.unsqueeze(1) - keys < self.window
-        return visible
-
     def _document(self, position: int) -> int:
         return bisect_right(self.documents, position) - 1
 
@@ -129,3 +139,11 @@ class Visibility:
             first, last = max(k0, a - window + 1), min(k1, b)
             if first < last:
                 yield Tile(q_start=a, q_stop=b, k_start=first, k_stop=last, window=window)
+
+
+def _with_shift(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
+    """Every span with what its global positions have to be shifted by to become rows of the block."""
+    row = 0
+    for start, stop in spans:
+        yield row - start, (start, stop)
+        row += stop - start

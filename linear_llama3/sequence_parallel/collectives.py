@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # torch 2.13 renamed the single-tensor collectives and warns at the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -84,6 +85,25 @@ def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Pending:
     x = x.contiguous()
     result = torch.empty_like(x)
     return Pending(result, dist.all_to_all_single(result, x, group=group, async_op=True), x)
+
+
+def self_adjoint(
+    collective: Callable[[Tensor, dist.ProcessGroup], Pending], x: Tensor, group: dist.ProcessGroup
+) -> Tensor:
+    """What an all_reduce or all_to_all of `x` gives, differentiable: these linear maps are their own gradients."""
+    return _SelfAdjoint.apply(x, collective, group)
+
+
+class _SelfAdjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, collective: Callable[..., Pending], group: dist.ProcessGroup) -> Tensor:
+        ctx.collective, ctx.group = collective, group
+        return collective(x, group).wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.collective(grad, ctx.group).wait(), None, None
 
 
 @lru_cache(maxsize=64)  # asked once for every group

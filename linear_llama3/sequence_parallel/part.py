@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops.chunked import Link
-from ..ops.linear_attention import check_cu_seqlens, document_edges
+from ..ops.linear_attention import check_edges, read_cu_seqlens
 from ..ops.visibility import Span
 from .collectives import group_rank, world_size
 from .layout import Layout, check_length, get_layout
@@ -85,16 +85,13 @@ def locate(
     """
     ranks = world_size(group)
     rule, padded = get_layout(layout, ranks), tokens * ranks
-    edges = None
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens)
-        edges = tuple(cu_seqlens.tolist())
+    edges = None if cu_seqlens is None else read_cu_seqlens(cu_seqlens)
     if length is None:
         # `shard` pads to a multiple: edges that end in the last padding tell the length.
         length = edges[-1] if edges and rule.padded(edges[-1], ranks) == padded else padded
     check_length(tokens, ranks, layout, length)
     if edges is not None:
-        edges = document_edges(cu_seqlens, batch=batch, tokens=length)
+        check_edges(edges, batch=batch, tokens=length)
     return Part(
         rank=group_rank(group),
         local=tokens,

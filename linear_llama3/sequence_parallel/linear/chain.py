@@ -6,6 +6,7 @@ several blocks the links work at the same time, each on another block.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
@@ -25,8 +26,7 @@ def pass_along(
     next(progress, None)  # up to the first block that has to be waited for
 
     def wait() -> Tensor:
-        for _ in progress:
-            pass
+        deque(progress, maxlen=0)  # to its end
         return entering
 
     return wait

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -15,29 +14,13 @@ from ...ops.softmax_attention import softmax_attention as attention_on_one_devic
 from ...ops.visibility import Visibility
 from ..collectives import world_size
 from ..costs import choose_softmax, sizes_of
-from ..part import Part, locate
+from ..part import locate
 from .lasp2h import lasp2h
 from .ring import ring
 from .rsa import rsa
+from .strategy import Setting, SoftmaxStrategy
 from .token_ring import token_ring
 from .ulysses import ulysses
-
-
-class SoftmaxStrategy(Protocol):
-    """A strategy: the attention of this rank's true tokens, on more than one rank."""
-
-    def __call__(
-        self,
-        q: Tensor,  # [B, n, H_q, D]
-        k: Tensor,  # [B, n, H_kv, D], H_q a multiple of H_kv
-        v: Tensor,  # [B, n, H_kv, D_v]
-        *,
-        group: dist.ProcessGroup,
-        part: Part,  # which tokens this rank and the others hold; n of them here, none perhaps
-        scale: float,
-        visibility: Visibility,  # the mask, in global positions
-    ) -> Tensor: ...  # [B, n, H_q, D_v] in any precision; differentiable
-
 
 SOFTMAX_STRATEGIES: dict[str, SoftmaxStrategy] = {
     "lasp2h": lasp2h,
@@ -106,8 +89,8 @@ def softmax_attention(
     else:
         if strategy == "auto":
             strategy = choose_softmax(sizes_of(q, v, part, group), log=part.rank == 0)
-        attend = get_softmax_strategy(strategy)
-        out = attend(q, k, v, group=group, part=part, scale=scale, visibility=visibility)
+        setting = Setting(group=group, part=part, scale=scale, visibility=visibility)
+        out = get_softmax_strategy(strategy)(q, k, v, setting)
     return F.pad(out, (0, 0, 0, 0, 0, padding)).to(v.dtype)
 
 

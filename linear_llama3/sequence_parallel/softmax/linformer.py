@@ -6,17 +6,14 @@ columns of its own tokens, projects its own keys and values, and one all-reduce 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...ops.linear_attention import check_shapes
 from ...ops.precision import without_autocast, working_dtype
-from ..collectives import all_reduce, world_size
+from ..collectives import all_reduce, self_adjoint, world_size
 from ..part import locate
 
 
@@ -71,22 +68,9 @@ def linformer_attention(
     keys = torch.einsum("pn,bnhd->bhpd", key_projection[:, :tokens].to(work), key)
     values = torch.einsum("pn,bnhd->bhpd", value_projection[:, :tokens].to(work), value)
     if group is not None and world_size(group) > 1:
-        keys, values = _SumOverRanks.apply(keys, group), _SumOverRanks.apply(values, group)
+        # every rank goes on with the sums on its own queries: the gradient of a summand is a sum over ranks as well
+        keys, values = (self_adjoint(all_reduce, x, group) for x in (keys, values))
     query = query.unflatten(2, (kv_heads, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     p = torch.einsum("bnhgd,bhpd->bnhgp", query, keys).softmax(-1)
     out = torch.einsum("bnhgp,bhpd->bnhgd", p, values).flatten(2, 3)
     return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - tokens)).to(v.dtype)
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Every rank goes on with the sum on its own queries: the gradient of a summand is a sum over ranks as well."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return all_reduce(x, group).wait()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad, ctx.group).wait(), None

@@ -9,7 +9,7 @@ hops, and so do the edges of packed documents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -86,6 +86,11 @@ class Route:
         if wanted == given:
             return x
         return torch.cat([x[:, :0], *(x[:, where] for where in self.rows(rank, step, given, wanted))], dim=1)
+
+    def at_home(self, x: Tensor, rank: int, places: Places) -> Iterator[tuple[slice, Tensor]]:
+        """Where these chunks lie in the own block of `rank`, and their part of `x` `[B, n, ...]`, made of them."""
+        where = self.rows(rank, 0, self.held(rank, 0), places)
+        return zip(where, x.split([rows.stop - rows.start for rows in where], dim=1), strict=True)
 
     def empty(self, like: Tensor, rank: int, step: int, places: Places) -> Tensor:
         """Room for these chunks of the block of `owner(rank, step)`, shaped like `like` `[B, *, ...]`."""

@@ -6,51 +6,37 @@ sent to several ranks (as in arXiv 2506.13996), and the gradients of the copies 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...ops.softmax_attention import softmax_attention
-from ...ops.visibility import Visibility
-from ..collectives import all_to_all
+from ..collectives import all_to_all, self_adjoint
 from ..layout import by_rank, in_order
-from ..part import Part
+from .strategy import Setting
 
 
-def ulysses(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    group: dist.ProcessGroup,
-    part: Part,
-    scale: float,
-    visibility: Visibility,
-) -> Tensor:
-    """See `softmax/attention.py`.
+def ulysses(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Tensor:
+    """See `strategy.py`; differentiable as it stands, because the all-to-all is.
 
     Raises:
         ValueError: the heads cannot be divided among the ranks.
     """
-    ranks, (_, tokens, q_heads, key_dim), value_dim = part.ranks, q.shape, v.shape[-1]
-    copies = check_heads(q_heads, k.shape[2], ranks)
+    part, ranks, tokens = setting.part, setting.part.ranks, q.shape[1]
+    dims = (q.shape[-1], k.shape[-1], v.shape[-1])
+    copies = check_heads(q.shape[2], k.shape[2], ranks)
     k, v = (x.repeat_interleave(copies, dim=2) for x in (k, v))  # autograd sums the copies' gradients
     # [B, C, W, the features of a rank's heads]: one message for q, k and v
     message = torch.cat([x.unflatten(2, (ranks, -1)).flatten(3) for x in (q, k, v)], dim=-1)
     message = F.pad(message, (0, 0, 0, 0, 0, part.local - tokens))
-    received = _AllToAll.apply(message.movedim(2, 0), group)  # [W, B, C, features]: all tokens
+    received = self_adjoint(all_to_all, message.movedim(2, 0), setting.group)  # [W, B, C, features]: all tokens
     whole = in_order(received.movedim(0, 1), part.layout, dim=1)[:, : part.documents[-1]]
     sizes = [x.shape[2] // ranks * x.shape[3] for x in (q, k, v)]
-    dims = (key_dim, key_dim, value_dim)
     q, k, v = (x.unflatten(2, (-1, dim)) for x, dim in zip(whole.split(sizes, dim=-1), dims, strict=True))
 
-    out = softmax_attention(q, k, v, scale=scale, visibility=visibility).to(v.dtype)  # [B, T, H_q / W, D_v]
-    out = F.pad(out, (0, 0, 0, 0, 0, ranks * part.local - out.shape[1]))
-    received = _AllToAll.apply(by_rank(out, part.layout, ranks, dim=1).movedim(1, 0), group)
+    out = softmax_attention(q, k, v, scale=setting.scale, visibility=setting.visibility)  # [B, T, H_q / W, D_v]
+    out = F.pad(out.to(v.dtype), (0, 0, 0, 0, 0, ranks * part.local - out.shape[1]))
+    received = self_adjoint(all_to_all, by_rank(out, part.layout, ranks, dim=1).movedim(1, 0), setting.group)
     return received.movedim(0, 2).flatten(2, 3)[:, :tokens]  # [B, C, W, H_q / W, D_v]: the ranks' heads in order
 
 
@@ -64,17 +50,3 @@ def check_heads(q_heads: int, kv_heads: int, ranks: int) -> int:
         "strategy 'ulysses' divides the heads among the ranks: H_q must be a multiple of W, and H_kv a multiple or a "
         f"divisor of W, got H_q = {q_heads}, H_kv = {kv_heads}, W = {ranks}; use 'lasp2h' or 'ring', or fewer ranks"
     )
-
-
-class _AllToAll(torch.autograd.Function):
-    """`[W, ...]`: part [r] to rank r. Its own inverse, and so its own gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return all_to_all(x, group).wait()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_to_all(grad, ctx.group).wait(), None

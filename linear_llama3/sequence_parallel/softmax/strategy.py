@@ -1,0 +1,83 @@
+"""What strategies for softmax layers share: what they are told, and their way into autograd.
+
+A strategy is a differentiable function `strategy(q, k, v, setting) -> out`. Most are made of two plain functions, a
+forward pass and the backward pass that belongs to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...ops.precision import without_autocast
+from ...ops.visibility import Visibility
+from ..part import Part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What one call of a strategy is about, beside q, k and v."""
+
+    group: dist.ProcessGroup  # of more than one rank
+    part: Part  # which tokens this rank and the others hold
+    scale: float
+    visibility: Visibility  # the mask, in global positions
+
+
+class SoftmaxStrategy(Protocol):
+    """The attention of this rank's true tokens, n of them, none perhaps.
+
+    q `[B, n, H_q, D]`, k `[B, n, H_kv, D]`, H_q a multiple of H_kv, v `[B, n, H_kv, D_v]`; out `[B, n, H_q, D_v]` in
+    any precision.
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Tensor: ...
+
+
+Kept = tuple[Tensor, ...]  # from the forward pass for the backward pass, beside q, k and v
+Forward = Callable[[Tensor, Tensor, Tensor, Setting], tuple[Tensor, Kept]]  # (q, k, v, setting) -> out, kept
+Gradients = tuple[Tensor, Tensor, Tensor]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Kept, Setting], Gradients]  # (d_out, q, k, v, kept, setting)
+
+
+def differentiable(forward: Forward, backward: Backward) -> SoftmaxStrategy:
+    """The strategy made of these two passes.
+
+    Both work without autocast. `forward` gives out in the working precision, so d_out comes in it too; the gradients
+    that `backward` returns are cast to the dtype of the inputs here.
+    """
+
+    def strategy(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Tensor:
+        return _Attention.apply(q, k, v, setting, forward, backward)
+
+    return strategy
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, setting: Setting, forward: Forward, backward: Backward
+    ) -> Tensor:
+        out, kept = forward(q, k, v, setting)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.setting, ctx.run_backward = setting, backward
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *kept = ctx.saved_tensors
+        d_q, d_k, d_v = ctx.run_backward(d_out, q, k, v, tuple(kept), ctx.setting)
+        return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None, None
+
+
+def split(keys_values: Tensor, key_dim: int) -> tuple[Tensor, Tensor]:
+    """K and V that travel as one tensor `[..., D + D_v]`; views, so that gradients can be added to them."""
+    return keys_values[..., :key_dim], keys_values[..., key_dim:]
