@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from linear_llama3.sequence_parallel import shard
 
 GATES = ("none", "head", "scalar", "channel")
 
@@ -58,8 +61,23 @@ def leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.clone().requires_grad_() for name, x in inputs.items() if name != "w"}
 
 
-def relative_error(got: Tensor, expected: Tensor) -> float:
+def shards(
+    inputs: dict[str, Tensor], *, group: dist.ProcessGroup | None = None, layout: str = "contiguous"
+) -> dict[str, Tensor]:
+    """This rank's part of all inputs that have tokens; padding holds nan, that of the upstream gradient `w` zeros.
+
+    group: default: all ranks.
+    """
+    group = group or dist.group.WORLD
+    return {
+        name: x if x.dim() == 1 else shard(x, group=group, layout=layout, padding=0 if name == "w" else np.nan)
+        for name, x in inputs.items()
+    }
+
+
+def relative_error(got: Tensor | np.ndarray, expected: Tensor) -> float:
     """RMS of the difference over RMS of the expected."""
+    got = torch.as_tensor(got)
     return ((got - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 

@@ -30,6 +30,14 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
     return _pools[world_size].call(function, args)
 
 
+def strided_group() -> Any:
+    """Of four ranks, (0, 2) and (1, 3): the group that this one belongs to."""
+    import torch.distributed as dist
+
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    return groups[dist.get_rank() % 2]
+
+
 class _Pool:
     def __init__(self, world_size: int) -> None:
         context = get_context("forkserver")  # forks a process that has torch imported already

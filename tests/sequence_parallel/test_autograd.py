@@ -19,7 +19,7 @@ from linear_llama3.sequence_parallel import (
     shard,
     softmax_attention,
 )
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, strided_group
 from tests.modeling.tiny import gradients, tiny_model, tokens
 
 STRATEGIES = [*LINEAR_STRATEGIES, *SOFTMAX_STRATEGIES]
@@ -64,8 +64,7 @@ def test_second_derivatives_are_refused(strategy: str) -> None:
 
 def interleaved(softmax: str) -> float:
     """Two models on different groups with different documents; backward passes in the other order than forward."""
-    pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-    groups = [dist.group.WORLD, pairs[dist.get_rank() % 2]]
+    groups = [dist.group.WORLD, strided_group()]
     documents = [[3, 21], [10, 10, 4]]
     models = [tiny_model("gla", seed=seed).double() for seed in range(2)]
     whole = []

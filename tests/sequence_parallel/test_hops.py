@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -63,9 +64,9 @@ class Losing:
         Transfer.wait, Pending.wait = self.transfer_wait, self.pending_wait  # type: ignore[method-assign]
 
 
+@patch.object(all_scan, "LATENCY_BYTES", 1)  # a block for every row of the state
 def lose_each(strategy: str, layout: str) -> list[tuple[int, int, float]]:
     """(rank, message, largest difference on any rank) for every message that any rank receives."""
-    all_scan.LATENCY_BYTES, latency = 1, all_scan.LATENCY_BYTES  # a block for every row of the state
     rank, ranks = dist.get_rank(), dist.get_world_size()
     with Losing(None) as counter:
         expected = results(strategy, layout)
@@ -80,7 +81,6 @@ def lose_each(strategy: str, layout: str) -> list[tuple[int, int, float]]:
             everyone: list[Any] = [None] * ranks
             dist.all_gather_object(everyone, max(differences))
             found.append((loser, number, max(everyone)))
-    all_scan.LATENCY_BYTES = latency
     return found
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from linear_llama3.ops import chunked
 from linear_llama3.ops import linear_attention as one_device
-from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES, linear_attention, shard
+from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES, collectives, linear_attention, shard
 from linear_llama3.sequence_parallel.linear import all_scan
-from tests.attention_cases import GATES, Case, join, leaves
-from tests.distributed import run_distributed
+from linear_llama3.sequence_parallel.linear.attention import StateExchange
+from tests.attention_cases import GATES, Case, join, leaves, relative_error, shards
+from tests.distributed import run_distributed, strided_group
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
 Result = dict[str, np.ndarray]
@@ -50,23 +53,15 @@ def cases(gate: str) -> list[Case]:
     return plain + packed + normal + strong + both_ways
 
 
-def sharded_run(
-    case: Case, strategy: str, layout: str = "contiguous", poison: bool = True
-) -> tuple[np.ndarray, Result]:
-    """One rank's output `[B, C, H_q, D_v]` and gradients of its shards; padding filled with nan if `poison`."""
-    group = dist.group.WORLD
-    inputs = case.inputs()
-    local = {}
-    for name, x in inputs.items():
-        padding = float("nan") if poison and name != "w" else 0.0
-        local[name] = x if x.dim() == 1 else shard(x, group=group, padding=padding, layout=layout)
-    w = local.pop("w")
+def sharded_run(case: Case, strategy: str, layout: str = "contiguous") -> tuple[np.ndarray, Result]:
+    """One rank's output `[B, C, H_q, D_v]` and gradients of its shards."""
+    local = shards(case.inputs(), layout=layout)
     variables = leaves(local)
     out = linear_attention(
         variables["q"],
         variables["k"],
         variables["v"],
-        group=group,
+        group=dist.group.WORLD,
         strategy=strategy,
         layout=layout,
         log_decay=variables.get("log_decay"),
@@ -75,7 +70,7 @@ def sharded_run(
         causal=case.causal,
         length=case.tokens,
     )
-    gradients = torch.autograd.grad((out * w).sum(), list(variables.values()))
+    gradients = torch.autograd.grad((out * local["w"]).sum(), list(variables.values()))
     return out.detach().numpy(), {name: g.numpy() for name, g in zip(variables, gradients, strict=True)}
 
 
@@ -93,11 +88,9 @@ def whole_run(case: Case) -> tuple[np.ndarray, Result]:
     return out.detach().numpy(), {name: g.numpy() for name, g in zip(variables, gradients, strict=True)}
 
 
+@patch.object(all_scan, "LATENCY_BYTES", 1)  # All-Scan: a block for every row of the state
 def run_cases(all_cases: list[Case], strategy: str, layout: str) -> list[tuple[np.ndarray, Result]]:
-    all_scan.LATENCY_BYTES, latency = 1, all_scan.LATENCY_BYTES  # All-Scan: a block for every row of the state
-    results = [sharded_run(case, strategy, layout) for case in all_cases]
-    all_scan.LATENCY_BYTES = latency
-    return results
+    return [sharded_run(case, strategy, layout) for case in all_cases]
 
 
 @functools.cache
@@ -129,11 +122,9 @@ def test_equals_one_device(world_size: int, gate: str, strategy: str, layout: st
 def all_strategies(layout: str, latency_bytes: int) -> list[tuple[np.ndarray, Result]]:
     """Every strategy on one case in float32; All-Scan in as many blocks as rows, or in fewer."""
     case = Case(tokens=37, gate="channel", documents=(0, 5, 29, 37), groups=2, dtype=torch.float32)
-    all_scan.LATENCY_BYTES, latency = latency_bytes, all_scan.LATENCY_BYTES
-    assert all_scan.number_of_blocks(120, rows=5, hops=3) == (5 if latency_bytes == 1 else 2)
-    results = [sharded_run(case, strategy, layout) for strategy in LINEAR_STRATEGIES]
-    all_scan.LATENCY_BYTES = latency
-    return results
+    with patch.object(all_scan, "LATENCY_BYTES", latency_bytes):
+        assert all_scan.number_of_blocks(120, rows=5, hops=3) == (5 if latency_bytes == 1 else 2)
+        return [sharded_run(case, strategy, layout) for strategy in LINEAR_STRATEGIES]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -149,23 +140,10 @@ def test_strategies_agree_bit_by_bit(world_size: int, layout: str, latency_bytes
 
 def recompute_twice() -> tuple[int, float]:
     """A forward and its recomputation with one exchange_cache, as under gradient checkpointing."""
-    from linear_llama3.sequence_parallel import collectives
-
-    inputs, calls, original = Case(tokens=24, gate="channel").inputs(), [], collectives._all_gather
-    local = {name: shard(x, group=dist.group.WORLD) for name, x in inputs.items()}
-    w = local.pop("w")
-
-    def spy(*args, **kwargs):
-        calls.append(1)
-        return original(*args, **kwargs)
-
-    collectives._all_gather = spy
-    try:
-        cache: dict[str, torch.Tensor] = {}
+    local, cache = leaves(shards(Case(tokens=24, gate="channel").inputs())), {}
+    with patch.object(collectives, "_all_gather", wraps=collectives._all_gather) as gather:
         outs = [linear_attention(**local, group=dist.group.WORLD, exchange_cache=cache) for _ in range(2)]
-    finally:
-        collectives._all_gather = original
-    return len(calls), ((outs[0] - outs[1]) * w).abs().max().item()
+    return gather.call_count, (outs[0] - outs[1]).abs().max().item()
 
 
 def test_recomputation_does_not_gather_again() -> None:
@@ -176,11 +154,8 @@ def test_recomputation_does_not_gather_again() -> None:
 
 def strided_groups(strategy: str) -> float:
     """Ranks (0, 2) and (1, 3) shard two different sequences."""
-    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-    which = dist.get_rank() % 2
-    case = Case(tokens=20 + which, gate="scalar")
-    inputs, group = case.inputs(), groups[which]
-    local = {name: shard(x, group=group) for name, x in inputs.items() if name != "w"}
+    case, group = Case(tokens=20 + dist.get_rank() % 2, gate="scalar"), strided_group()
+    local = leaves(shards(case.inputs(), group=group))
     out = linear_attention(**local, group=group, length=case.tokens, strategy=strategy)
     expected = shard(torch.from_numpy(whole_run(case)[0]), group=group)
     return (out - expected).abs().max().item()
@@ -193,9 +168,6 @@ def test_groups_need_not_be_consecutive(strategy: str) -> None:
 
 def order_of_events(strategy: str) -> list[str]:
     """What happens in a forward and backward pass: starting the exchange, products inside chunks, waiting."""
-    from linear_llama3.ops import chunked
-    from linear_llama3.sequence_parallel.linear.attention import StateExchange
-
     events: list[str] = []
 
     def recorded(name: str, function):
@@ -205,18 +177,13 @@ def order_of_events(strategy: str) -> list[str]:
 
         return call
 
-    start, inside, inside_backward = StateExchange.start, chunked._inside, chunked._inside_backward
-
-    def recorded_start(self, summarize, *, reverse):
-        wait = recorded("start", start)(self, summarize, reverse=reverse)
-        return recorded("wait", wait)
-
-    StateExchange.start = recorded_start
-    chunked._inside, chunked._inside_backward = recorded("inside", inside), recorded("inside", inside_backward)
-    try:
+    start = recorded("start", StateExchange.start)
+    with (
+        patch.object(StateExchange, "start", lambda *args, **kwargs: recorded("wait", start(*args, **kwargs))),
+        patch.object(chunked, "_inside", recorded("inside", chunked._inside)),
+        patch.object(chunked, "_inside_backward", recorded("inside", chunked._inside_backward)),
+    ):
         sharded_run(Case(tokens=24, gate="scalar"), strategy)
-    finally:
-        StateExchange.start, chunked._inside, chunked._inside_backward = start, inside, inside_backward
     return events
 
 
@@ -231,9 +198,9 @@ GATED = Case(tokens=300, gate="channel", key_dim=16, value_dim=16, strength=0.1)
 
 def low_precision(case: Case, strategy: str, layout: str) -> np.ndarray:
     where = {"group": dist.group.WORLD, "layout": layout}
-    local = {n: x if x.dim() == 1 else shard(x, **where) for n, x in case.inputs().items() if n != "w"}
+    local = leaves(shards(case.inputs(), **where))
     out = linear_attention(**local, length=case.tokens, strategy=strategy, normalize=case.normalize, **where)
-    return out.float().numpy()
+    return out.detach().float().numpy()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -250,15 +217,15 @@ def low_precision(case: Case, strategy: str, layout: str) -> np.ndarray:
 )
 def test_precision(case: Case, bound: float, strategy: str, layout: str) -> None:
     inputs = {name: x.double() for name, x in case.inputs().items() if name != "w"}
-    expected = one_device(**inputs, normalize=case.normalize, backend="recurrent")[0].numpy()
+    expected = one_device(**inputs, normalize=case.normalize, backend="recurrent")[0]
     out = join(run_distributed(low_precision, 4, case, strategy, layout), layout)[:, : case.tokens]
-    assert np.linalg.norm(out - expected) / np.linalg.norm(expected) < bound
+    assert relative_error(out, expected) < bound
 
 
 def saved_elements(strategy: str, layout: str, tokens: int) -> int:
     """Numbers that a forward pass keeps for the backward pass, the inputs left out."""
     case, where = Case(tokens=tokens, gate="scalar"), {"group": dist.group.WORLD, "layout": layout}
-    local = {n: shard(x, **where).requires_grad_() for n, x in case.inputs().items() if n != "w"}
+    local = leaves(shards(case.inputs(), **where))
     kept: dict[int, int] = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.numel()}), lambda x: x):
         linear_attention(**local, length=tokens, strategy=strategy, **where)

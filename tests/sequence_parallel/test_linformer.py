@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from linear_llama3.sequence_parallel import LAYOUTS, linformer_attention, shard
-from tests.attention_cases import join
+from linear_llama3.sequence_parallel import LAYOUTS, linformer_attention
+from tests.attention_cases import join, shards
 from tests.distributed import run_distributed
 
 TOKENS, PROJECTED = 37, 4
@@ -25,7 +25,7 @@ def inputs() -> dict[str, Tensor]:
 
 def sharded(layout: str) -> Result:
     where = {"group": dist.group.WORLD, "layout": layout}
-    local = {n: shard(x, padding=0 if n == "w" else np.nan, **where) for n, x in inputs().items()}
+    local = shards(inputs(), **where)
     w = local.pop("w")
     variables = {n: x.requires_grad_() for n, x in local.items()}
     out = linformer_attention(**variables, length=TOKENS, **where)

@@ -7,11 +7,12 @@ back under that rule: a batch ends once every peer has started the batch with it
 from __future__ import annotations
 
 from collections import defaultdict
+from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
 
-from linear_llama3.sequence_parallel import LAYOUTS, collectives
+from linear_llama3.sequence_parallel import LAYOUTS
 from linear_llama3.sequence_parallel.linear import all_scan
 from tests.distributed import run_distributed
 from tests.sequence_parallel import test_linear, test_softmax
@@ -26,24 +27,15 @@ SOFTMAX = [
 ]
 
 
+@patch.object(all_scan, "LATENCY_BYTES", 1)  # a block for every row of the state
 def record(strategy: str, layout: str) -> list[list[Batch]]:
     """The batches of this rank, of every case."""
-    cases = []
-    original, latency = dist.batch_isend_irecv, all_scan.LATENCY_BYTES
-    all_scan.LATENCY_BYTES = 1  # a block for every row of the state
-
-    def spy(operations):
-        cases[-1].append([(op.op is dist.isend, op.group_peer) for op in operations])
-        return original(operations)
-
-    collectives.dist.batch_isend_irecv = spy
-    try:
-        for case in [LINEAR] if strategy in test_linear.LINEAR_STRATEGIES else SOFTMAX:
-            cases.append([])
-            run = test_linear if strategy in test_linear.LINEAR_STRATEGIES else test_softmax
-            run.sharded_run(case, strategy, layout)
-    finally:
-        collectives.dist.batch_isend_irecv, all_scan.LATENCY_BYTES = original, latency
+    linear, cases = strategy in test_linear.LINEAR_STRATEGIES, []
+    for case in [LINEAR] if linear else SOFTMAX:
+        with patch.object(dist, "batch_isend_irecv", wraps=dist.batch_isend_irecv) as start:
+            (test_linear if linear else test_softmax).sharded_run(case, strategy, layout)
+        batches = [operations for (operations,), _ in start.call_args_list]
+        cases.append([[(op.op is dist.isend, op.group_peer) for op in batch] for batch in batches])
     return cases
 
 

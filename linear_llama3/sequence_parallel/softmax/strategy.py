@@ -49,8 +49,8 @@ Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Kept, Setting], Gradients] 
 def differentiable(forward: Forward, backward: Backward) -> SoftmaxStrategy:
     """The strategy made of these two passes.
 
-    Both work without autocast. `forward` gives out in the working precision, so d_out comes in it too; the gradients
-    that `backward` returns are cast to the dtype of the inputs here.
+    `forward` gives out in the working precision, so d_out comes in it too, without autocast; the gradients that
+    `backward` returns in it are cast to the dtype of the inputs here.
     """
 
     def strategy(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Tensor:
