@@ -1,0 +1,185 @@
+"""The kernels as functions of tensors: grids, strides, outputs."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backward import backward_kernel
+from .configurations import Tiles, configuration, power_of_two
+from .decode import decode_kernel
+from .gate_cumsum import gate_cumsum_kernel
+from .merge import merge_kernel
+from .output import output_kernel
+from .segments import Segments
+from .state_scan import state_scan_kernel
+from .tiles import CHANNEL, HEAD, NONE, SCALAR
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+GATES = {1: HEAD.value, 3: SCALAR.value, 4: CHANNEL.value}  # by the dims of log_decay
+
+
+class Launcher:
+    """The kernels over one set of inputs, contiguous.
+
+    q `[B, T, H * G, K]`, k `[B, T, H, K]`, v `[B, T, H, V]`; log_decay None, `[H]`, `[B, T, H]` or `[B, T, H, K]`.
+    The states of segments are `[B, segments, H, K, V]` float32; those of chunks `[B, chunks, H, K, V]`, in bfloat16 for
+    bfloat16 inputs: rounding them costs no more than rounding the output does, and nothing adds up.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, log_decay: Tensor | None, *, gradient: bool = False) -> None:
+        self.k, self.v = k.contiguous(), v.contiguous()
+        self.log_decay = None if log_decay is None else log_decay.contiguous()
+        self.batch, self.tokens, self.heads, self.key_dim = k.shape
+        self.value_dim = v.shape[3]
+        self.gate = NONE.value if log_decay is None else GATES[log_decay.dim()]
+        # a gate per channel needs its gradient's intermediates anyway
+        self.gradient = self.gate == CHANNEL.value or (gradient and log_decay is not None)
+        self.configuration = configuration(
+            self.gate, self.key_dim, self.value_dim, wide=k.dtype != torch.bfloat16, gate_gradient=self.gradient,
+            capability=capability(k.device),
+        )  # fmt: skip
+        self.b = self.log_decay  # or its sums inside chunks
+
+    def cumulate_gate(self, segments: Segments) -> None:
+        """Of a gate that varies, the kernels read the sums inside chunks."""
+        if self.gate not in (SCALAR.value, CHANNEL.value) or self.b is not self.log_decay:
+            return
+        assert self.log_decay is not None
+        width = self.log_decay[0, 0].numel()
+        block = min(power_of_two(width), 64)
+        self.b = torch.empty_like(self.log_decay, dtype=torch.float32)
+        gate_cumsum_kernel[len(segments.chunks), triton.cdiv(width, block), self.batch](
+            self.log_decay, self.b, segments.chunks, self.tokens,
+            WIDTH=width, BW=block, C=self.configuration.chunk, num_warps=4,
+        )  # fmt: skip
+
+    def scan(
+        self, x: Tensor, y: Tensor, segments: Segments, which: tuple[int, ...] | None, *, scale: float = 1.0,
+        entering: Tensor | None = None, states: bool = False, ends: bool = False, reverse: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        """States of the chunks, and states and decay factors `[B, n, H, K]` of the segments (or of these)."""
+        tiles, table = self.configuration.scan, segments.table(which)
+        count, chunks = len(table), len(segments.chunks)
+        chunk_states = self._empty(chunks, self.value_dim, dtype=self._stored) if states else None
+        end_states = self._empty(count, self.value_dim) if ends else None
+        factors = self._empty(count) if ends and self.gate != NONE.value else None
+        grid = (count * triton.cdiv(self.key_dim, tiles.BK) * triton.cdiv(self.value_dim, tiles.BV), self._rows)
+        state_scan_kernel[grid](
+            x, y, self.b, entering, chunk_states, end_states, factors, table, self.tokens, scale, chunks,
+            **self._common(tiles), G=x.shape[2] // self.heads, C=self.configuration.chunk, REVERSE=reverse,
+            ENTERING=entering is not None, STATES=states, ENDS=ends,
+        )  # fmt: skip
+        return chunk_states, end_states, factors
+
+    def output(
+        self, q: Tensor, segments: Segments, entering: Tensor | None, *, scale: float, dtype: torch.dtype, ends: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Out `[B, T, H * G, V]`, and the states behind the segments."""
+        tiles = self.configuration.output
+        out = torch.empty(*q.shape[:3], self.value_dim, dtype=dtype, device=q.device)
+        end_states = self._empty(len(segments), self.value_dim) if ends else None
+        output_kernel[len(segments) * triton.cdiv(self.value_dim, tiles.BV), self._rows](
+            q, self.k, self.v, self.b, entering, out, end_states, segments.table(), self.tokens, scale,
+            **self._common(tiles), G=q.shape[2] // self.heads, BC=tiles.BC, C=self.configuration.rows,
+            ENTERING=entering is not None, ENDS=ends,
+        )  # fmt: skip
+        return out, end_states
+
+    def gradients(
+        self, q: Tensor, d_out: Tensor, segments: Segments, states: Tensor, d_states: Tensor, *, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Of q, k, v and the log decay."""
+        tiles = self.configuration.backward
+        dq, dk, dv = (torch.empty_like(x) for x in (q, self.k, self.v))
+        key_tiles, d_gate = triton.cdiv(self.key_dim, tiles.BK), None
+        if self.gradient:
+            shape = (key_tiles, *self.k.shape[:3]) if self.gate != CHANNEL.value else self.k.shape
+            d_gate = torch.empty(shape, dtype=torch.float32, device=self.k.device)
+        programs = len(segments.chunks) * (key_tiles + triton.cdiv(self.value_dim, tiles.BV))
+        backward_kernel[programs, self._rows](
+            q, self.k, self.v, self.b, d_out, states, d_states, dq, dk, dv, d_gate, segments.chunks,
+            self.tokens, scale, **self._common(tiles), G=q.shape[2] // self.heads, BC=tiles.BC,
+            C=self.configuration.chunk, GRADIENT=self.gradient,
+        )  # fmt: skip
+        if d_gate is not None and self.gate != CHANNEL.value:
+            d_gate = d_gate.sum((0, 1, 2)) if self.gate == HEAD.value else d_gate.sum(0)
+        return dq, dk, dv, d_gate
+
+    @property
+    def _rows(self) -> int:
+        return self.batch * self.heads
+
+    @property
+    def _stored(self) -> torch.dtype:
+        return torch.bfloat16 if self.k.dtype == torch.bfloat16 else torch.float32
+
+    def _empty(self, count: int, *columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        shape = (self.batch, count, self.heads, self.key_dim, *columns)
+        return torch.empty(shape, dtype=dtype, device=self.k.device)
+
+    def _common(self, tiles: Tiles) -> dict[str, Any]:
+        return {
+            "H": self.heads, "K": self.key_dim, "V": self.value_dim, "BK": tiles.BK, "BV": tiles.BV, "GATE": self.gate,
+            **precision(self.k.dtype), "num_warps": tiles.warps, "num_stages": tiles.stages,
+        }  # fmt: skip
+
+
+def precision(dtype: torch.dtype) -> dict[str, Any]:
+    """In which type and how exactly tiles are multiplied (see `tiles.py`)."""
+    if dtype == torch.bfloat16 and not INTERPRETED:  # the interpreter multiplies bfloat16 wrongly
+        return {"DOT": tl.bfloat16, "PRECISION": "ieee"}
+    return {"DOT": tl.float32, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
+
+
+def merge(
+    states: Tensor, factors: Tensor | None, steps: Tensor, targets: int, initial: Tensor | None = None
+) -> Tensor:
+    """The states that enter: `[targets, B, H, K, V]`, of pieces `[n, B, H, K, V]` that decay by `[n, B, H, K]` (None: 1).
+
+    H and K, and for the states V, must be strided like one dense matrix each row of which may be longer than V.
+    """
+    _, batch, heads, key_dim, value_dim = states.shape
+    entering = torch.empty(targets, *states.shape[1:], dtype=states.dtype, device=states.device)
+    initial = None if initial is None else initial.contiguous()
+    rows, (block_rows, block_columns) = heads * key_dim, (16, min(power_of_two(value_dim), 128))
+    factor_strides = (0, 0, 0) if factors is None else (*factors.stride()[:2], factors.stride(3))
+    merge_kernel[triton.cdiv(rows, block_rows), triton.cdiv(value_dim, block_columns), batch](
+        states, factors, initial, entering, steps, len(steps),
+        *states.stride()[:2], states.stride(3), *factor_strides,
+        *((0, 0) if initial is None else initial.stride()[:2]), *entering.stride()[:2],
+        ROWS=rows, V=value_dim, BR=block_rows, BV=block_columns,
+        FADES=factors is not None, INITIAL=initial is not None, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return entering
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One token: out `[B, 1, H * G, V]` and the state after it `[B, H, K, V]` float32."""
+    batch, _, heads, key_dim = k.shape
+    value_dim = v.shape[3]
+    after = torch.empty(batch, heads, key_dim, value_dim, dtype=torch.float32, device=k.device)
+    out = torch.empty(batch, 1, q.shape[2], value_dim, dtype=v.dtype, device=k.device)
+    block = min(power_of_two(value_dim), 32)
+    decode_kernel[triton.cdiv(value_dim, block), batch * heads](
+        q, k, v, log_decay, state, after, out, scale,
+        H=heads, G=q.shape[2] // heads, K=key_dim, V=value_dim, BK=power_of_two(key_dim), BV=block,
+        GATE=NONE.value if log_decay is None else GATES[log_decay.dim()], BEFORE=state is not None, num_warps=4,
+    )  # fmt: skip
+    return out, after
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """80, 90, ...; the newest for a device that only interprets kernels."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -1,0 +1,115 @@
+"""How a stream of packed documents is cut: into segments that run side by side, and those into chunks.
+
+A scan over chunks is sequential; where batch and heads do not fill the device, a document is cut into several segments,
+whose states are found first and merged. No segment and no chunk crosses the edge of a document.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+SHORTEST = 2048  # tokens of a segment
+
+
+class Segment(NamedTuple):
+    start: int  # tokens [start, stop)
+    stop: int
+    document: int
+    opens: bool  # the document begins here
+    closes: bool
+
+
+class Segments:
+    """The segments of a stream, none longer than `length`, and their chunks of `chunk` tokens."""
+
+    def __init__(self, boundaries: tuple[int, ...], *, length: int, chunk: int, device: torch.device) -> None:
+        assert length % chunk == 0, "chunks are counted from the start of a segment"
+        self.boundaries, self.device = boundaries, device
+        self.list: list[Segment] = []
+        for n, (start, stop) in enumerate(itertools.pairwise(boundaries)):
+            edges = [*range(start, stop, length), stop]
+            self.list += [Segment(a, b, n, a == start, b == stop) for a, b in itertools.pairwise(edges)]
+        self.documents = len(boundaries) - 1
+        chunks = [[(a, min(a + chunk, s.stop)) for a in range(s.start, s.stop, chunk)] for s in self.list]
+        self.first_chunk = list(itertools.accumulate([len(c) for c in chunks], initial=0))
+        self.chunks = self.tensor([edge for c in chunks for edge in c], columns=2)  # int32 [chunks, 2]: start, stop
+
+    def __len__(self) -> int:
+        return len(self.list)
+
+    @property
+    def whole(self) -> bool:
+        """Every document is one segment."""
+        return len(self.list) == self.documents
+
+    def tensor(self, rows: list[tuple[int, ...]], columns: int) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int32).view(-1, columns).to(self.device)
+
+    @functools.cache  # noqa: B019 - lives as long as the segments, of which few are kept
+    def table(self, which: tuple[int, ...] | None = None) -> Tensor:
+        """int32 `[n, 3]`: start, stop and first chunk of all segments, or of these."""
+        which = tuple(range(len(self.list))) if which is None else which
+        return self.tensor([(self.list[s].start, self.list[s].stop, self.first_chunk[s]) for s in which], columns=3)
+
+    @functools.cache  # noqa: B019
+    def edges(self, *, reverse: bool) -> Tensor:
+        """int64 `[documents]`: the last (reverse: the first) segment of each."""
+        ends = [s for s, x in enumerate(self.list) if (x.opens if reverse else x.closes)]
+        return torch.tensor(ends).to(self.device)
+
+    def folded(self, documents: tuple[int, ...], *, reverse: bool) -> tuple[int, ...]:
+        """The segments whose own states are needed: those that others follow, and all of these documents."""
+        parts = enumerate(self.list)
+        return tuple(i for i, s in parts if not (s.opens if reverse else s.closes) or s.document in documents)
+
+    @functools.cache  # noqa: B019
+    def steps(self, folded: tuple[int, ...], initial: tuple[int, ...], *, reverse: bool) -> Tensor:
+        """For `merge`: every segment receives the state before it. `initial[d]` says which of the given states document
+        d begins with, -1: zero."""
+        place = {segment: i for i, segment in enumerate(folded)}
+        rows = [
+            (place.get(segment, -1), segment, initial[document] if begins else -2)
+            for segment, document, begins in self._order(reverse=reverse)
+        ]
+        return self.tensor(rows, columns=3)
+
+    @functools.cache  # noqa: B019
+    def total_steps(self, folded: tuple[int, ...], documents: tuple[int, ...], *, reverse: bool) -> Tensor:
+        """For `merge`: the sum of each of these documents, from zero (-1: no document, the sum is zero)."""
+        place = {segment: i for i, segment in enumerate(folded)}
+        rows = []
+        for target, wanted in enumerate(documents):
+            parts = [(s, begins) for s, document, begins in self._order(reverse=reverse) if document == wanted]
+            rows += [(place[s], -1, -1 if begins else -2) for s, begins in parts]
+            rows.append((-1, target, -2 if parts else -1))
+        return self.tensor(rows, columns=3)
+
+    def _order(self, *, reverse: bool) -> list[tuple[int, int, bool]]:
+        """(segment, document, whether the document starts with it) in the order of a scan."""
+        rows = [(i, s.document, s.closes if reverse else s.opens) for i, s in enumerate(self.list)]
+        return rows[::-1] if reverse else rows
+
+
+@functools.lru_cache(maxsize=16)
+def cut(boundaries: tuple[int, ...], *, length: int, chunk: int, device: torch.device) -> Segments:
+    return Segments(boundaries, length=length, chunk=chunk, device=device)
+
+
+def segment_length(k: Tensor, v: Tensor) -> int:
+    """Tokens of a segment, a multiple of every chunk: short enough that programs of 64 columns fill the device twice,
+    long enough that their states are few."""
+    batch, tokens, heads, _ = k.shape
+    programs = batch * heads * -(-v.shape[3] // 64)
+    wanted = -(-2 * processors(k.device) // programs)
+    return max(SHORTEST, -(-tokens // (wanted * 128)) * 128)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
