@@ -154,7 +154,7 @@ def key_gradients(
 
     store_tile(dk + (token * H + head) * K, d_key, valid, keys, K, H * K, C)
     if GRADIENT:
-        d_decay = tl.cumsum(arrived, axis=0, reverse=True) + (tl.cumsum(written, axis=0) - written)
+        d_decay = tl.cumsum(arrived, axis=0, reverse=True) + sum_before(written)
         d_decay += (through * tl.exp2(total))[None, :]
         if GATE == CHANNEL:
             store_tile(d_gate + (token * H + head) * K, d_decay, valid, keys, K, H * K, C)
@@ -205,3 +205,15 @@ def column_sum(x, width: tl.constexpr):
     """`[BK, BV]` to `[BK]`, or to `[1]`."""
     sums = tl.sum(x, axis=1)
     return sums if width > 1 else tl.sum(sums, axis=0) + tl.zeros([1], dtype=tl.float32)
+
+
+@triton.jit
+def sum_before(x):
+    """Of every row the sum of those before it: without its own, which may be far larger and would swallow them."""
+    before, _ = tl.associative_scan((x * 0.0, x), 0, _append)
+    return before
+
+
+@triton.jit
+def _append(before_1, sum_1, before_2, sum_2):
+    return sum_1 + before_2, sum_1 + sum_2

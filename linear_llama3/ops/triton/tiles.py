@@ -56,7 +56,7 @@ def load_decay(
         total = slope * tl.full([1], 1, tl.float32) * tl.minimum(valid, C)
     elif GATE == SCALAR:
         at = gate + token * H + head
-        b = tl.load(at + rows * H, mask=rows < valid, other=0.0)[:, None]
+        b = tl.load(at + tl.minimum(rows, valid - 1) * H)[:, None]  # constant behind the end: no exponent is > 0
         total = tl.load(at + (tl.minimum(valid, C) - 1) * H + tl.arange(0, 1))
     else:
         at = gate + (token * H + head) * K
