@@ -8,22 +8,16 @@ value per token, head and key channel (GLA).
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .backends import check_backend, choose_backend
 from .bidirectional import bidirectional_linear_attention
 from .chunked import chunked_linear_attention
+from .documents import check_cu_seqlens, document_edges
 from .precision import without_autocast, working_dtype
 from .recurrent import recurrent_linear_attention
-
-BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "recurrent": recurrent_linear_attention,
-    "chunked": chunked_linear_attention,
-}
 
 
 @without_autocast
@@ -55,8 +49,8 @@ def linear_attention(
         output_final_state: return the state after the last token (of every document).
         cu_seqlens: int `[N + 1]`, edges of the documents packed in a batch of 1; the state restarts at each.
         causal: False lets every token see all tokens of its document; no decay is possible then.
-        backend: "recurrent" (the definition, token after token), "chunked", or "auto": recurrent for one token
-            (a decoding step), chunked otherwise.
+        backend: "recurrent" (the definition, token after token), "chunked" (PyTorch, any device), "triton" (kernels
+            for NVIDIA GPUs), or "auto": Triton on CUDA; elsewhere chunked, recurrent for one token (a decoding step).
 
     Returns:
         out `[B, T, H_q, D_v]` in the dtype of v, and the final state in float32 (float64 for float64 inputs) or None.
@@ -64,25 +58,41 @@ def linear_attention(
     Raises:
         ValueError: arguments that do not fit together.
     """
-    log_decay, boundaries = check_arguments(
-        q, k, v, log_decay=log_decay, cu_seqlens=cu_seqlens, causal=causal, backend=backend
-    )
-    check_initial_state(initial_state, q, v, boundaries, packed=cu_seqlens is not None, normalize=normalize)
+    check_arguments(q, k, v, log_decay=log_decay, causal=causal, backend=backend)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens)
+    documents = None if cu_seqlens is None else len(cu_seqlens) - 1
+    check_initial_state(initial_state, q, v, documents, normalize=normalize)
+    backend = choose_backend(backend, k, causal=causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     values = with_ones_column(v) if normalize else v
 
-    if not causal:
-        out, state = bidirectional_linear_attention(
-            q, k, values, scale=scale, boundaries=boundaries, initial_state=initial_state
-        )
+    if backend == "triton":
+        from .triton.op import triton_linear_attention
+
+        out, state = triton_linear_attention(
+            q, k, values, log_decay, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state,
+            output_final_state=output_final_state, dtype=working_dtype(q) if normalize else v.dtype,
+        )  # fmt: skip
     else:
-        if backend == "auto":
-            backend = "recurrent" if q.shape[1] == 1 else "chunked"
-        out, state = BACKENDS[backend](
-            q, k, values, log_decay, scale=scale, boundaries=boundaries, initial_state=initial_state
-        )
+        boundaries = document_edges(cu_seqlens, batch=q.shape[0], tokens=q.shape[1])
+        start = {"scale": scale, "boundaries": boundaries, "initial_state": initial_state}
+        if not causal:
+            out, state = bidirectional_linear_attention(q, k, values, **start)
+        else:
+            attend = recurrent_linear_attention if backend == "recurrent" else chunked_linear_attention
+            out, state = attend(q, k, values, for_every_token(log_decay, k), **start)
     out = divide_by_normalizer(out) if normalize else out
     return out.to(v.dtype), state if output_final_state else None
+
+
+def for_every_token(log_decay: Tensor | None, k: Tensor) -> Tensor | None:
+    """A constant log decay `[H_kv]` as `[B, T, H_kv]`."""
+    if log_decay is None or log_decay.dim() > 1:
+        return log_decay
+    return log_decay.to(working_dtype(k)).expand(
+        k.shape[:3]
+    )  # not in half precision: its gradient sums over all tokens
 
 
 def with_ones_column(v: Tensor) -> Tensor:
@@ -94,46 +104,27 @@ def divide_by_normalizer(out: Tensor) -> Tensor:
     return out[..., :-1] / out[..., -1:]
 
 
-def check_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    log_decay: Tensor | None,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    backend: str,
-) -> tuple[Tensor | None, tuple[int, ...]]:
-    """Checks what one device and a shard have in common.
-
-    Returns the log decay with a constant one expanded to `[B, T, H_kv]`, and the document edges (0, ..., T).
-    """
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+def check_arguments(q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor | None, causal: bool, backend: str) -> None:
+    """Checks what one device and a shard have in common."""
+    check_backend(backend)
     check_shapes(q, k, v)
-    batch, tokens, kv_heads, key_dim = k.shape
-    if log_decay is not None:
-        if not causal:
-            raise ValueError("causal=False allows no decay, got log_decay; pass log_decay=None or causal=True")
-        shapes = ((kv_heads,), (batch, tokens, kv_heads), (batch, tokens, kv_heads, key_dim))
-        if tuple(log_decay.shape) not in shapes:
-            raise ValueError(
-                f"log_decay must be [H_kv], [B, T, H_kv] or [B, T, H_kv, D_k], here one of {shapes}, "
-                f"got {tuple(log_decay.shape)}"
-            )
-        if log_decay.dim() == 1:
-            if not (log_decay.is_meta or torch.compiler.is_compiling()) and bool((log_decay > 0).any()):
-                raise ValueError(
-                    f"a constant log_decay must be <= 0 (a natural logarithm), got {log_decay.max().item():.4g}; "
-                    "pass the log of a factor in (0, 1]"
-                )
-            # not in half precision: its gradient is a sum over all tokens
-            log_decay = log_decay.to(working_dtype(q)).expand(batch, tokens, kv_heads)
-    if cu_seqlens is None:
-        return log_decay, (0, tokens)
-    edges = read_cu_seqlens(cu_seqlens)
-    check_edges(edges, batch=batch, tokens=tokens)
-    return log_decay, edges
+    if log_decay is None:
+        return
+    if not causal:
+        raise ValueError("causal=False allows no decay, got log_decay; pass log_decay=None or causal=True")
+    shapes = (k.shape[2:3], k.shape[:3], k.shape)
+    if log_decay.shape not in shapes:
+        raise ValueError(
+            "log_decay must be [H_kv], [B, T, H_kv] or [B, T, H_kv, D_k], here one of "
+            f"{tuple(map(tuple, shapes))}, got {tuple(log_decay.shape)}"
+        )
+    # on a GPU the check would wait for the device in every call
+    readable = log_decay.device.type == "cpu" and not torch.compiler.is_compiling()
+    if log_decay.dim() == 1 and readable and bool((log_decay > 0).any()):
+        raise ValueError(
+            f"a constant log_decay must be <= 0 (a natural logarithm), got {log_decay.max().item():.4g}; "
+            "pass the log of a factor in (0, 1]"
+        )
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -157,41 +148,14 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k and v must share a floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
 
 
-def read_cu_seqlens(cu_seqlens: Tensor) -> tuple[int, ...]:
-    """As a tuple of ints: waits for the device."""
-    if not isinstance(cu_seqlens, Tensor):
-        raise ValueError(f"cu_seqlens must be a 1-D integer tensor [N + 1], got a {type(cu_seqlens).__name__}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
-        raise ValueError(
-            f"cu_seqlens must be a 1-D integer tensor [N + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-        )
-    return tuple(cu_seqlens.tolist())
-
-
-def check_edges(edges: tuple[int, ...], *, batch: int, tokens: int) -> None:
-    """Whether these are the document edges of a whole sequence."""
-    if batch != 1:
-        raise ValueError(
-            f"cu_seqlens packs documents in a batch of 1, got a batch of {batch}; "
-            "flatten the rows into one and shift their edges"
-        )
-    if edges[0] != 0 or edges[-1] != tokens or any(a >= b for a, b in itertools.pairwise(edges)):
-        raise ValueError(
-            f"cu_seqlens must start at 0, increase, and end at T = {tokens}, the tokens of the whole sequence (its "
-            f"`length`, where one is given), got {edges[:8]}{'...' if len(edges) > 8 else ''} ending at {edges[-1]}; "
-            "drop empty documents"
-        )
-
-
-def check_initial_state(
-    state: Tensor | None, q: Tensor, v: Tensor, boundaries: tuple[int, ...], *, packed: bool, normalize: bool
-) -> None:
+def check_initial_state(state: Tensor | None, q: Tensor, v: Tensor, documents: int | None, *, normalize: bool) -> None:
+    """`documents`: how many are packed, None for plain rows."""
     if state is None:
         return
-    rows = len(boundaries) - 1 if packed else q.shape[0]
+    rows = q.shape[0] if documents is None else documents
     expected = (rows, v.shape[2], q.shape[-1], v.shape[-1] + normalize)
     if tuple(state.shape) != expected:
         raise ValueError(
-            f"initial_state must be {'[N, ' if packed else '[B, '}H_kv, D_k, D_v{' + 1' if normalize else ''}] = "
-            f"{expected}, got {tuple(state.shape)}"
+            f"initial_state must be {'[B, ' if documents is None else '[N, '}H_kv, D_k, D_v"
+            f"{' + 1' if normalize else ''}] = {expected}, got {tuple(state.shape)}"
         )

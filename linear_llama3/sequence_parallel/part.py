@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops.chunked import Link
-from ..ops.linear_attention import check_edges, read_cu_seqlens
+from ..ops.documents import check_edges, read_cu_seqlens
 from ..ops.visibility import Span
 from .collectives import group_rank, world_size
 from .layout import Layout, check_length, get_layout

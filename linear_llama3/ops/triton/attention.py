@@ -125,7 +125,14 @@ def sharded_attention(
 class _Sharded(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, sent: Sent, scale: float, dtype: torch.dtype
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        sent: Sent,
+        scale: float,
+        dtype: torch.dtype,
     ) -> Tensor:
         scan, exchange, wait = sent
         entering = scan.enter(wait(), owners(exchange, scan.segments.documents, reverse=False))

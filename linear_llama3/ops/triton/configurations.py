@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .tiles import CHANNEL, HEAD, NONE
-
 
 class Tiles(NamedTuple):
     BK: int  # columns of keys,
@@ -36,7 +34,8 @@ def configuration(gate: int, K: int, V: int, *, wide: bool, gate_gradient: bool,
     """`wide`: products in float32 (tf32) instead of bfloat16. `capability`: 80, 90, ..."""
     BK, BV = power_of_two(K), power_of_two(V)
     return Configuration(
-        chunk=64, rows=64,
+        chunk=64,
+        rows=64,
         scan=Tiles(min(BK, 64), min(BV, 64), 0, 4, 2),
         output=Tiles(BK, min(BV, 64), min(BK, 32), 4, 2),
         backward=Tiles(min(BK, 64), min(BV, 64), 32, 4, 2),

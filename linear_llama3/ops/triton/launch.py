@@ -137,9 +137,7 @@ def precision(dtype: torch.dtype) -> dict[str, Any]:
     return {"DOT": tl.float32, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
 
 
-def merge(
-    states: Tensor, factors: Tensor | None, steps: Tensor, targets: int, initial: Tensor | None = None
-) -> Tensor:
+def merge(states: Tensor, factors: Tensor | None, steps: Tensor, targets: int, initial: Tensor | None = None) -> Tensor:
     """The states that enter: `[targets, B, H, K, V]`, of pieces `[n, B, H, K, V]` that decay by `[n, B, H, K]` (None: 1).
 
     H and K, and for the states V, must be strided like one dense matrix each row of which may be longer than V.
@@ -160,16 +158,18 @@ def merge(
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, *, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """One token: out `[B, 1, H * G, V]` and the state after it `[B, H, K, V]` float32."""
+    """One token: out `[B, 1, H * G, V]`, and the state after it `[B, H, K, V]` float32."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     batch, _, heads, key_dim = k.shape
     value_dim = v.shape[3]
     after = torch.empty(batch, heads, key_dim, value_dim, dtype=torch.float32, device=k.device)
-    out = torch.empty(batch, 1, q.shape[2], value_dim, dtype=v.dtype, device=k.device)
+    out = torch.empty(*q.shape[:3], value_dim, dtype=dtype, device=k.device)
     block = min(power_of_two(value_dim), 32)
     decode_kernel[triton.cdiv(value_dim, block), batch * heads](
-        q, k, v, log_decay, state, after, out, scale,
+        q, k, v, None if log_decay is None else log_decay.contiguous(),
+        None if state is None else state.float().contiguous(), after, out, scale,
         H=heads, G=q.shape[2] // heads, K=key_dim, V=value_dim, BK=power_of_two(key_dim), BV=block,
         GATE=NONE.value if log_decay is None else GATES[log_decay.dim()], BEFORE=state is not None, num_warps=4,
     )  # fmt: skip

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 SHORTEST = 2048  # tokens of a segment
 
 

@@ -1,0 +1,123 @@
+"""The op as torch knows it: `torch.compile` passes over it, autograd through it.
+
+What is absent is told by tensors without elements: an op returns tensors only.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..documents import document_edges
+from . import attention
+from .launch import decode
+from .segments import segment_length
+
+
+def triton_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, *, scale: float, cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """As `recurrent_linear_attention`, but a constant log_decay is `[H_kv]`, and out has this dtype."""
+    if q.shape[1] == 1 and not (torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, log_decay, initial_state)
+    )):  # fmt: skip
+        return _decode(q, k, v, log_decay, initial_state, scale, dtype)
+    out, final, _ = _forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, dtype)
+    return out, final if output_final_state else None
+
+
+@torch.library.custom_op("linear_llama3::decode", mutates_args=())
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """One token: out `[B, 1, H * G, V]`, and the state after it `[B, H, K, V]`."""
+    return decode(q, k, v, log_decay, state, scale=scale, dtype=dtype)
+
+
+@_decode.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    after = k.new_empty(k.shape[0], *k.shape[2:], v.shape[3], dtype=torch.float32)
+    return q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype), after
+
+
+@torch.library.custom_op("linear_llama3::linear_attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, output_final_state: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Out, the final state, and the states that enter the segments of longer documents."""
+    nothing = k.new_empty(0, dtype=torch.float32)
+    out, final, entering = attention.run_forward(
+        q, k, v, log_decay, initial_state, document_edges(cu_seqlens, batch=q.shape[0], tokens=q.shape[1]), scale,
+        final=output_final_state, dtype=dtype,
+    )  # fmt: skip
+    return out, nothing if final is None else final, nothing if entering is None else entering
+
+
+@_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, output_final_state: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, tokens, heads, key_dim = k.shape
+    state = (heads, key_dim, v.shape[3])
+    documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    final, entering = ((0,) if not output_final_state else (documents, *state)), (0,)
+    if cu_seqlens is not None:
+        entering = (1, torch.library.get_ctx().new_dynamic_size(), *state)
+    elif initial_state is not None or tokens > segment_length(k, v):
+        entering = (batch, -(-tokens // segment_length(k, v)), *state)
+    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
+    return out, k.new_empty(final, dtype=torch.float32), k.new_empty(entering, dtype=torch.float32)
+
+
+@torch.library.custom_op("linear_llama3::linear_attention_backward", mutates_args=())
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, entering: Tensor,
+    d_out: Tensor, d_final: Tensor | None, scale: float, gate: bool, initial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    boundaries = document_edges(cu_seqlens, batch=q.shape[0], tokens=q.shape[1])
+    dq, dk, dv, d_gate, d_initial = attention.run_backward(
+        q, k, v, log_decay, entering if entering.numel() else None, d_out, d_final, boundaries, scale,
+        gate=gate, initial=initial,
+    )  # fmt: skip
+    nothing = k.new_empty(0, dtype=torch.float32)
+    return dq, dk, dv, nothing if d_gate is None else d_gate, nothing if d_initial is None else d_initial
+
+
+@_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, entering: Tensor,
+    d_out: Tensor, d_final: Tensor | None, scale: float, gate: bool, initial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    documents = k.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    d_gate = k.new_empty(0) if not gate or log_decay is None else torch.empty_like(log_decay)
+    d_initial = k.new_empty((documents, k.shape[2], k.shape[3], v.shape[3]) if initial else 0, dtype=torch.float32)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_gate, d_initial
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale, _, _ = inputs
+    ctx.save_for_backward(q, k, v, log_decay, cu_seqlens, output[2])
+    ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(
+    ctx: Any, d_out: Tensor | None, d_final: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    q, k, v, log_decay, cu_seqlens, entering = ctx.saved_tensors
+    if d_out is None:
+        d_out = q.new_zeros(*q.shape[:3], v.shape[3])
+    gate, initial = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+    dq, dk, dv, d_gate, d_initial = _backward(
+        q, k, v, log_decay, cu_seqlens, entering, d_out, d_final, ctx.scale, gate, initial
+    )
+    d_initial = d_initial.to(ctx.initial_dtype) if initial else None
+    return dq, dk, dv, d_gate if gate else None, d_initial, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
