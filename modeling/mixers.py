@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
 from ..ops import linear_attention
 from ..ops.decays import lightning_log_decay, retention_log_decay
@@ -116,31 +117,29 @@ class LinearAttention(nn.Module):
         row after row; under a sequence-parallel context, of the whole sequence. Further keywords are for
         softmax.
         """
-        q, k, v, log_decay = self._project(hidden_states, position_embeddings, attention_mask)
+        k, v, log_decay = self._keys_values(hidden_states, position_embeddings, attention_mask)
         if self.sequence_parallel_context is not None:
-            out = self.sequence_parallel_context.linear_attention(
-                q, k, v, log_decay=log_decay, cu_seqlens=cu_seq_lens_q, exchange_cache=exchange_cache
+            attend: Callable[[Tensor], Tensor] = self.sequence_parallel_context.start_linear_attention(
+                k, v, log_decay=log_decay, cu_seqlens=cu_seq_lens_q, exchange_cache=exchange_cache
             )
         elif cu_seq_lens_q is not None:
-            out = _attend_packed(q, k, v, log_decay, cu_seq_lens_q)
+            attend = partial(_attend_packed, k=k, v=v, log_decay=log_decay, cu_seqlens=cu_seq_lens_q)
         else:
-            out = self._attend_cached(q, k, v, log_decay, past_key_values)
-        out = self.o_norm(out).reshape(*hidden_states.shape[:2], -1)
-        if self.config.linear_output_gate:
-            out = out * self.gate_activation(self.g_proj(hidden_states))
-        return self.o_proj(out), None
+            attend = partial(self._attend_cached, k=k, v=v, log_decay=log_decay, cache=past_key_values)
+        # under a context the states travel while these are projected
+        q = self._queries(hidden_states, position_embeddings)
+        gate = self.gate_activation(self.g_proj(hidden_states)) if self.config.linear_output_gate else None
+        out = self.o_norm(attend(q.to(v.dtype))).reshape(*hidden_states.shape[:2], -1)
+        return self.o_proj(out if gate is None else out * gate), None
 
-    def _project(
+    def _queries(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        return self._place(self.feature_map(_heads(self.q_proj(x), self.num_heads)), position_embeddings)
+
+    def _keys_values(
         self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        batch, length = x.shape[:2]
-        q = self.feature_map(self.q_proj(x).view(batch, length, self.num_heads, self.key_dim))
-        k = self.feature_map(self.k_proj(x).view(batch, length, self.num_kv_heads, self.key_dim))
-        v = self.v_proj(x).view(batch, length, self.num_kv_heads, self.value_dim)
-        if self.config.uses_linear_rope:
-            # after the feature map: scores then depend on relative positions (RoFormer, arXiv:2104.09864)
-            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the rotary table is float32
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        v = _heads(self.v_proj(x), self.num_kv_heads)
+        k = self._place(self.feature_map(_heads(self.k_proj(x), self.num_kv_heads)), position_embeddings).to(v.dtype)
         log_decay = self._log_decay(x)
         if mask is not None:
             # padding must neither write to the state (after the feature map: phi(0) may be > 0) nor fade it
@@ -150,7 +149,15 @@ class LinearAttention(nn.Module):
                 log_decay = log_decay * mask[:, :, None]
             elif log_decay is not None:
                 log_decay = log_decay * keep.to(log_decay.dtype)
-        return q, k, v, log_decay
+        return k, v, log_decay
+
+    def _place(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotates queries or keys `[B, T, H, D_k]`, after the feature map: scores then depend on relative positions
+        (RoFormer, arXiv:2104.09864). Under autocast the rotary table, and so the result, is float32."""
+        if not self.config.uses_linear_rope:
+            return x
+        cos, sin = (table.unsqueeze(2) for table in position_embeddings)
+        return x * cos + rotate_half(x) * sin
 
     def _log_decay(self, x: Tensor) -> Tensor | None:
         """None, `[H_kv]` or `[B, T, H_kv, D_k]`, at least float32."""
@@ -162,7 +169,9 @@ class LinearAttention(nn.Module):
         gate = gate.to(working_dtype(gate))
         return (F.logsigmoid(gate) / DECAY_TEMPERATURE).view(*x.shape[:2], self.num_kv_heads, self.key_dim)
 
-    def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Cache | None) -> Tensor:
+    def _attend_cached(
+        self, q: Tensor, *, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Cache | None
+    ) -> Tensor:
         if cache is None:
             return linear_attention(q, k, v, log_decay=log_decay)[0]
         layer = cache.layers[self.layer_idx]
@@ -179,7 +188,12 @@ class LinearAttention(nn.Module):
         return out
 
 
-def _attend_packed(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """`[B, T, H * D]` to `[B, T, H, D]`."""
+    return x.unflatten(-1, (heads, -1))
+
+
+def _attend_packed(q: Tensor, *, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor) -> Tensor:
     """Rows `[B, T, H, D]` as one stream of B * T tokens, the state starting anew at each document."""
     shape = q.shape[:2]
     q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))

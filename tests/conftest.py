@@ -7,3 +7,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several ranks share the machine; set before torch is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is made

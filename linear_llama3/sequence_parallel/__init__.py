@@ -2,7 +2,7 @@
 
 from .context import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
 from .layout import LAYOUTS, shard, unshard
-from .linear import LINEAR_STRATEGIES, linear_attention
+from .linear import LINEAR_STRATEGIES, linear_attention, start_linear_attention
 from .softmax import SOFTMAX_STRATEGIES, linformer_attention, softmax_attention
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "linformer_attention",
     "shard",
     "softmax_attention",
+    "start_linear_attention",
     "unshard",
 ]

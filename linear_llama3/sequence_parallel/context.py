@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .collectives import check_group, group_rank, world_size
 from .layout import check_length, get_layout, shard
-from .linear.attention import get_linear_strategy, linear_attention
+from .linear.attention import StartedAttention, get_linear_strategy, linear_attention, start_linear_attention
 from .packing import document_edges, restarting_positions
 from .softmax.attention import get_softmax_strategy, softmax_attention
 
@@ -84,6 +84,12 @@ class SequenceParallelContext:
     @property
     def world_size(self) -> int:
         return world_size(self.group)
+
+    def start_linear_attention(self, k: Tensor, v: Tensor, **options: Any) -> StartedAttention:
+        """`sequence_parallel.start_linear_attention` with this context's group, strategy and layout."""
+        return start_linear_attention(
+            k, v, group=self.group, strategy=self.config.linear, layout=self.layout, **options
+        )
 
     def linear_attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """`sequence_parallel.linear_attention` with this context's group, strategy and layout."""

@@ -12,9 +12,9 @@ from linear_llama3.ops import linear_attention
 from tests.attention_cases import GATES, Case, leaves, relative_error
 
 
-def run(case: Case, backend: str) -> dict[str, Tensor]:
+def run(case: Case, backend: str, inputs: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Output, final state and all gradients, with upstream gradients on both."""
-    inputs = case.inputs()
+    inputs = inputs or case.inputs()
     variables = leaves(inputs)
     out, state = linear_attention(
         **variables,

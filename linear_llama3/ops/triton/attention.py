@@ -34,7 +34,7 @@ class Pass:
         self.launcher, self.reverse, self.scale = launcher, reverse, scale
         self.operands = (launcher.k, launcher.v) if operands is None else operands
         length = segment_length(launcher.k, launcher.v)
-        self.segments = cut(boundaries, length=length, chunk=launcher.configuration.chunk, device=launcher.k.device)
+        self.segments = cut(boundaries, length=length, chunk=launcher.chunk, device=launcher.k.device)
         launcher.cumulate_gate(self.segments)
         self.documents: tuple[int, ...] = ()  # those whose total state other devices need
         self._pieces: tuple[tuple[int, ...], Tensor | None, Tensor | None] | None = None
@@ -169,7 +169,7 @@ def run_backward(
     gate: bool, initial: bool = False, exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients of q, k, v, the log decay (if `gate`) and the initial states (if `initial`)."""
-    launcher = Launcher(k, v, log_decay, gradient=gate)
+    launcher = Launcher(k, v, log_decay, backward=True, gate_gradient=gate)
     q, d_out = q.contiguous(), d_out.contiguous()
     scan = Pass(launcher, boundaries, reverse=False)
     mirrored = Pass(launcher, boundaries, reverse=True, operands=(q, d_out), scale=scale)

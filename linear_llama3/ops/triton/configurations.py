@@ -18,8 +18,8 @@ class Tiles(NamedTuple):
 
 
 class Configuration(NamedTuple):
-    chunk: int  # tokens between stored states; of the gate's cumulated sum
-    rows: int  # tokens of a step of the output kernel, a divisor of `chunk`; the same where the gate varies
+    rows: int  # tokens of a chunk in the forward pass,
+    chunk: int  # and in the backward pass, which stores a state for each
     scan: Tiles
     output: Tiles
     backward: Tiles
@@ -34,8 +34,8 @@ def configuration(gate: int, K: int, V: int, *, wide: bool, gate_gradient: bool,
     """`wide`: products in float32 (tf32) instead of bfloat16. `capability`: 80, 90, ..."""
     BK, BV = power_of_two(K), power_of_two(V)
     return Configuration(
-        chunk=64,
         rows=64,
+        chunk=64,
         scan=Tiles(min(BK, 64), min(BV, 64), 0, 4, 2),
         output=Tiles(BK, min(BV, 64), min(BK, 32), 4, 2),
         backward=Tiles(min(BK, 64), min(BV, 64), 32, 4, 2),

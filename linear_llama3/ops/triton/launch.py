@@ -32,18 +32,21 @@ class Launcher:
     bfloat16 inputs: rounding them costs no more than rounding the output does, and nothing adds up.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, log_decay: Tensor | None, *, gradient: bool = False) -> None:
+    def __init__(
+        self, k: Tensor, v: Tensor, log_decay: Tensor | None, *, backward: bool = False, gate_gradient: bool = False
+    ) -> None:
         self.k, self.v = k.contiguous(), v.contiguous()
         self.log_decay = None if log_decay is None else log_decay.contiguous()
         self.batch, self.tokens, self.heads, self.key_dim = k.shape
         self.value_dim = v.shape[3]
         self.gate = NONE.value if log_decay is None else GATES[log_decay.dim()]
         # a gate per channel needs its gradient's intermediates anyway
-        self.gradient = self.gate == CHANNEL.value or (gradient and log_decay is not None)
+        self.gate_gradient = self.gate == CHANNEL.value or (gate_gradient and log_decay is not None)
         self.configuration = configuration(
-            self.gate, self.key_dim, self.value_dim, wide=k.dtype != torch.bfloat16, gate_gradient=self.gradient,
+            self.gate, self.key_dim, self.value_dim, wide=k.dtype != torch.bfloat16, gate_gradient=self.gate_gradient,
             capability=capability(k.device),
         )  # fmt: skip
+        self.chunk = self.configuration.chunk if backward else self.configuration.rows
         self.b = self.log_decay  # or its sums inside chunks
 
     def cumulate_gate(self, segments: Segments) -> None:
@@ -56,7 +59,7 @@ class Launcher:
         self.b = torch.empty_like(self.log_decay, dtype=torch.float32)
         gate_cumsum_kernel[len(segments.chunks), triton.cdiv(width, block), self.batch](
             self.log_decay, self.b, segments.chunks, self.tokens,
-            WIDTH=width, BW=block, C=self.configuration.chunk, num_warps=4,
+            WIDTH=width, BW=block, C=self.chunk, num_warps=4,
         )  # fmt: skip
 
     def scan(
@@ -72,7 +75,7 @@ class Launcher:
         grid = (count * triton.cdiv(self.key_dim, tiles.BK) * triton.cdiv(self.value_dim, tiles.BV), self._rows)
         state_scan_kernel[grid](
             x, y, self.b, entering, chunk_states, end_states, factors, table, self.tokens, scale, chunks,
-            **self._common(tiles), G=x.shape[2] // self.heads, C=self.configuration.chunk, REVERSE=reverse,
+            **self._common(tiles), G=x.shape[2] // self.heads, C=self.chunk, REVERSE=reverse,
             ENTERING=entering is not None, STATES=states, ENDS=ends,
         )  # fmt: skip
         return chunk_states, end_states, factors
@@ -86,7 +89,7 @@ class Launcher:
         end_states = self._empty(len(segments), self.value_dim) if ends else None
         output_kernel[len(segments) * triton.cdiv(self.value_dim, tiles.BV), self._rows](
             q, self.k, self.v, self.b, entering, out, end_states, segments.table(), self.tokens, scale,
-            **self._common(tiles), G=q.shape[2] // self.heads, BC=tiles.BC, C=self.configuration.rows,
+            **self._common(tiles), G=q.shape[2] // self.heads, BC=tiles.BC, C=self.chunk,
             ENTERING=entering is not None, ENDS=ends,
         )  # fmt: skip
         return out, end_states
@@ -98,14 +101,14 @@ class Launcher:
         tiles = self.configuration.backward
         dq, dk, dv = (torch.empty_like(x) for x in (q, self.k, self.v))
         key_tiles, d_gate = triton.cdiv(self.key_dim, tiles.BK), None
-        if self.gradient:
+        if self.gate_gradient:
             shape = (key_tiles, *self.k.shape[:3]) if self.gate != CHANNEL.value else self.k.shape
             d_gate = torch.empty(shape, dtype=torch.float32, device=self.k.device)
         programs = len(segments.chunks) * (key_tiles + triton.cdiv(self.value_dim, tiles.BV))
         backward_kernel[programs, self._rows](
             q, self.k, self.v, self.b, d_out, states, d_states, dq, dk, dv, d_gate, segments.chunks,
             self.tokens, scale, **self._common(tiles), G=q.shape[2] // self.heads, BC=tiles.BC,
-            C=self.configuration.chunk, GRADIENT=self.gradient,
+            C=self.chunk, GRADIENT=self.gate_gradient,
         )  # fmt: skip
         if d_gate is not None and self.gate != CHANNEL.value:
             d_gate = d_gate.sum((0, 1, 2)) if self.gate == HEAD.value else d_gate.sum(0)

@@ -49,12 +49,11 @@ def _forward(
     scale: float, output_final_state: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Out, the final state, and the states that enter the segments of longer documents."""
-    nothing = k.new_empty(0, dtype=torch.float32)
     out, final, entering = attention.run_forward(
         q, k, v, log_decay, initial_state, document_edges(cu_seqlens, batch=q.shape[0], tokens=q.shape[1]), scale,
         final=output_final_state, dtype=dtype,
     )  # fmt: skip
-    return out, nothing if final is None else final, nothing if entering is None else entering
+    return out, _present(final, k), _present(entering, k)
 
 
 @_forward.register_fake
@@ -84,8 +83,7 @@ def _backward(
         q, k, v, log_decay, entering if entering.numel() else None, d_out, d_final, boundaries, scale,
         gate=gate, initial=initial,
     )  # fmt: skip
-    nothing = k.new_empty(0, dtype=torch.float32)
-    return dq, dk, dv, nothing if d_gate is None else d_gate, nothing if d_initial is None else d_initial
+    return dq, dk, dv, _present(d_gate, k), _present(d_initial, k)
 
 
 @_backward.register_fake
@@ -121,3 +119,8 @@ def _autograd(
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _present(x: Tensor | None, like: Tensor) -> Tensor:
+    """Or a tensor without elements, each its own: outputs of an op must not be the same tensor."""
+    return like.new_empty(0, dtype=torch.float32) if x is None else x

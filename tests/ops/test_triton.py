@@ -1,0 +1,249 @@
+"""The Triton kernels under Triton's interpreter (no GPU needed) against the recurrence in float64.
+
+The interpreter is right in float32 and float16; bfloat16 is tested on a GPU (test_triton_gpu.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_llama3.ops import linear_attention
+from tests.attention_cases import GATES, Case, relative_error
+from tests.ops.test_linear_attention import documents_of, run
+
+pytest.importorskip("triton")
+
+from linear_llama3.ops.triton import attention, launch, segments  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="with a GPU the kernels are compiled")
+
+# o, dq, dk, dv, states; and the gate, whose gradient is a sum over many tokens
+BOUNDS = {torch.float32: (2e-6, 2e-5), torch.float16: (1e-3, 3e-3)}
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """What a kernel does not write is nan."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Documents are cut every 128 tokens, so that states are merged."""
+    monkeypatch.setattr(segments, "SHORTEST", 128)
+    yield
+
+
+def check(case: Case, *, loose: float = 1.0) -> None:
+    """Output, final state and all gradients against the recurrence in float64."""
+    got = run(case, "triton")
+    expected = run(case, "recurrent", {name: x.double() for name, x in case.inputs().items()})
+    for name, x in got.items():
+        bound, gate_bound = BOUNDS[case.dtype]
+        limit = loose * (gate_bound if name == "d_log_decay" else bound)
+        assert relative_error(x.double(), expected[name]) < limit, (name, case)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("gate", GATES)
+def test_every_length(gate: str, dtype: torch.dtype) -> None:
+    for tokens in (1, 15, 16, 17, 63, 64, 65, 200, 256):
+        check(Case(tokens=tokens, gate=gate, key_dim=16, value_dim=16, heads=1, strength=0.1, dtype=dtype))
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_every_size(gate: str) -> None:
+    """Head dims that are no power of two, more than a tile, different; GQA; batch; initial states; the normaliser."""
+    sizes = ((16, 16), (40, 24), (17, 130), (130, 17), (5, 3), (153, 64))
+    for (key_dim, value_dim), more in product(sizes, (False, True)):
+        check(
+            Case(
+                tokens=70, gate=gate, key_dim=key_dim, value_dim=value_dim, groups=3 if more else 1, batch=1 + more,
+                initial_state=more, normalize=more, strength=0.1, heads=2 - more, dtype=torch.float32,
+            )
+        )  # fmt: skip
+
+
+@pytest.mark.usefixtures("short_segments")
+@pytest.mark.parametrize("gate", GATES)
+def test_packed_documents_and_segments(gate: str) -> None:
+    tokens = 300
+    for documents, initial in product((None, documents_of(tokens), (0, 64, 65, tokens)), (False, True)):
+        check(
+            Case(
+                tokens=tokens, gate=gate, groups=2, documents=documents, initial_state=initial, key_dim=16, heads=1,
+                value_dim=8, batch=1 if documents else 2, strength=0.05, dtype=torch.float32,
+            )
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("gate", [g for g in GATES if g != "none"])
+@pytest.mark.parametrize("strength", [0.0, 1.0, 8.0, 60.0])
+def test_any_decay(gate: str, strength: float) -> None:
+    """None at all, and so strong that products of decays underflow and their inverses overflow."""
+    case = Case(
+        tokens=150, gate=gate, strength=strength, key_dim=16, value_dim=16, documents=(0, 50, 150), dtype=torch.float32
+    )
+    check(case, loose=1 if strength < 1 else 5)
+
+
+@pytest.mark.parametrize("gate", ["head", "scalar", "channel"])
+def test_a_gate_that_forgets_everything(gate: str) -> None:
+    inputs = {n: x.float() for n, x in Case(tokens=70, gate=gate, key_dim=16, value_dim=16).inputs().items()}
+    w, inputs["log_decay"] = inputs.pop("w"), torch.full_like(inputs["log_decay"], -torch.inf)
+    variables = {name: x.requires_grad_(name != "log_decay") for name, x in inputs.items()}
+    outs = [linear_attention(**variables, backend=backend)[0] for backend in ("triton", "recurrent")]
+    gradients = [torch.autograd.grad((out * w).sum(), [variables[n] for n in "qkv"]) for out in outs]
+    for got, expected in zip((outs[0], *gradients[0]), (outs[1], *gradients[1]), strict=True):
+        assert relative_error(got, expected) < 1e-6
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_segments_change_rounding_only(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(tokens=520, gate=gate, key_dim=16, value_dim=16, strength=0.02, dtype=torch.float32)
+    whole = run(case, "triton")
+    monkeypatch.setattr(segments, "SHORTEST", 128)
+    for name, x in run(case, "triton").items():
+        assert relative_error(x, whole[name]) < (1e-5 if name == "d_log_decay" else 1e-6), name
+
+
+def test_the_same_bits_every_time() -> None:
+    for gate in GATES:
+        case = Case(tokens=140, gate=gate, groups=2, key_dim=16, value_dim=16, strength=0.1, dtype=torch.float32)
+        first, second = run(case, "triton"), run(case, "triton")
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_bfloat16_inputs() -> None:
+    """The interpreter multiplies them in float32: types of what goes in and out."""
+    case = Case(tokens=70, gate="channel", key_dim=16, value_dim=16, initial_state=True, dtype=torch.bfloat16)
+    got = run(case, "triton")
+    expected = run(case, "recurrent", {name: x.double() for name, x in case.inputs().items()})
+    assert got["out"].dtype == torch.bfloat16 and got["state"].dtype == torch.float32
+    assert all(relative_error(x.double(), expected[name]) < 2e-2 for name, x in got.items())
+
+
+def test_strided_inputs() -> None:
+    inputs = {n: x.float() for n, x in Case(tokens=70, gate="channel", key_dim=16, value_dim=16).inputs().items()}
+    del inputs["w"]
+    strided = {name: x.repeat_interleave(2, dim=-1)[..., ::2] for name, x in inputs.items()}
+    transposed = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in inputs.items()}
+    expected = linear_attention(**inputs, backend="triton")[0]
+    for variables in (strided, transposed):
+        assert torch.equal(linear_attention(**variables, backend="triton")[0], expected)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_decoding_continues_a_prefill(gate: str, groups: int) -> None:
+    case = Case(tokens=70, gate=gate, groups=groups, batch=2, key_dim=20, value_dim=33, dtype=torch.float32)
+    inputs = {name: x for name, x in case.inputs().items() if name != "w"}
+    whole, end = linear_attention(**inputs, output_final_state=True, backend="triton")
+
+    def part(start: int, stop: int) -> dict[str, Tensor]:
+        return {name: x if x.dim() == 1 else x[:, start:stop] for name, x in inputs.items()}
+
+    _, state = linear_attention(**part(0, 66), output_final_state=True, backend="triton")
+    for t in range(66, 70):
+        before = state
+        out, state = linear_attention(
+            **part(t, t + 1), initial_state=state, output_final_state=True, backend="triton"
+        )
+        assert before is not None and state is not None and not torch.equal(before, state)
+        assert relative_error(out, whole[:, t : t + 1]) < 1e-5
+    assert state is not None and end is not None and relative_error(state, end) < 1e-5
+
+
+def test_merge_is_the_fold() -> None:
+    """Against the recurrence written out, with restarts, pieces left out, and rows longer than V (the message of
+    another device, whose last column is the decay)."""
+    message = torch.randn(4, 2, 3, 5, 8)
+    states, factors, initial = message[..., :-1], message[..., -1].sigmoid(), torch.randn(2, 2, 3, 5, 7)
+    steps = [(0, 0, -1), (2, 1, -2), (1, -1, -2), (-1, 2, -2), (3, 3, 1), (-1, 4, -2)]
+    expected, x = {}, torch.zeros(2, 3, 5, 7)
+    for source, target, start in steps:
+        if start != -2:
+            x = initial[start] if start >= 0 else torch.zeros_like(x)
+        if target >= 0:
+            expected[target] = x
+        if source >= 0:
+            x = factors[source].unsqueeze(-1) * x + states[source]
+    got = launch.merge(states, factors, torch.tensor(steps, dtype=torch.int32), 5, initial)
+    assert got.shape == (2, 5, 3, 5, 7)
+    for target, state in expected.items():
+        assert torch.equal(got[:, target], state), target
+
+
+def test_what_is_forgotten_may_be_anything() -> None:
+    """0 * nan is nan, but a document that is over has nothing to say."""
+    states = torch.full((2, 1, 1, 2, 2), torch.nan)
+    states[1] = 1.0
+    factors = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1).expand(2, 1, 1, 2)
+    steps = torch.tensor([(0, -1, -1), (1, -1, -2), (-1, 0, -2)], dtype=torch.int32)
+    assert torch.equal(launch.merge(states, factors, steps, 1)[:, 0], torch.ones(1, 1, 2, 2))
+
+
+def test_gate_sums_start_anew_in_every_chunk() -> None:
+    log_decay = -torch.rand(2, 150, 3)
+    k, v = torch.randn(2, 150, 3, 16), torch.randn(2, 150, 3, 16)
+    launcher = launch.Launcher(k, v, log_decay)
+    attention.Pass(launcher, (0, 70, 150), reverse=False)
+    for start in (0, 64, 70, 134):
+        stop = {0: 64, 64: 70, 70: 134, 134: 150}[start]
+        expected = log_decay[:, start:stop].double().cumsum(1) / torch.log(torch.tensor(2.0).double())
+        assert launcher.b is not None and relative_error(launcher.b[:, start:stop].double(), expected) < 1e-6
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_without_a_break(gate: str, packed: bool) -> None:
+    case = Case(
+        tokens=70, gate=gate, key_dim=16, value_dim=8, initial_state=True, documents=(0, 30, 70) if packed else None,
+        dtype=torch.float32,
+    )  # fmt: skip
+    variables = {name: x.requires_grad_() for name, x in case.inputs().items() if name != "w"}
+
+    def both(q: Tensor, **rest: Tensor) -> tuple[Tensor, Tensor]:
+        out, state = linear_attention(
+            q * 2, **rest, cu_seqlens=case.cu_seqlens(), output_final_state=True, backend="triton"
+        )
+        assert state is not None
+        return out + 1, state
+
+    torch.compiler.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (both, compiled):
+        out, state = function(**variables)
+        gradients = torch.autograd.grad(out.square().sum() + state.square().sum(), list(variables.values()))
+        results.append((out, state, *gradients))
+    for plain, traced in zip(*results, strict=True):
+        assert torch.equal(plain, traced)
+
+
+def test_the_op_is_registered_as_torch_expects() -> None:
+    inputs = Case(tokens=40, gate="channel", key_dim=16, value_dim=8, initial_state=True, dtype=torch.float32).inputs()
+    names = ("q", "k", "v", "log_decay", "initial_state")
+    arguments = (*(inputs[name].requires_grad_() for name in names), None, 0.3, True, torch.float32)
+    torch.library.opcheck(torch.ops.linear_llama3.linear_attention.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": torch.float64}, "backend 'triton' takes bfloat16, float16 and float32, got torch.float64"),
+        ({"key_dim": 257}, "backend 'triton' takes head dims D_k up to 256, got 257"),
+        ({"causal": False}, "backend 'triton' is causal"),
+    ],
+)
+def test_what_it_cannot_serve_is_refused(changes: dict[str, object], message: str) -> None:
+    case = Case(tokens=4, **{"dtype": torch.float32, **changes})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        run(case, "triton")
