@@ -5,6 +5,7 @@
 The peers are the core of transformers' MiniMax lightning attention (its module, projections and norm taken out) and
 torch's causal softmax attention. Times are medians of forward, and of forward and backward, in one run on one machine;
 compare the ratios. Memory is the growth of the process's peak over a forward and backward, each in its own process.
+Where there is a GPU, `bench_ops_gpu.py` and its options take over.
 """
 
 from __future__ import annotations
@@ -167,6 +168,10 @@ def high_water_mark() -> int:
 
 
 def main() -> None:
+    if torch.cuda.is_available():
+        import bench_ops_gpu
+
+        return bench_ops_gpu.main()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--out", type=Path)
