@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 CHUNK_SIZE = 64  # the fastest on CPUs at head dims 64 and 128; 16 and 256 lose
-CHUNKS_PER_BLOCK = 16  # worked on at once: bounds the temporaries, keeps them in the cache
+CHUNKS_PER_BLOCK = 8  # worked on at once: bounds the temporaries, keeps them in the cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +20,7 @@ class Block:
     """Some consecutive chunks."""
 
     size: int  # n
+    chunk_size: int  # C
     start: int  # the tokens [start, stop) without a gap
     stop: int
     slots: Tensor | None  # int64 [n * C]: the token in each slot; None where slots and tokens are the same
@@ -71,6 +72,7 @@ class Chunks:
             slots, filled = self._slots(starts[i:j], stops[i:j])
             yield Block(
                 size=j - i,
+                chunk_size=self.size,
                 start=starts[i],
                 stop=stops[j - 1],
                 slots=slots,

@@ -106,7 +106,7 @@ def check_arguments(
 ) -> tuple[Tensor | None, tuple[int, ...]]:
     """Checks what one device and a shard have in common.
 
-    Returns the log decay with a constant one expanded to `[B, T, H_kv]`, and the document edges (0, ..., T).
+    Returns the log decay, a constant one in the working precision, and the document edges (0, ..., T).
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
@@ -128,7 +128,7 @@ def check_arguments(
                     "pass the log of a factor in (0, 1]"
                 )
             # not in half precision: its gradient is a sum over all tokens
-            log_decay = log_decay.to(working_dtype(q)).expand(batch, tokens, kv_heads)
+            log_decay = log_decay.to(working_dtype(q))
     if cu_seqlens is None:
         return log_decay, (0, tokens)
     edges = read_cu_seqlens(cu_seqlens)

@@ -91,7 +91,8 @@ def linear_attention(
     local = q.shape[1]
     part = locate(local, batch=q.shape[0], group=group, layout=layout, cu_seqlens=cu_seqlens, length=length)
     q, k, v = (x[:, : part.tokens] for x in (q, k, v))  # padding takes no part
-    log_decay = None if log_decay is None else log_decay[:, : part.tokens]
+    if log_decay is not None and log_decay.dim() > 1:
+        log_decay = log_decay[:, : part.tokens]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     if world_size(group) == 1:
