@@ -16,7 +16,7 @@ v `[B, H, n, C, D_v]`; states `[B, H, (n,) D_k, D_v]`; decays: `scores.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -83,21 +83,21 @@ class _Chunked(torch.autograd.Function):
         exchange: Exchange | None,
     ) -> tuple[Tensor, Tensor]:
         stream = _Stream(q, k, v, log_decay, scale)
-        inside: Iterable[Tensor] = (_inside(stream.tokens(block)) for block in chunks.blocks)
+        tokens_of = lru_cache(maxsize=1)(stream.tokens)
+        inside = (_inside(tokens_of(block)) for block in chunks.blocks)
         if exchange is not None:
             wait = exchange.start(lambda: _total_states(stream, chunks, exchange.links), reverse=False)
-            inside = list(inside)  # needs no state: runs while the states travel
+            inside = iter(list(inside))  # needs no state: runs while the states travel
             initial_state = wait()  # also where no document goes on: every rank takes part
 
         out = torch.empty(*q.shape[:3], v.shape[-1], dtype=stream.dtype, device=q.device)
         entering = _entering(stream, initial_state, exchange)
         state, finals = stream.zero_state(), {}
         edges = state.new_empty(len(chunks.blocks), *state.shape)
-        for block, part, edge in zip(chunks.blocks, inside, edges.unbind(), strict=True):
+        for block, edge in zip(chunks.blocks, edges.unbind(), strict=True):
             edge.copy_(state)
-            before, state, ended = _fold_states(stream.tokens(block), state, entering)
+            state, ended = _block_forward(tokens_of(block), next(inside), state, entering, out)
             finals.update(ended)
-            block.put(_add_product(part, stream.tokens(block).reading, before), out, stream.groups)
 
         ctx.save_for_backward(q, k, v, log_decay, initial_state, edges)
         ctx.chunks, ctx.scale, ctx.exchange = chunks, scale, exchange
@@ -114,34 +114,30 @@ class _Chunked(torch.autograd.Function):
         stream = _Stream(q, k, v, log_decay, ctx.scale, d_out)
         entering, leaving = _entering(stream, initial_state, exchange), stream.per_document(d_final)
         backwards = chunks.blocks[::-1]
-        inside: Iterable[_Gradients] = (_inside_backward(stream.tokens(block), gate=gate) for block in backwards)
+        tokens_of = lru_cache(maxsize=1)(stream.tokens)
+        inside = (_inside_backward(tokens_of(block), gate=gate) for block in backwards)
         if exchange is not None:
             wait = exchange.start(lambda: _total_gradients(stream, chunks, exchange.links), reverse=True)
-            inside = list(inside)
+            inside = iter(list(inside))
             links = zip(exchange.links, wait(), strict=True)
             leaving = {link.stop - 1: x for link, x in links if link.stop > link.first}
 
-        d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
-        d_log_decay = stream.empty_log_decay() if gate else None
+        gradients = [torch.empty_like(x) for x in (q, k, v)]
+        if gate:
+            gradients.append(stream.empty_log_decay())
         d_state, d_initial = stream.zero_state(), {}
-        for block, d, edge in zip(backwards, inside, edges.flip(0).unbind(), strict=True):
-            tokens = stream.tokens(block)
-            before, _, _ = _fold_states(tokens, edge, entering)
-            d_after, d_state, began = _fold_gradients(tokens, d_state, leaving)
+        for block, edge in zip(backwards, edges.unbind()[::-1], strict=True):
+            states, d_states = (edge, entering), (d_state, leaving)
+            d_state, began = _block_backward(tokens_of(block), next(inside), states, d_states, gradients)
             d_initial.update(began)
-            d_gate = _add_through_states(d, tokens, before, d_after)
-            block.put(d.query * stream.scale, d_q, stream.groups)
-            block.put(d.key, d_k)
-            block.put(d.value, d_v)
-            if d_log_decay is not None:
-                block.put(d_gate, d_log_decay)
-        if d_log_decay is not None:
-            d_log_decay = d_log_decay.sum((0, 1)) if log_decay.dim() == 1 else d_log_decay
-            d_log_decay = d_log_decay.view(log_decay.shape)
+        d_log_decay = None
+        if gate:
+            d_log_decay = gradients[3].sum((0, 1), dtype=torch.float64) if log_decay.dim() == 1 else gradients[3]
+            d_log_decay = d_log_decay.view(log_decay.shape).to(log_decay.dtype)
         d_start = None
         if ctx.needs_input_grad[4]:
             d_start = torch.cat([d_initial[n] for n in range(chunks.documents)]).to(initial_state.dtype)
-        return d_q, d_k, d_v, d_log_decay, d_start, None, None, None
+        return *gradients[:3], d_log_decay, d_start, None, None, None
 
 
 class _Stream:
@@ -156,13 +152,9 @@ class _Stream:
         self.log_decay = k.new_zeros(k.shape[2], dtype=self.dtype) if log_decay is None else log_decay
         self.d_out = torch.zeros((), device=q.device).expand(*q.shape[:3], v.shape[-1]) if d_out is None else d_out
         self._whole_chunk: Decay | None = None
-        self._tokens: _Tokens | None = None
 
     def tokens(self, block: Block) -> _Tokens:
-        """The same object as long as the same block is asked for."""
-        if self._tokens is None or self._tokens.block is not block:
-            self._tokens = _Tokens(self, block)
-        return self._tokens
+        return _Tokens(self, block)
 
     def decay(self, block: Block) -> Decay:
         """A constant one is the same for all chunks without empty slots."""
@@ -219,7 +211,7 @@ class _Tokens:
     def decay(self) -> Decay:
         return self.stream.decay(self.block)
 
-    @cached_property
+    @property
     def reading(self) -> Tensor:
         """The queries as they read the state before the chunk."""
         return self.query * self.decay.from_start
@@ -295,22 +287,38 @@ def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return x
 
 
-def _add_through_states(d: _Gradients, tokens: _Tokens, before: Tensor, d_after: Tensor) -> Tensor | None:
-    """Adds what flows through the states to the gradients from inside the chunks; returns that of the log decay."""
+def _block_forward(
+    tokens: _Tokens, part: Tensor, state: Tensor, entering: States, out: Tensor
+) -> tuple[Tensor, States]:
+    """Adds what the queries read from the states, and writes the outputs."""
+    before, state, ended = _fold_states(tokens, state, entering)
+    tokens.block.put(_add_product(part, tokens.reading, before), out, tokens.stream.groups)
+    return state, ended
+
+
+def _block_backward(
+    tokens: _Tokens,
+    d: _Gradients,
+    states: tuple[Tensor, States],
+    d_states: tuple[Tensor, States],
+    gradients: Sequence[Tensor],
+) -> tuple[Tensor, States]:
+    """Adds what flows through the states to the gradients from inside the chunks, and writes them."""
+    before, _, _ = _fold_states(tokens, *states)
+    d_after, d_state, began = _fold_gradients(tokens, *d_states)
     d_query = (tokens.d_out @ before.mT).mul_(tokens.decay.from_start)
     d_key = (tokens.value @ d_after.mT).mul_(tokens.decay.to_end)
-    d.query.add_(d_query)
-    d.key.add_(d_key)
-    _add_product(d.value, tokens.writing, d_after)
-    if d.flow is None:
-        return None
-    queries = (tokens.query * d_query).unflatten(-2, (d_key.shape[-2], -1)).sum(-2)
-    keys = tokens.key * d_key
-    states = (before * d_after).sum(-1).mul_(tokens.decay.whole[..., 0]).unsqueeze(-2)
-    return _gate_gradient(d.flow, queries, keys, states)
+    if d.flow is not None:
+        queries = (tokens.query * d_query).unflatten(-2, (tokens.block.chunk_size, -1)).sum(-2)
+        across = (before * d_after).sum(-1).mul_(tokens.decay.whole[..., 0]).unsqueeze(-2)
+        tokens.block.put(_gate_gradient(d.flow, queries, tokens.key * d_key, across), gradients[3])
+    tokens.block.put(d.query.add_(d_query).mul_(tokens.stream.scale), gradients[0], tokens.stream.groups)
+    tokens.block.put(d.key.add_(d_key), gradients[1])
+    tokens.block.put(_add_product(d.value, tokens.writing, d_after), gradients[2])
+    return d_state, began
 
 
-def _gate_gradient(flow: Tensor, queries: Tensor, keys: Tensor, states: Tensor) -> Tensor:
+def _gate_gradient(flow: Tensor, queries: Tensor, keys: Tensor, across: Tensor) -> Tensor:
     """The gradient of a token's log decay: the sum of all that passes the token, from anything before it (the state
     before the chunk, a key) to anything from it on (a query, the state behind the chunk).
 
@@ -318,10 +326,10 @@ def _gate_gradient(flow: Tensor, queries: Tensor, keys: Tensor, states: Tensor) 
     would only cancel up to their rounding.
     """
     if flow.shape[-1] == 1:
-        queries, keys, states = (x.sum(-1, keepdim=True) for x in (queries, keys, states))
+        queries, keys, across = (x.sum(-1, keepdim=True) for x in (queries, keys, across))
     to_queries = (flow + queries).flip(-2).cumsum(-2).flip(-2)
     to_state = F.pad(keys[..., :-1, :], (0, 0, 1, 0)).cumsum(-2)
-    return to_queries + to_state + states
+    return to_queries + to_state + across
 
 
 def _entering(stream: _Stream, states: Tensor | None, exchange: Exchange | None) -> States:

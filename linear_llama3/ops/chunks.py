@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 CHUNK_SIZE = 64  # the fastest on CPUs at head dims 64 and 128; 16 and 256 lose
-CHUNKS_PER_BLOCK = 8  # worked on at once: bounds the temporaries, keeps them in the cache
+CHUNKS_PER_BLOCK = 4  # worked on at once: bounds the temporaries, keeps them in the cache
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Block:
     """Some consecutive chunks."""
 
