@@ -15,7 +15,7 @@ v `[B, H, n, C, D_v]`; states `[B, H, (n,) D_k, D_v]`; decays: `scores.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -65,7 +65,7 @@ def chunked_linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Same contract as `recurrent_linear_attention`. With `exchange` the first and the last document of a link may
     go on elsewhere, `boundaries` may be (0,) for a device without tokens, and the final states are not to be used."""
-    chunks = Chunks(boundaries, q.device)
+    chunks = Chunks(boundaries, q.device, width=q[:, 0].numel())
     return _Chunked.apply(q, k, v, log_decay, initial_state, chunks, scale, exchange)
 
 
@@ -84,7 +84,7 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         stream = _Stream(q, k, v, log_decay, scale)
         tokens_of = lru_cache(maxsize=1)(stream.tokens)
-        inside = (_inside(tokens_of(block)) for block in chunks.blocks)
+        inside: Iterator[Tensor] = (_inside(tokens_of(block)) for block in chunks.blocks)
         if exchange is not None:
             wait = exchange.start(lambda: _total_states(stream, chunks, exchange.links), reverse=False)
             inside = iter(list(inside))  # needs no state: runs while the states travel
@@ -115,7 +115,7 @@ class _Chunked(torch.autograd.Function):
         entering, leaving = _entering(stream, initial_state, exchange), stream.per_document(d_final)
         backwards = chunks.blocks[::-1]
         tokens_of = lru_cache(maxsize=1)(stream.tokens)
-        inside = (_inside_backward(tokens_of(block), gate=gate) for block in backwards)
+        inside: Iterator[_Gradients] = (_inside_backward(tokens_of(block), gate=gate) for block in backwards)
         if exchange is not None:
             wait = exchange.start(lambda: _total_gradients(stream, chunks, exchange.links), reverse=True)
             inside = iter(list(inside))
@@ -257,14 +257,12 @@ def _fold(
     """
     received = torch.empty_like(updates)
     closed: States = {}
-    places, steps = received.unbind(2), zip(updates.unbind(2), factors.expand_as(updates).unbind(2), strict=True)
-    steps = list(steps)
+    places, added, kept = (x.unbind(2) for x in (received, updates, factors.expand_as(updates)))
     for c in order:
         if (document := opens[c]) is not None:
             state = entering.get(document, torch.zeros_like(state))
         places[c].copy_(state)
-        update, factor = steps[c]
-        state = torch.addcmul(update, factor, state)
+        state = torch.addcmul(added[c], kept[c], state)
         if (document := closes[c]) is not None:
             closed[document] = state
     return received, state, closed

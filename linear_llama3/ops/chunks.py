@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 CHUNK_SIZE = 64  # the fastest on CPUs at head dims 64 and 128; 16 and 256 lose
-CHUNKS_PER_BLOCK = 4  # worked on at once: bounds the temporaries, keeps them in the cache
+CHUNKS_PER_BLOCK = 16  # worked on at once: bounds the temporaries, and the states that are kept, one for each block
+CACHED_NUMBERS = 2**18  # in a tensor of a block on a CPU, where larger ones would not stay in the cache
+FEWEST_TOKENS = 256  # in a block, however wide: more states to keep would cost more than they save
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,20 +46,24 @@ class Block:
 
 
 class Chunks:
-    """The blocks of a stream whose documents are the intervals between `boundaries`."""
+    """The blocks of a stream whose documents are the intervals between `boundaries`; `width` numbers are a token."""
 
-    def __init__(self, boundaries: tuple[int, ...], device: torch.device, size: int | None = None) -> None:
-        self.boundaries = boundaries
-        self.device = device
+    def __init__(
+        self, boundaries: tuple[int, ...], device: torch.device, *, width: int, size: int | None = None
+    ) -> None:
+        self.boundaries, self.device, self.width = boundaries, device, width
         self.documents = len(boundaries) - 1
         # Short documents leave chunks half empty; smaller chunks waste less.
         mean = (boundaries[-1] - boundaries[0]) // max(self.documents, 1)
         self.size = size or next((c for c in (16, 32) if mean < c), CHUNK_SIZE)
+        self.per_block = CHUNKS_PER_BLOCK
+        if device.type == "cpu":
+            self.per_block = min(CHUNKS_PER_BLOCK, max(FEWEST_TOKENS, CACHED_NUMBERS // width) // self.size)
         self.blocks = list(self._blocks())
 
     def document(self, n: int) -> Chunks:
         """The chunks of one document alone."""
-        return Chunks(self.boundaries[n : n + 2], self.device, self.size)
+        return Chunks(self.boundaries[n : n + 2], self.device, width=self.width, size=self.size)
 
     def _blocks(self) -> Iterator[Block]:
         starts, stops, documents = [], [], []
@@ -67,8 +73,8 @@ class Chunks:
             stops += [*edges[1:], b]
             documents += [n] * len(edges)
         first = [i == 0 or documents[i] != documents[i - 1] for i in range(len(documents))]
-        for i in range(0, len(starts), CHUNKS_PER_BLOCK):
-            j = min(i + CHUNKS_PER_BLOCK, len(starts))
+        for i in range(0, len(starts), self.per_block):
+            j = min(i + self.per_block, len(starts))
             slots, filled = self._slots(starts[i:j], stops[i:j])
             yield Block(
                 size=j - i,

@@ -65,8 +65,8 @@ def scores_backward(
     """Gradients of q and k, and with `gate` the flow `[..., C, 1 or D]`. `s`, the scores, and `ds` are overwritten.
 
     The flow of token t is the sum of s_ij ds_ij over i = t, less that over j = t, without the pairs i = j: from t to
-    the end of the chunk it adds up to all pairs j < t <= i, those that the decay of t is part of. It is q * dq - k * dk,
-    where the pairs i = j would cancel, but leave a rounding that is large next to strongly decayed pairs.
+    the end of the chunk it adds up to all pairs j < t <= i, those that the decay of t is part of. It is q dq - k dk,
+    but there the pairs i = j cancel, and leave a rounding that is large next to strongly decayed pairs.
     """
     if decay.pairs is None:
         return _channel_scores_backward(q, k, decay.b, ds)
