@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .chunks import Block, Chunks
+from .chunks import Block, Chunks, chunk_size
 from .precision import without_autocast, working_dtype
 from .scores import Decay, cumulated_decay, scores, scores_backward
 
@@ -65,7 +65,8 @@ def chunked_linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Same contract as `recurrent_linear_attention`. With `exchange` the first and the last document of a link may
     go on elsewhere, `boundaries` may be (0,) for a device without tokens, and the final states are not to be used."""
-    chunks = Chunks(boundaries, q.device, width=q[:, 0].numel())
+    size = chunk_size(boundaries, key_dim=q.shape[-1], groups=q.shape[2] // k.shape[2])
+    chunks = Chunks(boundaries, q.device, size=size, width=max(q.shape[0] * q.shape[2:].numel(), 1))
     return _Chunked.apply(q, k, v, log_decay, initial_state, chunks, scale, exchange)
 
 
