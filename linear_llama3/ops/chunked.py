@@ -16,7 +16,7 @@ v `[B, H, n, C, D_v]`; states `[B, H, (n,) D_k, D_v]`; decays: `scores.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -84,7 +84,7 @@ class _Chunked(torch.autograd.Function):
         exchange: Exchange | None,
     ) -> tuple[Tensor, Tensor]:
         stream = _Stream(q, k, v, log_decay, scale)
-        tokens_of = lru_cache(maxsize=1)(stream.tokens)
+        tokens_of = lru_cache(maxsize=1)(partial(_Tokens, stream))  # what a block reads is let go with it
         inside: Iterator[Tensor] = (_inside(tokens_of(block)) for block in chunks.blocks)
         if exchange is not None:
             wait = exchange.start(lambda: _total_states(stream, chunks, exchange.links), reverse=False)
@@ -112,10 +112,12 @@ class _Chunked(torch.autograd.Function):
         q, k, v, log_decay, initial_state, edges = ctx.saved_tensors
         chunks, exchange, gate = ctx.chunks, ctx.exchange, ctx.needs_input_grad[3]
         assert exchange is None or d_final is None, "final states of a shard have no gradient"
+        if d_out is None:
+            d_out = q.new_zeros(()).expand(*q.shape[:3], v.shape[-1])
         stream = _Stream(q, k, v, log_decay, ctx.scale, d_out)
         entering, leaving = _entering(stream, initial_state, exchange), stream.per_document(d_final)
         backwards = chunks.blocks[::-1]
-        tokens_of = lru_cache(maxsize=1)(stream.tokens)
+        tokens_of = lru_cache(maxsize=1)(partial(_Tokens, stream))
         inside: Iterator[_Gradients] = (_inside_backward(tokens_of(block), gate=gate) for block in backwards)
         if exchange is not None:
             wait = exchange.start(lambda: _total_gradients(stream, chunks, exchange.links), reverse=True)
@@ -125,17 +127,13 @@ class _Chunked(torch.autograd.Function):
 
         gradients = [torch.empty_like(x) for x in (q, k, v)]
         if gate:
-            gradients.append(stream.empty_log_decay())
+            gradients.append(stream.empty_gates())
         d_state, d_initial = stream.zero_state(), {}
         for block, edge in zip(backwards, edges.unbind()[::-1], strict=True):
             states, d_states = (edge, entering), (d_state, leaving)
             d_state, began = _block_backward(tokens_of(block), next(inside), states, d_states, gradients)
             d_initial.update(began)
-        d_log_decay = None
-        if gate:
-            d_log_decay = gradients[3].sum((0, 1), dtype=torch.float64) if log_decay.dim() == 1 else gradients[3]
-            d_log_decay = d_log_decay.view(log_decay.shape).to(log_decay.dtype)
-        d_start = None
+        d_log_decay, d_start = stream.d_log_decay(gradients[3]) if gate else None, None
         if ctx.needs_input_grad[4]:
             d_start = torch.cat([d_initial[n] for n in range(chunks.documents)]).to(initial_state.dtype)
         return *gradients[:3], d_log_decay, d_start, None, None, None
@@ -151,11 +149,8 @@ class _Stream:
         self.dtype = working_dtype(q)
         self.groups = q.shape[2] // k.shape[2]
         self.log_decay = k.new_zeros(k.shape[2], dtype=self.dtype) if log_decay is None else log_decay
-        self.d_out = torch.zeros((), device=q.device).expand(*q.shape[:3], v.shape[-1]) if d_out is None else d_out
+        self.d_out = d_out
         self._whole_chunk: Decay | None = None
-
-    def tokens(self, block: Block) -> _Tokens:
-        return _Tokens(self, block)
 
     def decay(self, block: Block) -> Decay:
         """A constant one is the same for all chunks without empty slots."""
@@ -174,10 +169,15 @@ class _Stream:
         batch, _, heads, key_dim = self.k.shape
         return torch.zeros(batch, heads, key_dim, self.v.shape[-1], dtype=self.dtype, device=self.k.device)
 
-    def empty_log_decay(self) -> Tensor:
-        """For every token, `[B, T, H, 1 or D_k]`."""
-        dim = self.k.shape[-1] if self.log_decay.dim() == 4 else 1
-        return self.log_decay.new_empty(*self.k.shape[:3], dim)
+    def empty_gates(self) -> Tensor:
+        """Gradients of the log decay of every token, `[B, T, H, 1 or D_k]`, to be filled."""
+        return self.log_decay.new_empty(*self.k.shape[:3], self.k.shape[-1] if self.log_decay.dim() == 4 else 1)
+
+    def d_log_decay(self, gates: Tensor) -> Tensor:
+        """The same in the shape of the log decay."""
+        if self.log_decay.dim() == 1:
+            gates = gates.sum((0, 1), dtype=torch.float64).to(self.log_decay.dtype)
+        return gates.view(self.log_decay.shape)
 
     def per_document(self, states: Tensor | None) -> States:
         """`[B or N, H, D_k, D_v]` to one `[B, H, D_k, D_v]` for every document."""
@@ -206,6 +206,7 @@ class _Tokens:
 
     @cached_property
     def d_out(self) -> Tensor:
+        assert self.stream.d_out is not None, "there is none in a forward pass"
         return self.block.take(self.stream.d_out, self.stream.dtype, self.stream.groups)
 
     @cached_property
@@ -344,7 +345,7 @@ def _total_states(stream: _Stream, chunks: Chunks, links: Sequence[Link]) -> tup
     for link in links:
         state = stream.zero_state()
         for block in chunks.document(link.stop - 1).blocks if link.stop > link.first else ():
-            _, state, _ = _fold_states(stream.tokens(block), state, {})
+            _, state, _ = _fold_states(_Tokens(stream, block), state, {})
         states.append(state)
     return torch.stack(states), _total_factors(stream, chunks, links)
 
@@ -355,7 +356,7 @@ def _total_gradients(stream: _Stream, chunks: Chunks, links: Sequence[Link]) -> 
     for link in links:
         d_state = stream.zero_state()
         for block in reversed(chunks.document(link.first).blocks) if link.left_open else ():
-            _, d_state, _ = _fold_gradients(stream.tokens(block), d_state, {})
+            _, d_state, _ = _fold_gradients(_Tokens(stream, block), d_state, {})
         d_states.append(d_state)
     return torch.stack(d_states), _total_factors(stream, chunks, links)
 
