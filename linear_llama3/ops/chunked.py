@@ -5,51 +5,31 @@ gates): it recomputes the states of a block from the one saved at its left edge,
 small constant. Every exponent is a difference of cumulated log decays and <= 0: nothing overflows, and no prefix
 products are divided.
 
-`exchange` is where other devices come in: this device holds one or more links of a longer chain; it starts sending the
-total state of each and returns a function that waits for the states entering from the others. The products that need no
-state run in between. Without it, the same code is attention on one device.
+`exchange` is where other devices come in: this device holds one or more links of a longer chain, sends the total state
+of each and receives those that enter. The products that need no state run while they travel. Without it, the same code is
+attention on one device.
 
 Shapes: q `[B, H, n, C * G, D_k]` (the G query heads of a kv head are rows), k `[B, H, n, C, D_k]`,
-v `[B, H, n, C, D_v]`, b `[B, H, n, C, 1 or D_k]` the log decay cumulated inside the chunk, own token included, or
-None (in float64, so that strong decays leave the small ones behind them exact); states `[B, H, (n,) D_k, D_v]`.
+v `[B, H, n, C, D_v]`; states `[B, H, (n,) D_k, D_v]`; decays: `scores.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from .chunks import Block, Chunks
+from .chunks import Block, Chunks, chunk_size
+from .exchange import Exchange, Link
 from .precision import without_autocast, working_dtype
-from .scores import repeat_rows, scores, scores_backward
+from .scores import Decay, cumulated_decay, scores, scores_backward
 
-NOTHING_LEFT = -1e4  # a log decay whose factor is 0 in any precision; -inf - -inf would be nan
 States = dict[int, Tensor]  # document -> state; zero where there is none
-
-
-class Link(NamedTuple):
-    """Tokens of this device that follow one another in the sequence: the documents [first, stop) of its stream."""
-
-    first: int
-    stop: int  # equal to `first` where the link holds no token
-    left_open: bool  # its first document began earlier in the sequence
-
-
-class Exchange(Protocol):
-    """The exclusive affine scan of (state, decay) over the links of all devices, seen from one of them."""
-
-    @property
-    def links(self) -> Sequence[Link]:
-        """Those of this device, L of them."""
-
-    def start(self, summarize: Callable[[], tuple[Tensor, Tensor]], *, reverse: bool) -> Callable[[], Tensor]:
-        """Starts sending `summarize()`, the states `[L, B, H, D_k, D_v]` and decay factors `[L, B, H, D_k]` of this
-        device's links; the result waits for the states `[L, B, H, D_k, D_v]` that enter them from the earlier
-        (reverse: later) links."""
 
 
 def chunked_linear_attention(
@@ -61,12 +41,42 @@ def chunked_linear_attention(
     scale: float,
     boundaries: tuple[int, ...],
     initial_state: Tensor | None = None,
-    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as `recurrent_linear_attention`. With `exchange` the first and the last document of a link may
-    go on elsewhere, `boundaries` may be (0,) for a device without tokens, and the final states are not to be used."""
-    chunks = Chunks(boundaries, q.device)
-    return _Chunked.apply(q, k, v, log_decay, initial_state, chunks, scale, exchange)
+    """Same contract as `recurrent_linear_attention`."""
+    return _Chunked.apply(q, k, v, log_decay, initial_state, _chunks(q, k, boundaries), scale, None, None)
+
+
+def sharded_chunked_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    *,
+    scale: float,
+    boundaries: tuple[int, ...],
+    exchange: Exchange,
+    wait: Callable[[], Tensor],
+) -> Tensor:
+    """Out, where the first and the last document of each link may go on elsewhere; `wait` is what `send_states` gave.
+
+    boundaries: (0,) for a device without tokens.
+    """
+    out, _ = _Chunked.apply(q, k, v, log_decay, None, _chunks(q, k, boundaries), scale, exchange, wait)
+    return out
+
+
+@torch.no_grad()
+def send_states(
+    k: Tensor, v: Tensor, log_decay: Tensor | None, *, boundaries: tuple[int, ...], exchange: Exchange
+) -> Callable[[], Tensor]:
+    """Starts sending the states of this device's links; the result waits for those that enter them."""
+    stream, chunks = _Stream(k, k, v, log_decay, 1.0), _chunks(k, k, boundaries)
+    return exchange.start(lambda: _total_states(stream, chunks, exchange.links), reverse=False)
+
+
+def _chunks(q: Tensor, k: Tensor, boundaries: tuple[int, ...]) -> Chunks:
+    size = chunk_size(boundaries, key_dim=q.shape[-1], groups=q.shape[2] // k.shape[2])
+    return Chunks(boundaries, q.device, size=size, width=max(q.shape[0] * q.shape[2:].numel(), 1))
 
 
 class _Chunked(torch.autograd.Function):
@@ -81,25 +91,25 @@ class _Chunked(torch.autograd.Function):
         chunks: Chunks,
         scale: float,
         exchange: Exchange | None,
+        wait: Callable[[], Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         stream = _Stream(q, k, v, log_decay, scale)
-        inside: Iterable[Tensor] = (_inside(*stream.load(block)) for block in chunks.blocks)
-        if exchange is not None:
-            wait = exchange.start(lambda: _total_states(stream, chunks, exchange.links), reverse=False)
-            inside = list(inside)  # needs no state: runs while the states travel
+        tokens_of = lru_cache(maxsize=1)(partial(_Tokens, stream))  # what a block reads is let go with it
+        inside: Iterator[Tensor] = (_inside(tokens_of(block)) for block in chunks.blocks)
+        if wait is not None:
+            inside = iter(list(inside))  # needs no state: runs while the states travel
             initial_state = wait()  # also where no document goes on: every rank takes part
 
         out = torch.empty(*q.shape[:3], v.shape[-1], dtype=stream.dtype, device=q.device)
         entering = _entering(stream, initial_state, exchange)
-        state, edges, finals = stream.zero_state(), [], {}
-        for block, part in zip(chunks.blocks, inside, strict=True):
-            edges.append(state)
-            query, key, value, b = stream.load(block)
-            before, state, ended = _fold_states(block, key, value, b, state, entering)
+        state, finals = stream.zero_state(), {}
+        edges = state.new_empty(len(chunks.blocks), *state.shape)
+        for block, edge in zip(chunks.blocks, edges.unbind(), strict=True):
+            edge.copy_(state)
+            state, ended = _block_forward(tokens_of(block), next(inside), state, entering, out)
             finals.update(ended)
-            block.put(part.add_(_from_start(query, b) @ before), out, stream.groups)
 
-        ctx.save_for_backward(q, k, v, log_decay, initial_state, torch.stack(edges) if edges else None)
+        ctx.save_for_backward(q, k, v, log_decay, initial_state, edges)
         ctx.chunks, ctx.scale, ctx.exchange = chunks, scale, exchange
         ctx.set_materialize_grads(False)
         return out, torch.cat([finals[n] for n in range(chunks.documents)] or [state])
@@ -109,57 +119,74 @@ class _Chunked(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, initial_state, edges = ctx.saved_tensors
-        chunks, exchange = ctx.chunks, ctx.exchange
+        chunks, exchange, gate = ctx.chunks, ctx.exchange, ctx.needs_input_grad[3]
         assert exchange is None or d_final is None, "final states of a shard have no gradient"
-        stream = _Stream(q, k, v, log_decay, ctx.scale)
         if d_out is None:
-            d_out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=stream.dtype, device=q.device)
+            d_out = q.new_zeros(()).expand(*q.shape[:3], v.shape[-1])
+        stream = _Stream(q, k, v, log_decay, ctx.scale, d_out)
         entering, leaving = _entering(stream, initial_state, exchange), stream.per_document(d_final)
-        inside: Iterable[tuple[Tensor, Tensor, Tensor]] = (
-            _inside_backward(*stream.load(block), stream.rows(block, d_out)) for block in reversed(chunks.blocks)
-        )
+        backwards = chunks.blocks[::-1]
+        tokens_of = lru_cache(maxsize=1)(partial(_Tokens, stream))
+        inside: Iterator[_Gradients] = (_inside_backward(tokens_of(block), gate=gate) for block in backwards)
         if exchange is not None:
-            wait = exchange.start(lambda: _total_gradients(stream, d_out, chunks, exchange.links), reverse=True)
-            inside = list(inside)
+            wait = exchange.start(lambda: _total_gradients(stream, chunks, exchange.links), reverse=True)
+            inside = iter(list(inside))
             links = zip(exchange.links, wait(), strict=True)
             leaving = {link.stop - 1: x for link, x in links if link.stop > link.first}
 
-        gradients: list[Any] = [None if x is None else torch.empty_like(x) for x in (q, k, v, log_decay)]
+        gradients = [torch.empty_like(x) for x in (q, k, v)]
+        if gate:
+            gradients.append(stream.empty_gates())
         d_state, d_initial = stream.zero_state(), {}
-        for i, (block, parts) in enumerate(zip(reversed(chunks.blocks), inside, strict=True)):
-            edge = edges[len(chunks.blocks) - 1 - i]
-            d_state, began = _block_backward(
-                stream, block, d_out, parts, (edge, entering), (d_state, leaving), gradients
-            )
+        for block, edge in zip(backwards, edges.unbind()[::-1], strict=True):
+            states, d_states = (edge, entering), (d_state, leaving)
+            d_state, began = _block_backward(tokens_of(block), next(inside), states, d_states, gradients)
             d_initial.update(began)
-        d_start = None
+        d_log_decay, d_start = stream.d_log_decay(gradients[3]) if gate else None, None
         if ctx.needs_input_grad[4]:
             d_start = torch.cat([d_initial[n] for n in range(chunks.documents)]).to(initial_state.dtype)
-        return (*gradients, d_start, None, None, None)
+        return *gradients[:3], d_log_decay, d_start, None, None, None, None
 
 
 class _Stream:
     """The inputs, read block by block in the working precision."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float, d_out: Tensor | None = None
+    ) -> None:
         self.q, self.k, self.v, self.scale = q, k, v, scale
-        self.log_decay = log_decay.unsqueeze(-1) if log_decay is not None and log_decay.dim() == 3 else log_decay
         self.dtype = working_dtype(q)
         self.groups = q.shape[2] // k.shape[2]
+        self.log_decay = k.new_zeros(k.shape[2], dtype=self.dtype) if log_decay is None else log_decay
+        self.d_out = d_out
+        self._whole_chunk: Decay | None = None
 
-    def load(self, block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        query = self.rows(block, self.q) * self.scale
-        b = None
-        if self.log_decay is not None:
-            b = block.take(self.log_decay, torch.float64).clamp_(min=NOTHING_LEFT).cumsum(-2)
-        return query, block.take(self.k, self.dtype), block.take(self.v, self.dtype), b
-
-    def rows(self, block: Block, x: Tensor) -> Tensor:
-        return block.take(x, self.dtype, self.groups)
+    def decay(self, block: Block) -> Decay:
+        """A constant one is the same for all chunks without empty slots."""
+        if self.log_decay.dim() > 1:
+            log_decay = block.take(self.log_decay.view(*self.k.shape[:3], -1), self.log_decay.dtype)
+            return cumulated_decay(log_decay, self.groups, self.dtype)
+        constant = self.log_decay[:, None, None, None].expand(-1, 1, block.chunk_size, 1)  # [H, n, C, 1]
+        if block.filled is not None:
+            constant = constant.where(block.filled.view(block.size, -1, 1), 0)
+            return cumulated_decay(constant, self.groups, self.dtype)
+        if self._whole_chunk is None:
+            self._whole_chunk = cumulated_decay(constant, self.groups, self.dtype)
+        return self._whole_chunk
 
     def zero_state(self) -> Tensor:
         batch, _, heads, key_dim = self.k.shape
         return torch.zeros(batch, heads, key_dim, self.v.shape[-1], dtype=self.dtype, device=self.k.device)
+
+    def empty_gates(self) -> Tensor:
+        """Gradients of the log decay of every token, `[B, T, H, 1 or D_k]`, to be filled."""
+        return self.log_decay.new_empty(*self.k.shape[:3], self.k.shape[-1] if self.log_decay.dim() == 4 else 1)
+
+    def d_log_decay(self, gates: Tensor) -> Tensor:
+        """The same in the shape of the log decay."""
+        if self.log_decay.dim() == 1:
+            gates = gates.sum((0, 1), dtype=torch.float64).to(self.log_decay.dtype)
+        return gates.view(self.log_decay.shape)
 
     def per_document(self, states: Tensor | None) -> States:
         """`[B or N, H, D_k, D_v]` to one `[B, H, D_k, D_v]` for every document."""
@@ -168,36 +195,66 @@ class _Stream:
         return dict(enumerate(states.to(self.dtype).unflatten(0, (-1, self.k.shape[0]))))
 
 
-def _from_start(query: Tensor, b: Tensor | None) -> Tensor:
-    """The queries as they read the state before the chunk."""
-    return query if b is None else query * repeat_rows(b.to(query.dtype), query).exp()
+class _Tokens:
+    """The inputs of a block, each taken when first asked for."""
+
+    def __init__(self, stream: _Stream, block: Block) -> None:
+        self.stream, self.block = stream, block
+
+    @cached_property
+    def query(self) -> Tensor:
+        return self.block.take(self.stream.q, self.stream.dtype, self.stream.groups) * self.stream.scale
+
+    @cached_property
+    def key(self) -> Tensor:
+        return self.block.take(self.stream.k, self.stream.dtype)
+
+    @cached_property
+    def value(self) -> Tensor:
+        return self.block.take(self.stream.v, self.stream.dtype)
+
+    @cached_property
+    def d_out(self) -> Tensor:
+        assert self.stream.d_out is not None, "there is none in a forward pass"
+        return self.block.take(self.stream.d_out, self.stream.dtype, self.stream.groups)
+
+    @cached_property
+    def decay(self) -> Decay:
+        return self.stream.decay(self.block)
+
+    @property
+    def reading(self) -> Tensor:
+        """The queries as they read the state before the chunk."""
+        return self.query * self.decay.from_start
+
+    @cached_property
+    def writing(self) -> Tensor:
+        """The keys as they write to the state after the chunk."""
+        return self.key * self.decay.to_end
 
 
-def _to_end(key: Tensor, b: Tensor | None) -> Tensor:
-    """The keys as they write to the state after the chunk."""
-    return key if b is None else key * (b[..., -1:, :] - b).to(key.dtype).exp()
+class _Gradients(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    flow: Tensor | None  # of the decay; see `scores_backward`
 
 
-def _factor(b: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The decay of a state over the whole chunk, `[B, H, n, 1 or D_k, 1]`."""
-    return None if b is None else b[..., -1, :].to(dtype).exp().unsqueeze(-1)
+def _inside(tokens: _Tokens) -> Tensor:
+    return scores(tokens.query, tokens.key, tokens.decay) @ tokens.value
 
 
-def _inside(query: Tensor, key: Tensor, value: Tensor, b: Tensor | None) -> Tensor:
-    return scores(query, key, b) @ value
-
-
-def _inside_backward(
-    query: Tensor, key: Tensor, value: Tensor, b: Tensor | None, d_out: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    d_value = scores(query, key, b).mT @ d_out
-    d_query, d_key = scores_backward(query, key, b, d_out @ value.mT)
-    return d_query, d_key, d_value
+def _inside_backward(tokens: _Tokens, *, gate: bool) -> _Gradients:
+    s = scores(tokens.query, tokens.key, tokens.decay)
+    d_value = s.mT @ tokens.d_out
+    ds = tokens.d_out @ tokens.value.mT
+    d_query, d_key, flow = scores_backward(tokens.query, tokens.key, tokens.decay, s, ds, gate=gate)
+    return _Gradients(d_query, d_key, d_value, flow)
 
 
 def _fold(
     updates: Tensor,
-    factors: Tensor | None,
+    factors: Tensor,
     state: Tensor,
     order: Iterable[int],
     opens: Sequence[int | None],
@@ -211,72 +268,77 @@ def _fold(
     """
     received = torch.empty_like(updates)
     closed: States = {}
+    places, added, kept = (x.unbind(2) for x in (received, updates, factors.expand_as(updates)))
     for c in order:
         if (document := opens[c]) is not None:
             state = entering.get(document, torch.zeros_like(state))
-        received[:, :, c] = state
-        state = updates[:, :, c] + (state if factors is None else factors[:, :, c] * state)
+        places[c].copy_(state)
+        state = torch.addcmul(added[c], kept[c], state)
         if (document := closes[c]) is not None:
             closed[document] = state
     return received, state, closed
 
 
-def _fold_states(
-    block: Block, key: Tensor, value: Tensor, b: Tensor | None, state: Tensor, entering: States
-) -> tuple[Tensor, Tensor, States]:
-    updates = _to_end(key, b).mT @ value
-    return _fold(updates, _factor(b, updates.dtype), state, range(block.size), block.first, block.last, entering)
+def _fold_states(tokens: _Tokens, state: Tensor, entering: States) -> tuple[Tensor, Tensor, States]:
+    block, updates = tokens.block, tokens.writing.mT @ tokens.value
+    return _fold(updates, tokens.decay.whole, state, range(block.size), block.first, block.last, entering)
 
 
-def _fold_gradients(
-    block: Block, query: Tensor, d_out: Tensor, b: Tensor | None, d_state: Tensor, leaving: States
-) -> tuple[Tensor, Tensor, States]:
-    updates = _from_start(query, b).mT @ d_out
+def _fold_gradients(tokens: _Tokens, d_state: Tensor, leaving: States) -> tuple[Tensor, Tensor, States]:
+    block, updates = tokens.block, tokens.reading.mT @ tokens.d_out
     order = range(block.size - 1, -1, -1)
-    return _fold(updates, _factor(b, updates.dtype), d_state, order, block.last, block.first, leaving)
+    return _fold(updates, tokens.decay.whole, d_state, order, block.last, block.first, leaving)
+
+
+def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x += a @ b, contiguous."""
+    x.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
+    return x
+
+
+def _block_forward(
+    tokens: _Tokens, part: Tensor, state: Tensor, entering: States, out: Tensor
+) -> tuple[Tensor, States]:
+    """Adds what the queries read from the states, and writes the outputs."""
+    before, state, ended = _fold_states(tokens, state, entering)
+    tokens.block.put(_add_product(part, tokens.reading, before), out, tokens.stream.groups)
+    return state, ended
 
 
 def _block_backward(
-    stream: _Stream,
-    block: Block,
-    d_out: Tensor,
-    parts: tuple[Tensor, Tensor, Tensor],
+    tokens: _Tokens,
+    d: _Gradients,
     states: tuple[Tensor, States],
     d_states: tuple[Tensor, States],
-    gradients: list[Any],
+    gradients: Sequence[Tensor],
 ) -> tuple[Tensor, States]:
-    """Adds what flows through the states to the gradients from inside the chunks, and writes them out."""
-    query, key, value, b = stream.load(block)
-    d_rows, written = stream.rows(block, d_out), _to_end(key, b)
-    updates, factors = written.mT @ value, _factor(b, stream.dtype)
-    before, _, _ = _fold(updates, factors, states[0], range(block.size), block.first, block.last, states[1])
-    d_after, d_state, began = _fold_gradients(block, query, d_rows, b, *d_states)
-
-    d_query, d_key, d_value = parts
-    from_start, to_end = d_rows @ before.mT, value @ d_after.mT
-    if b is not None and factors is not None:
-        from_start *= repeat_rows(b.to(stream.dtype), query).exp()
-        to_end *= (b[..., -1:, :] - b).to(stream.dtype).exp()
-    d_query, d_key, d_value = d_query + from_start, d_key + to_end, d_value + written @ d_after
-    if b is not None and factors is not None:
-        ends = updates + factors * before
-        gate = _gate_gradient(query, d_query, key, d_key, ends, d_after, scalar=b.shape[-1] == 1)
-        block.put(gate, gradients[3].unsqueeze(-1) if gradients[3].dim() == 3 else gradients[3])
-    block.put(d_query * stream.scale, gradients[0], stream.groups)
-    block.put(d_key, gradients[1])
-    block.put(d_value, gradients[2])
+    """Adds what flows through the states to the gradients from inside the chunks, and writes them."""
+    before, _, _ = _fold_states(tokens, *states)
+    d_after, d_state, began = _fold_gradients(tokens, *d_states)
+    d_query = (tokens.d_out @ before.mT).mul_(tokens.decay.from_start)
+    d_key = (tokens.value @ d_after.mT).mul_(tokens.decay.to_end)
+    if d.flow is not None:
+        queries = (tokens.query * d_query).unflatten(-2, (tokens.block.chunk_size, -1)).sum(-2)
+        across = (before * d_after).sum(-1).mul_(tokens.decay.whole[..., 0]).unsqueeze(-2)
+        tokens.block.put(_gate_gradient(d.flow, queries, tokens.key * d_key, across), gradients[3])
+    tokens.block.put(d.query.add_(d_query).mul_(tokens.stream.scale), gradients[0], tokens.stream.groups)
+    tokens.block.put(d.key.add_(d_key), gradients[1])
+    tokens.block.put(_add_product(d.value, tokens.writing, d_after), gradients[2])
     return d_state, began
 
 
-def _gate_gradient(
-    query: Tensor, d_query: Tensor, key: Tensor, d_key: Tensor, ends: Tensor, d_ends: Tensor, *, scalar: bool
-) -> Tensor:
-    """dg_i = sum_{l >= i} (q dq - k dk)_l inside the chunk, plus what crosses its right edge, rowsum(S * dS)."""
-    flow = (query * d_query).unflatten(-2, (key.shape[-2], -1)).sum(-2) - key * d_key
-    crossing = (ends * d_ends).sum(-1).unsqueeze(-2)
-    if scalar:
-        flow, crossing = flow.sum(-1, keepdim=True), crossing.sum(-1, keepdim=True)
-    return flow.flip(-2).cumsum(-2).flip(-2) + crossing
+def _gate_gradient(flow: Tensor, queries: Tensor, keys: Tensor, across: Tensor) -> Tensor:
+    """The gradient of a token's log decay: the sum of all that passes the token, from anything before it (the state
+    before the chunk, a key) to anything from it on (a query, the state behind the chunk).
+
+    A difference like q dq - k dk would hold the same, but a token's own key and query, which no decay comes between,
+    would only cancel up to their rounding.
+    """
+    if flow.shape[-1] == 1:
+        queries, keys, across = (x.sum(-1, keepdim=True) for x in (queries, keys, across))
+    to_queries = (flow + queries).flip(-2).cumsum(-2).flip(-2)
+    to_state = F.pad(keys[..., :-1, :], (0, 0, 1, 0)).cumsum(-2)
+    return to_queries + to_state + across
 
 
 def _entering(stream: _Stream, states: Tensor | None, exchange: Exchange | None) -> States:
@@ -292,33 +354,33 @@ def _total_states(stream: _Stream, chunks: Chunks, links: Sequence[Link]) -> tup
     for link in links:
         state = stream.zero_state()
         for block in chunks.document(link.stop - 1).blocks if link.stop > link.first else ():
-            _, key, value, b = stream.load(block)
-            _, state, _ = _fold_states(block, key, value, b, state, {})
+            _, state, _ = _fold_states(_Tokens(stream, block), state, {})
         states.append(state)
     return torch.stack(states), _total_factors(stream, chunks, links)
 
 
-def _total_gradients(stream: _Stream, d_out: Tensor, chunks: Chunks, links: Sequence[Link]) -> tuple[Tensor, Tensor]:
+def _total_gradients(stream: _Stream, chunks: Chunks, links: Sequence[Link]) -> tuple[Tensor, Tensor]:
     """The gradients of the states that enter, as far as they come from the links' own outputs; and the decays."""
     d_states = []
     for link in links:
         d_state = stream.zero_state()
         for block in reversed(chunks.document(link.first).blocks) if link.left_open else ():
-            query, _, _, b = stream.load(block)
-            _, d_state, _ = _fold_gradients(block, query, stream.rows(block, d_out), b, d_state, {})
+            _, d_state, _ = _fold_gradients(_Tokens(stream, block), d_state, {})
         d_states.append(d_state)
     return torch.stack(d_states), _total_factors(stream, chunks, links)
 
 
 def _total_factors(stream: _Stream, chunks: Chunks, links: Sequence[Link]) -> Tensor:
-    batch, _, heads, key_dim = stream.k.shape
+    batch, tokens, heads, key_dim = stream.k.shape
+    log_decay = stream.log_decay.expand(batch, tokens, heads) if stream.log_decay.dim() == 1 else stream.log_decay
     factors = torch.ones(len(links), batch, heads, key_dim, dtype=stream.dtype, device=stream.k.device)
     for factor, link in zip(factors, links, strict=True):
         if link.stop == link.first:
             continue  # no token, no change
         if link.stop - link.first > 1 or not link.left_open:
             factor.zero_()  # a document starts here: nothing of the entering state is left
-        elif stream.log_decay is not None:
+        else:
             start, stop = chunks.boundaries[link.first : link.first + 2]
-            factor *= stream.log_decay[:, start:stop].double().sum(1).exp().to(stream.dtype)
+            total = log_decay[:, start:stop].sum(1, dtype=torch.float64)
+            factor *= total.exp().to(stream.dtype).view(batch, heads, -1)
     return factors

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_SIZE = 64  # the fastest on CPUs at head dims 64 and 128; 16 and 256 lose
-CHUNKS_PER_BLOCK = 16  # worked on at once: bounds the temporaries, keeps them in the cache
+MOST_TOKENS = 1024  # in a block, worked on at once: bounds the temporaries
+CACHED_NUMBERS = 2**18  # in one tensor of a block: larger ones would not stay in a CPU's cache
+FEWEST_TOKENS = 256  # in a block, however wide: a state is kept for each
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Block:
     """Some consecutive chunks."""
 
     size: int  # n
+    chunk_size: int  # C
     start: int  # the tokens [start, stop) without a gap
     stop: int
     slots: Tensor | None  # int64 [n * C]: the token in each slot; None where slots and tokens are the same
@@ -42,21 +44,29 @@ class Block:
         out[:, self.start : self.stop] = x if self.filled is None else x[:, self.filled]
 
 
-class Chunks:
-    """The blocks of a stream whose documents are the intervals between `boundaries`."""
+def chunk_size(boundaries: tuple[int, ...], *, key_dim: int, groups: int) -> int:
+    """C: the work inside chunks grows with C * G, that on the states of all chunks with D_k / C. On CPUs 32 and 64
+    are the fastest at head dims 64 and 128; 16 and 128 lose. Short documents leave chunks half empty; smaller chunks
+    waste less."""
+    mean = (boundaries[-1] - boundaries[0]) // max(len(boundaries) - 1, 1)
+    if mean < 16:
+        return 16
+    return 32 if mean < 32 or key_dim < 128 * groups else 64
 
-    def __init__(self, boundaries: tuple[int, ...], device: torch.device, size: int | None = None) -> None:
-        self.boundaries = boundaries
-        self.device = device
+
+class Chunks:
+    """The blocks of a stream whose documents are the intervals between `boundaries`; `width` numbers are a token."""
+
+    def __init__(self, boundaries: tuple[int, ...], device: torch.device, *, size: int, width: int) -> None:
+        self.boundaries, self.device, self.size, self.width = boundaries, device, size, width
         self.documents = len(boundaries) - 1
-        # Short documents leave chunks half empty; smaller chunks waste less.
-        mean = (boundaries[-1] - boundaries[0]) // max(self.documents, 1)
-        self.size = size or next((c for c in (16, 32) if mean < c), CHUNK_SIZE)
+        cached = CACHED_NUMBERS // width if device.type == "cpu" else MOST_TOKENS
+        self.per_block = min(MOST_TOKENS, max(FEWEST_TOKENS, cached)) // size
         self.blocks = list(self._blocks())
 
     def document(self, n: int) -> Chunks:
         """The chunks of one document alone."""
-        return Chunks(self.boundaries[n : n + 2], self.device, self.size)
+        return Chunks(self.boundaries[n : n + 2], self.device, size=self.size, width=self.width)
 
     def _blocks(self) -> Iterator[Block]:
         starts, stops, documents = [], [], []
@@ -66,11 +76,12 @@ class Chunks:
             stops += [*edges[1:], b]
             documents += [n] * len(edges)
         first = [i == 0 or documents[i] != documents[i - 1] for i in range(len(documents))]
-        for i in range(0, len(starts), CHUNKS_PER_BLOCK):
-            j = min(i + CHUNKS_PER_BLOCK, len(starts))
+        for i in range(0, len(starts), self.per_block):
+            j = min(i + self.per_block, len(starts))
             slots, filled = self._slots(starts[i:j], stops[i:j])
             yield Block(
                 size=j - i,
+                chunk_size=self.size,
                 start=starts[i],
                 stop=stops[j - 1],
                 slots=slots,

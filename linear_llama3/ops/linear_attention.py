@@ -8,6 +8,9 @@ value per token, head and key channel (GLA).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -64,6 +67,8 @@ def linear_attention(
     documents = None if cu_seqlens is None else len(cu_seqlens) - 1
     check_initial_state(initial_state, q, v, documents, normalize=normalize)
     backend = choose_backend(backend, k, causal=causal)
+    if log_decay is not None and log_decay.dim() == 1:
+        log_decay = log_decay.to(working_dtype(q))  # not in half precision: its gradient sums over all tokens
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     values = with_ones_column(v) if normalize else v
 
@@ -76,23 +81,15 @@ def linear_attention(
         )  # fmt: skip
     else:
         boundaries = document_edges(cu_seqlens, batch=q.shape[0], tokens=q.shape[1])
-        start = {"scale": scale, "boundaries": boundaries, "initial_state": initial_state}
+        attend: Callable[..., tuple[Tensor, Tensor]]
         if not causal:
-            out, state = bidirectional_linear_attention(q, k, values, **start)
+            attend = bidirectional_linear_attention
         else:
-            attend = recurrent_linear_attention if backend == "recurrent" else chunked_linear_attention
-            out, state = attend(q, k, values, for_every_token(log_decay, k), **start)
+            decaying = recurrent_linear_attention if backend == "recurrent" else chunked_linear_attention
+            attend = functools.partial(decaying, log_decay=log_decay)
+        out, state = attend(q, k, values, scale=scale, boundaries=boundaries, initial_state=initial_state)
     out = divide_by_normalizer(out) if normalize else out
     return out.to(v.dtype), state if output_final_state else None
-
-
-def for_every_token(log_decay: Tensor | None, k: Tensor) -> Tensor | None:
-    """A constant log decay `[H_kv]` as `[B, T, H_kv]`."""
-    if log_decay is None or log_decay.dim() > 1:
-        return log_decay
-    return log_decay.to(working_dtype(k)).expand(
-        k.shape[:3]
-    )  # not in half precision: its gradient sums over all tokens
 
 
 def with_ones_column(v: Tensor) -> Tensor:

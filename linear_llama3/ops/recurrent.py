@@ -23,7 +23,8 @@ def recurrent_linear_attention(
     boundaries: tuple[int, ...],
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`q` `[B, T, H_q, D_k]`, `k` `[B, T, H_kv, D_k]`, `v` `[B, T, H_kv, D_v]`, `log_decay` `[B, T, H_kv(, D_k)]`.
+    """`q` `[B, T, H_q, D_k]`, `k` `[B, T, H_kv, D_k]`, `v` `[B, T, H_kv, D_v]`, `log_decay` None,
+    `[H_kv]` or `[B, T, H_kv(, D_k)]`.
 
     Returns out `[B, T, H_q, D_v]` and the state after each document `[B or N, H_kv, D_k, D_v]`, both in float32
     (float64 for float64 inputs). Differentiable by plain autograd.
@@ -33,6 +34,8 @@ def recurrent_linear_attention(
     q, k, v = q.to(work) * scale, k.to(work), v.to(work)
     q = q.unflatten(2, (kv_heads, -1))  # [B, T, H_kv, G, D_k]: G query heads read one state
     factor = None if log_decay is None else log_decay.to(work).exp()
+    if factor is not None and factor.dim() == 1:
+        factor = factor.expand(k.shape[:3])
     if factor is not None and factor.dim() == 3:
         factor = factor.unsqueeze(-1)
 

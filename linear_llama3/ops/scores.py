@@ -1,54 +1,84 @@
-"""Decayed causal scores inside a chunk, s_ij = sum_c q_ic k_jc e^{b_ic - b_jc} for j <= i, and their backward.
+"""Decays inside a chunk, and the causal scores s_ij = sum_c q_ic k_jc e^{b_ic - b_jc} for j <= i with their backward.
 
 A decay per head scales the plain product. A decay per key channel does not factor out of it: e^{b_i} e^{-b_j} would
 overflow. There the triangle is halved again and again (64 = 32 + 32, 32 = 16 + 16, ...): between two halves the
 product is taken relative to the edge between them, e^{b_i - b_edge} and e^{b_edge - b_j}, both at most 1, for any
 decay. Every level is one batched matrix product.
 
-q `[..., C * G, D]`, k `[..., C, D]`, b `[..., C, 1 or D]` or None, scores `[..., C * G, C]`; C a power of two.
+q `[..., C * G, D]`, k `[..., C, D]`, b `[..., C, 1 or D]`, scores `[..., C * G, C]`; C a power of two.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-def repeat_rows(b: Tensor, q: Tensor) -> Tensor:
-    """One row of `b` for every row of `q`: `[..., C, D]` to `[..., C * G, D]`."""
-    groups = q.shape[-2] // b.shape[-2]
-    return b if groups == 1 else b.repeat_interleave(groups, dim=-2)
+NOTHING_LEFT = -1e4  # a log decay whose factor is 0 in any precision; -inf - -inf would be nan
 
 
-def scores(q: Tensor, k: Tensor, b: Tensor | None) -> Tensor:
-    if b is not None and b.shape[-1] > 1:
-        return _channel_scores(q, k, b)
-    s = q @ k.mT
-    if b is None:
-        return s.masked_fill_(_future(q, k), 0)
-    return s.mul_(_pair_decay(q, k, b))
+class Decay(NamedTuple):
+    """What a chunk's decays do to its tokens. All factors are at most 1; dimensions of size 1 stand for equal ones."""
+
+    b: Tensor  # [..., C, 1 or D] the log decay cumulated, own token included; see `cumulated_decay`
+    from_start: Tensor  # [..., C * G, 1 or D] e^b: of the state before the chunk, on its way to each query
+    to_end: Tensor  # [..., C, 1 or D] e^{b_end - b}: of each key, on its way to the state behind the chunk
+    whole: Tensor  # [..., 1 or D, 1] e^{b_end}: of the state, over the chunk
+    pairs: Tensor | None  # [..., C * G, C] e^{b_i - b_j}, 0 where the key comes later; None for a decay per channel
 
 
-def scores_backward(q: Tensor, k: Tensor, b: Tensor | None, ds: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of q and k; the one of b follows from them (q * dq - k * dk). `ds` may be overwritten."""
-    if b is not None and b.shape[-1] > 1:
-        return _channel_scores_backward(q, k, b, ds)
-    ds = ds.masked_fill_(_future(q, k), 0) if b is None else ds.mul_(_pair_decay(q, k, b))
-    return ds @ k, ds.mT @ q
+def cumulated_decay(log_decay: Tensor, groups: int, dtype: torch.dtype) -> Decay:
+    """`log_decay` `[..., C, 1 or D]` of every token. Its sums are in float64, so that strong decays leave the small
+    ones behind them exact, and to base 2: exp2 is several times faster than exp on CPUs."""
+    b = (log_decay.double().clamp(min=NOTHING_LEFT) / math.log(2)).cumsum(-2)
+    end = b[..., -1:, :]
+    pairs = None
+    if b.shape[-1] == 1:
+        exponents = (b - b.mT).to(dtype).tril_()  # e^{> 0} may be inf
+        pairs = _repeat_rows(exponents.exp2_().tril_(), groups)
+    return Decay(
+        b=b,
+        from_start=_repeat_rows(b.to(dtype).exp2(), groups),
+        to_end=(end - b).to(dtype).exp2_(),
+        whole=end.mT.to(dtype).exp2(),
+        pairs=pairs,
+    )
 
 
-def _future(q: Tensor, k: Tensor) -> Tensor:
-    """True `[C * G, C]` where the key comes after the query."""
-    groups = q.shape[-2] // k.shape[-2]
-    query = torch.arange(q.shape[-2], device=q.device) // groups
-    return query.unsqueeze(1) < torch.arange(k.shape[-2], device=k.device)
+def _repeat_rows(x: Tensor, groups: int) -> Tensor:
+    """One row for each of the G query heads: `[..., C, D]` to `[..., C * G, D]`."""
+    return x if groups == 1 else x.repeat_interleave(groups, dim=-2)
 
 
-def _pair_decay(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
-    exponent = (repeat_rows(b, q) - b.mT).to(q.dtype)
-    return exponent.masked_fill_(_future(q, k), -torch.inf).exp_()  # masked first: e^{> 0} may be inf
+def scores(q: Tensor, k: Tensor, decay: Decay) -> Tensor:
+    if decay.pairs is None:
+        return _channel_scores(q, k, decay.b)
+    return (q @ k.mT).mul_(decay.pairs)
+
+
+def scores_backward(
+    q: Tensor, k: Tensor, decay: Decay, s: Tensor, ds: Tensor, *, gate: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of q and k, and with `gate` the flow `[..., C, 1 or D]`. `s`, the scores, and `ds` are overwritten.
+
+    The flow of token t is the sum of s_ij ds_ij over i = t, less that over j = t, without the pairs i = j: from t to
+    the end of the chunk it adds up to all pairs j < t <= i, those that the decay of t is part of. It is q dq - k dk,
+    but there the pairs i = j cancel, and leave a rounding that is large next to strongly decayed pairs.
+    """
+    if decay.pairs is None:
+        return _channel_scores_backward(q, k, decay.b, ds)
+    flow = _flow(s.mul_(ds)) if gate else None
+    ds = ds.mul_(decay.pairs)
+    return ds @ k, ds.mT @ q, flow
+
+
+def _flow(products: Tensor) -> Tensor:
+    _own_token(products).zero_()
+    by_query = products.sum(-1).unflatten(-1, (products.shape[-1], -1)).sum(-1)
+    return (by_query - products.sum(-2)).unsqueeze(-1)
 
 
 def _channel_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
@@ -60,16 +90,18 @@ def _channel_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
     return s
 
 
-def _channel_scores_backward(q: Tensor, k: Tensor, b: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
-    own = _own_token(ds).unsqueeze(-1)  # [..., C, G, 1]
-    dq = (own * k.unsqueeze(-2)).flatten(-3, -2)
-    dk = (own * q.unflatten(-2, (k.shape[-2], -1))).sum(-2)
+def _channel_scores_backward(q: Tensor, k: Tensor, b: Tensor, ds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk = torch.zeros_like(q), torch.zeros_like(k)
     for half in _halves(k):
         late, early = _relative_to_edge(q, k, b, half)
         part = _between_halves(ds, half)
         _second(dq, k, half).add_(part @ (_first(k, half) * early) * late)
         _first(dk, half).add_(part.mT @ (_second(q, k, half) * late) * early)
-    return dq, dk
+    by_token = (-2, (k.shape[-2], -1))  # [..., C, G, D]
+    flow = (q * dq).unflatten(*by_token).sum(-2) - k * dk
+    own = _own_token(ds).unsqueeze(-1)
+    dq.unflatten(*by_token).addcmul_(own, k.unsqueeze(-2))
+    return dq, dk.add_((own * q.unflatten(*by_token)).sum(-2)), flow
 
 
 def _halves(k: Tensor) -> Iterator[int]:
@@ -91,8 +123,8 @@ def _second(q: Tensor, k: Tensor, half: int) -> Tensor:
 def _relative_to_edge(q: Tensor, k: Tensor, b: Tensor, half: int) -> tuple[Tensor, Tensor]:
     early = _first(b, half)
     edge = early[..., -1:, :]
-    late = _second(repeat_rows(b, q), k, half) - edge
-    return late.to(q.dtype).exp_(), (edge - early).to(q.dtype).exp_()
+    late = _repeat_rows(_second(b, b, half) - edge, q.shape[-2] // k.shape[-2])
+    return late.to(q.dtype).exp2_(), (edge - early).to(q.dtype).exp2_()
 
 
 def _between_halves(s: Tensor, half: int) -> Tensor:

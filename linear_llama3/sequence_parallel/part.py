@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops.chunked import Link
+from ..ops.exchange import Link
 from ..ops.documents import check_edges, read_cu_seqlens
 from ..ops.visibility import Span
 from .collectives import group_rank, world_size

@@ -112,6 +112,23 @@ def test_weak_decay_behind_a_strong_one_is_exact(gate: str, strong: float) -> No
         assert relative_error(a.double(), b) < 1e-5, name
 
 
+@pytest.mark.parametrize("gate", [g for g in GATES if g != "none"])
+@pytest.mark.parametrize("strength", [0.1, 2.0, 8.0])
+@pytest.mark.parametrize("documents", [None, (0, 50, 200)], ids=["one", "packed"])
+def test_gradient_of_a_uniform_strong_decay(gate: str, strength: float, documents: tuple[int, ...] | None) -> None:
+    """Pairs of different tokens are e^{-strength} of a token's pair with itself, which no decay is part of."""
+    case = Case(tokens=200, gate=gate, groups=2, key_dim=16, value_dim=16, documents=documents, initial_state=True)
+    inputs = {name: x.float() for name, x in case.inputs().items()}
+    w = inputs.pop("w")
+    inputs["log_decay"] = torch.full_like(inputs["log_decay"], -strength)
+    single, double = leaves(inputs), leaves({name: x.double() for name, x in inputs.items()})
+    out = linear_attention(**single, cu_seqlens=case.cu_seqlens(), backend="chunked")[0]
+    reference = linear_attention(**double, cu_seqlens=case.cu_seqlens(), backend="recurrent")[0]
+    (got,) = torch.autograd.grad((out * w).sum(), single["log_decay"])
+    (expected,) = torch.autograd.grad((reference * w.double()).sum(), double["log_decay"])
+    assert relative_error(got.double(), expected) < 1e-5
+
+
 def test_autocast_does_not_round_the_inside() -> None:
     inputs = {n: x.float() for n, x in Case(tokens=200, gate="scalar", strength=0.01).inputs().items() if n != "w"}
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -23,7 +23,7 @@ from linear_llama3.ops.triton import attention, launch, segments  # noqa: E402
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="with a GPU the kernels are compiled")
 
 # o, dq, dk, dv, states; and the gate, whose gradient is a sum over many tokens
-BOUNDS = {torch.float32: (2e-6, 2e-5), torch.float16: (1e-3, 3e-3)}
+BOUNDS = {torch.float32: (2e-6, 5e-5), torch.float16: (1e-3, 3e-3)}
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,7 @@ def poison() -> Iterator[None]:
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Documents are cut every 128 tokens, so that states are merged."""
     monkeypatch.setattr(segments, "SHORTEST", 128)
+    monkeypatch.setattr(segments, "processors", lambda device: 132)
     yield
 
 
@@ -110,6 +111,7 @@ def test_segments_change_rounding_only(gate: str, monkeypatch: pytest.MonkeyPatc
     case = Case(tokens=520, gate=gate, key_dim=16, value_dim=16, strength=0.02, dtype=torch.float32)
     whole = run(case, "triton")
     monkeypatch.setattr(segments, "SHORTEST", 128)
+    monkeypatch.setattr(segments, "processors", lambda device: 132)
     for name, x in run(case, "triton").items():
         assert relative_error(x, whole[name]) < (1e-5 if name == "d_log_decay" else 1e-6), name
 

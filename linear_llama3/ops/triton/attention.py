@@ -5,7 +5,7 @@ own state; a merge turns them into the states that enter; the output kernel make
 Backward: a scan writes the state before every chunk, a mirrored one over q and d_out the gradient of the state behind
 it; then all chunks are worked on at once. Kept in between are the inputs and the states that enter the segments.
 
-Other devices are seen through `ops.chunked.Exchange`: what they send travels while this one computes.
+Other devices are seen through `ops.exchange.Exchange`: what they send travels while this one computes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..chunked import Exchange
+from ..exchange import Exchange
 from .launch import Launcher, merge
 from .segments import Segments, cut, segment_length
 

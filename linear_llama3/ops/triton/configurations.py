@@ -1,12 +1,14 @@
 """Tile sizes, warps and pipeline stages, by shape and architecture.
 
-A pure function of what every rank knows: all ranks round alike, nothing is tried out in a user's first step, and the
-same choice is compiled by `report.py`, whose test holds that none spills registers.
+A pure function of what every rank knows: all ranks round alike, nothing is tried out in a user's first step. The choices
+are those of `report.py` that spill no registers, preferring few bytes to many programs; a test holds that none spills.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from .tiles import CHANNEL, HEAD, NONE, SCALAR
 
 
 class Tiles(NamedTuple):
@@ -25,18 +27,53 @@ class Configuration(NamedTuple):
     backward: Tiles
 
 
+def configuration(gate: int, K: int, V: int, *, wide: bool, gate_gradient: bool, capability: int) -> Configuration:
+    """`wide`: products in float32 (tf32) instead of bfloat16. `capability`: 80, 90, ..."""
+    BK, BV = power_of_two(K), power_of_two(V)
+    if wide:
+        return _wide(gate, BK, BV, gate_gradient)
+    return _hopper(gate, BK, BV, gate_gradient) if capability >= 90 else _ampere(gate, BK, BV, gate_gradient)
+
+
 def power_of_two(n: int) -> int:
     """The tile that holds n columns; tensor cores want 16 at least."""
     return max(16, 1 << (n - 1).bit_length())
 
 
-def configuration(gate: int, K: int, V: int, *, wide: bool, gate_gradient: bool, capability: int) -> Configuration:
-    """`wide`: products in float32 (tf32) instead of bfloat16. `capability`: 80, 90, ..."""
-    BK, BV = power_of_two(K), power_of_two(V)
-    return Configuration(
-        rows=64,
-        chunk=64,
-        scan=Tiles(min(BK, 64), min(BV, 64), 0, 4, 2),
-        output=Tiles(BK, min(BV, 64), min(BK, 32), 4, 2),
-        backward=Tiles(min(BK, 64), min(BV, 64), 32, 4, 2),
-    )
+def _hopper(gate: int, BK: int, BV: int, gate_gradient: bool) -> Configuration:
+    """Warpgroup products take 64 rows. Fewer stored states are fewer bytes: one for 128 tokens where registers allow."""
+    output = Tiles(BK, min(BV, 64), min(BK, 64), 4, 2)
+    if gate == CHANNEL:
+        output = Tiles(BK, min(BV, 64), min(BK, 32), 4, 2)
+    elif gate != NONE and BK == 128:
+        output = Tiles(BK, min(BV, 64), 128, 8, 2)
+    if BK == 256:
+        output = Tiles(BK, min(BV, 32), 16 if gate == CHANNEL else 64, 8, 1 if gate == SCALAR else 2)
+
+    small = gate == CHANNEL or (gate == HEAD and BK == 256)
+    scan = Tiles(min(BK, 64 if small else 128), min(BV, 64), 0, 4, 3)
+    if gate == CHANNEL:
+        return Configuration(64, 64, scan, output, Tiles(min(BK, 32), min(BV, 64), min(BK, BV, 32), 8, 1))
+    if gate == SCALAR or gate_gradient:
+        return Configuration(64, 64, scan, output, Tiles(min(BK, 128), min(BV, 128), min(BK, BV, 64), 8, 2))
+    stages = 2 if gate == NONE else 1
+    return Configuration(64, 128, scan, output, Tiles(min(BK, 64), min(BV, 64), min(BK, BV, 32), 8, stages))
+
+
+def _ampere(gate: int, BK: int, BV: int, gate_gradient: bool) -> Configuration:
+    """Also for consumer GPUs, whose multiprocessors have 99 KiB of shared memory."""
+    big = BK == 256 or (gate == CHANNEL and BK == 128)
+    output = Tiles(BK, min(BV, 64), min(BK, 32 if gate == CHANNEL else 64), 8 if big else 4, 2)
+    scan = Tiles(min(BK, 64 if gate != NONE and BK == 256 else 128), min(BV, 64), 0, 4, 3)
+    block = min(BK, BV, 64)
+    if gate == CHANNEL:
+        return Configuration(32, 32, scan, output, Tiles(min(BK, 64), min(BV, 128), block, 8, 2))
+    warps = 4
+    return Configuration(32, 32, scan, output, Tiles(min(BK, 128), min(BV, 128), block, warps, 2))
+
+
+def _wide(gate: int, BK: int, BV: int, gate_gradient: bool) -> Configuration:
+    """Exactness first: small tiles, whose products are three of tf32 for float32."""
+    scan = Tiles(min(BK, 64), min(BV, 64), 0, 4, 2)
+    output = Tiles(BK, min(BV, 32), min(BK, 32), 8, 1)
+    return Configuration(32, 32, scan, output, Tiles(min(BK, 32), min(BV, 32), min(BK, BV, 32), 8, 1))

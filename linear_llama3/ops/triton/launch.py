@@ -141,19 +141,19 @@ def precision(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def merge(states: Tensor, factors: Tensor | None, steps: Tensor, targets: int, initial: Tensor | None = None) -> Tensor:
-    """The states that enter: `[targets, B, H, K, V]`, of pieces `[n, B, H, K, V]` that decay by `[n, B, H, K]` (None: 1).
+    """The states that enter, `[B, targets, H, K, V]`, of pieces `[n, B, H, K, V]` that decay by `[n, B, H, K]` (None: 1).
 
     H and K, and for the states V, must be strided like one dense matrix each row of which may be longer than V.
     """
     _, batch, heads, key_dim, value_dim = states.shape
-    entering = torch.empty(targets, *states.shape[1:], dtype=states.dtype, device=states.device)
+    entering = torch.empty(batch, targets, *states.shape[2:], dtype=states.dtype, device=states.device)
     initial = None if initial is None else initial.contiguous()
     rows, (block_rows, block_columns) = heads * key_dim, (16, min(power_of_two(value_dim), 128))
     factor_strides = (0, 0, 0) if factors is None else (*factors.stride()[:2], factors.stride(3))
     merge_kernel[triton.cdiv(rows, block_rows), triton.cdiv(value_dim, block_columns), batch](
         states, factors, initial, entering, steps, len(steps),
         *states.stride()[:2], states.stride(3), *factor_strides,
-        *((0, 0) if initial is None else initial.stride()[:2]), *entering.stride()[:2],
+        *((0, 0) if initial is None else initial.stride()[:2]), entering.stride(1), entering.stride(0),
         ROWS=rows, V=value_dim, BR=block_rows, BV=block_columns,
         FADES=factors is not None, INITIAL=initial is not None, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

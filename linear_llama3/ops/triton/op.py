@@ -92,7 +92,7 @@ def _(
     d_out: Tensor, d_final: Tensor | None, scale: float, gate: bool, initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     documents = k.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    d_gate = k.new_empty(0) if not gate or log_decay is None else torch.empty_like(log_decay)
+    d_gate = k.new_empty(0, dtype=torch.float32) if not gate or log_decay is None else torch.empty_like(log_decay)
     d_initial = k.new_empty((documents, k.shape[2], k.shape[3], v.shape[3]) if initial else 0, dtype=torch.float32)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_gate, d_initial
 

@@ -14,6 +14,7 @@ import triton.language as tl
 NONE, HEAD, SCALAR, CHANNEL = (tl.constexpr(i) for i in range(4))
 """Gates: no decay, a constant `[H]`, one value per token and head, one per token, head and key channel."""
 LOG2E = tl.constexpr(1.4426950408889634)
+NOTHING_LEFT = tl.constexpr(-150.0)  # 2 ** -150 is 0 in float32; a longer fall would only cost those behind it digits
 
 
 @triton.jit
@@ -51,7 +52,7 @@ def load_decay(
     """`b` and `total` of the chunk that begins at `token`, of which `valid` rows are in the document."""
     rows = tl.arange(0, C)
     if GATE == HEAD:
-        slope = tl.load(gate + head).to(tl.float32) * LOG2E
+        slope = tl.maximum(tl.load(gate + head).to(tl.float32) * LOG2E, NOTHING_LEFT)
         b = (slope * tl.minimum(rows + 1, valid))[:, None]
         total = slope * tl.full([1], 1, tl.float32) * tl.minimum(valid, C)
     elif GATE == SCALAR:

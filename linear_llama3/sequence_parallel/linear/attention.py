@@ -16,12 +16,11 @@ from torch.nn import functional as F
 
 from ...ops.backends import choose_backend
 from ...ops.bidirectional import bidirectional_linear_attention
-from ...ops.chunked import chunked_linear_attention
+from ...ops.chunked import send_states, sharded_chunked_linear_attention
 from ...ops.linear_attention import (
     check_arguments,
     check_shapes,
     divide_by_normalizer,
-    for_every_token,
     with_ones_column,
 )
 from ...ops.linear_attention import linear_attention as attention_on_one_device
@@ -126,10 +125,15 @@ def start_linear_attention(
     backend = choose_backend(backend, k, causal=causal)
     part = locate(k.shape[1], batch=k.shape[0], group=group, layout=layout, cu_seqlens=cu_seqlens, length=length)
     keys, values = k[:, : part.tokens], v[:, : part.tokens]  # padding takes no part
-    gate = log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[:, : part.tokens]
+    if log_decay is not None and log_decay.dim() == 1:
+        gate: Tensor | None = log_decay.to(working_dtype(k))  # not in half precision: its gradient sums over all tokens
+    else:
+        gate = None if log_decay is None else log_decay[:, : part.tokens]
     if world_size(group) == 1:
-        options = {"normalize": normalize, "cu_seqlens": cu_seqlens, "causal": causal, "backend": backend}
-        attend = functools.partial(_attend_alone, k=keys, v=values, log_decay=gate, **options)
+        attend: Attend = functools.partial(
+            _attend_alone, k=keys, v=values, log_decay=gate, normalize=normalize, cu_seqlens=cu_seqlens, causal=causal,
+            backend=backend,
+        )  # fmt: skip
         return StartedAttention(k, v, part.tokens, attend, normalize=False)
 
     assert group is not None
@@ -176,18 +180,14 @@ def _start_causal(
     k: Tensor, v: Tensor, log_decay: Tensor | None, part: Part, exchange: StateExchange, backend: str
 ) -> Attend:
     if backend == "triton":
-        from ...ops.triton.attention import send_states, sharded_attention
+        from ...ops.triton import attention as triton_attention
 
-        sent = send_states(k, v, log_decay, part.boundaries, exchange)
-        return lambda q, scale: sharded_attention(q, k, v, log_decay, sent, scale, working_dtype(q))
-
-    def attend(q: Tensor, scale: float) -> Tensor:
-        out, _ = chunked_linear_attention(
-            q, k, v, for_every_token(log_decay, k), scale=scale, boundaries=part.boundaries, exchange=exchange
-        )
-        return out
-
-    return attend
+        sent = triton_attention.send_states(k, v, log_decay, part.boundaries, exchange)
+        return lambda q, scale: triton_attention.sharded_attention(q, k, v, log_decay, sent, scale, working_dtype(q))
+    wait = send_states(k, v, log_decay, boundaries=part.boundaries, exchange=exchange)
+    return lambda q, scale: sharded_chunked_linear_attention(
+        q, k, v, log_decay, scale=scale, boundaries=part.boundaries, exchange=exchange, wait=wait
+    )
 
 
 def _attend_unmasked(

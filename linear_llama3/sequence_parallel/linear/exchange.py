@@ -16,7 +16,7 @@ from .scan import Scan
 
 
 class StateExchange:
-    """The other ranks, as `ops.chunked` sees them (its `Exchange`)."""
+    """The other ranks, as the ops see them (`ops.exchange.Exchange`)."""
 
     def __init__(
         self,
