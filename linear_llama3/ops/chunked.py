@@ -6,8 +6,8 @@ small constant. Every exponent is a difference of cumulated log decays and <= 0:
 products are divided.
 
 `exchange` is where other devices come in: this device holds one or more links of a longer chain, sends the total state
-of each and receives those that enter. The products that need no state run while they travel. Without it, the same code is
-attention on one device.
+of each and receives those that enter. The products that need no state run while they travel. Without it, the same code
+is attention on one device.
 
 Shapes: q `[B, H, n, C * G, D_k]` (the G query heads of a kv head are rows), k `[B, H, n, C, D_k]`,
 v `[B, H, n, C, D_v]`; states `[B, H, (n,) D_k, D_v]`; decays: `scores.py`.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops.exchange import Link
 from ..ops.documents import check_edges, read_cu_seqlens
+from ..ops.exchange import Link
 from ..ops.visibility import Span
 from .collectives import group_rank, world_size
 from .layout import Layout, check_length, get_layout

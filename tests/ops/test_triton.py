@@ -18,7 +18,7 @@ from tests.ops.test_linear_attention import documents_of, run
 
 pytest.importorskip("triton")
 
-from linear_llama3.ops.triton import attention, launch, segments  # noqa: E402
+from linear_llama3.ops.triton import attention, launch, segments
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="with a GPU the kernels are compiled")
 
@@ -155,9 +155,7 @@ def test_decoding_continues_a_prefill(gate: str, groups: int) -> None:
     _, state = linear_attention(**part(0, 66), output_final_state=True, backend="triton")
     for t in range(66, 70):
         before = state
-        out, state = linear_attention(
-            **part(t, t + 1), initial_state=state, output_final_state=True, backend="triton"
-        )
+        out, state = linear_attention(**part(t, t + 1), initial_state=state, output_final_state=True, backend="triton")
         assert before is not None and state is not None and not torch.equal(before, state)
         assert relative_error(out, whole[:, t : t + 1]) < 1e-5
     assert state is not None and end is not None and relative_error(state, end) < 1e-5

@@ -53,7 +53,9 @@ def cases(gate: str) -> list[Case]:
     return plain + packed + normal + strong + both_ways
 
 
-def sharded_run(case: Case, strategy: str, layout: str = "contiguous") -> tuple[np.ndarray, Result]:
+def sharded_run(
+    case: Case, strategy: str, layout: str = "contiguous", backend: str = "auto"
+) -> tuple[np.ndarray, Result]:
     """One rank's output `[B, C, H_q, D_v]` and gradients of its shards."""
     local = shards(case.inputs(), layout=layout)
     variables = leaves(local)
@@ -69,6 +71,7 @@ def sharded_run(case: Case, strategy: str, layout: str = "contiguous") -> tuple[
         cu_seqlens=case.cu_seqlens(),
         causal=case.causal,
         length=case.tokens,
+        backend=backend,
     )
     gradients = torch.autograd.grad((out * local["w"]).sum(), list(variables.values()))
     return out.detach().numpy(), {name: g.numpy() for name, g in zip(variables, gradients, strict=True)}

@@ -37,7 +37,7 @@ class Pass:
         self.segments = cut(boundaries, length=length, chunk=launcher.chunk, device=launcher.k.device)
         launcher.cumulate_gate(self.segments)
         self.documents: tuple[int, ...] = ()  # those whose total state other devices need
-        self._pieces: tuple[tuple[int, ...], Tensor | None, Tensor | None] | None = None
+        self._pieces: tuple[tuple[int, ...], Tensor, Tensor | None] | None = None
 
     def send(self, exchange: Exchange) -> Callable[[], Tensor]:
         """Starts the exchange; the result waits for the states `[L, B, H, K, V]` that enter the links."""
@@ -49,7 +49,7 @@ class Pass:
         return exchange.start(lambda: (self._totals(), self._factors(exchange)), reverse=self.reverse)
 
     def enter(self, given: Tensor | None, owners: tuple[int, ...]) -> Tensor | None:
-        """The state `[B, segments, H, K, V]` that each segment starts from; `owners[d]` says which of the `given` states
+        """The state `[B, segments, H, K, V]` that each segment starts from; `owners[d]` says which of the given states
         `[n, B, H, K, V]` document d starts from, -1: zero."""
         if self.segments.whole and given is None:
             return None
@@ -78,7 +78,7 @@ class Pass:
             _, states, factors = self.launcher.scan(
                 *self.operands, self.segments, which, scale=self.scale, ends=True, reverse=self.reverse
             )
-            assert states is not None
+            assert states is not None, "asked for"
             self._pieces = which, states.transpose(0, 1), None if factors is None else factors.transpose(0, 1)
         return self._pieces
 
@@ -144,9 +144,9 @@ class _Sharded(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
-        *inputs, entering = ctx.saved_tensors
+        q, k, v, log_decay, entering = ctx.saved_tensors
         gradients = run_backward(
-            *inputs, entering, d_out, None, ctx.boundaries, ctx.scale,
+            q, k, v, log_decay, entering, d_out, None, ctx.boundaries, ctx.scale,
             gate=ctx.needs_input_grad[3], exchange=ctx.exchange,
         )  # fmt: skip
         return (*gradients[:4], None, None, None)
@@ -175,10 +175,9 @@ def run_backward(
     mirrored = Pass(launcher, boundaries, reverse=True, operands=(q, d_out), scale=scale)
     wait = None if exchange is None else mirrored.send(exchange)
     states, _ = scan.chunk_states(entering)  # while the gradients of states travel
+    given, starts = by_document(d_final, k, scan.segments)
     if wait is not None and exchange is not None:
         given, starts = wait(), owners(exchange, scan.segments.documents, reverse=True)
-    else:
-        given, starts = by_document(d_final, k, scan.segments)
     d_states, d_ends = mirrored.chunk_states(mirrored.enter(given, starts), ends=initial)
     dq, dk, dv, d_gate = launcher.gradients(q, d_out, scan.segments, states, d_states, scale=scale)
     d_gate = d_gate.to(log_decay.dtype) if gate and log_decay is not None and d_gate is not None else None

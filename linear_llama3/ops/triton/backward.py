@@ -31,9 +31,10 @@ def backward_kernel(
 
         dv = e^{total - b} k D + P^T do    dk = e^{total - b} v D^T + dP^T q    dq = scale * e^b do S^T + dP k
 
-    Shapes as in `output_kernel`; states, d_states `[B, chunks, H, K, V]`; d_gate (GRADIENT: wanted) `[K / BK, B, T, H]`,
-    a share from every tile of channels, for CHANNEL `[B, T, H, K]`. Grid: (chunks * (K / BK + V / BV), B * H), a program
-    for the columns of one tile, of dq and dk or of dv: the two together would need too many registers.
+    Shapes as in `output_kernel`; states, d_states `[B, chunks, H, K, V]`; d_gate (GRADIENT: wanted)
+    `[K / BK, B, T, H]`, a share from every tile of channels, for CHANNEL `[B, T, H, K]`. Grid:
+    (chunks * (K / BK + V / BV), B * H), a program for the columns of one tile, of dq and dk or of dv: the two together
+    would need too many registers.
     """
     tiles_k: tl.constexpr = (K + BK - 1) // BK
     tiles: tl.constexpr = tiles_k + (V + BV - 1) // BV

@@ -1,7 +1,8 @@
 """Tile sizes, warps and pipeline stages, by shape and architecture.
 
-A pure function of what every rank knows: all ranks round alike, nothing is tried out in a user's first step. The choices
-are those of `report.py` that spill no registers, preferring few bytes to many programs; a test holds that none spills.
+A pure function of what every rank knows: all ranks round alike, nothing is tried out in a user's first step. The
+choices are those of `report.py` that spill no registers, preferring few bytes to many programs; a test holds that none
+spills.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def power_of_two(n: int) -> int:
 
 
 def _hopper(gate: int, BK: int, BV: int, gate_gradient: bool) -> Configuration:
-    """Warpgroup products take 64 rows. Fewer stored states are fewer bytes: one for 128 tokens where registers allow."""
+    """Warpgroup products take 64 rows. Fewer stored states are fewer bytes: one for 128 tokens if registers allow."""
     output = Tiles(BK, min(BV, 64), min(BK, 64), 4, 2)
     if gate == CHANNEL:
         output = Tiles(BK, min(BV, 64), min(BK, 32), 4, 2)
@@ -63,13 +64,13 @@ def _hopper(gate: int, BK: int, BV: int, gate_gradient: bool) -> Configuration:
 def _ampere(gate: int, BK: int, BV: int, gate_gradient: bool) -> Configuration:
     """Also for consumer GPUs, whose multiprocessors have 99 KiB of shared memory."""
     big = BK == 256 or (gate == CHANNEL and BK == 128)
-    output = Tiles(BK, min(BV, 64), min(BK, 32 if gate == CHANNEL else 64), 8 if big else 4, 2)
-    scan = Tiles(min(BK, 64 if gate != NONE and BK == 256 else 128), min(BV, 64), 0, 4, 3)
-    block = min(BK, BV, 64)
+    reads = min(BK, 64) if gate != CHANNEL else min(BK, 16 if BK == 256 else 32)
+    output = Tiles(BK, min(BV, 32 if gate == CHANNEL and BK == 256 else 64), reads, 8 if big else 4, 2)
+    scan = Tiles(min(BK, 64 if gate != NONE and BK == 256 else 128), min(BV, 64), 0, 4, 2)
     if gate == CHANNEL:
-        return Configuration(32, 32, scan, output, Tiles(min(BK, 64), min(BV, 128), block, 8, 2))
-    warps = 4
-    return Configuration(32, 32, scan, output, Tiles(min(BK, 128), min(BV, 128), block, warps, 2))
+        return Configuration(32, 32, scan, output, Tiles(min(BK, 64), min(BV, 128), min(BK, BV, 64), 8, 2))
+    columns = 64 if BK == 256 and (gate == SCALAR or gate_gradient) else 128
+    return Configuration(32, 32, scan, output, Tiles(min(BK, columns), min(BV, columns), min(BK, BV, 64), 4, 2))
 
 
 def _wide(gate: int, BK: int, BV: int, gate_gradient: bool) -> Configuration:

@@ -54,7 +54,7 @@ class Launcher:
         if self.gate not in (SCALAR.value, CHANNEL.value) or self.b is not self.log_decay:
             return
         assert self.log_decay is not None
-        width = self.log_decay[0, 0].numel()
+        width = self.log_decay.shape[2:].numel()
         block = min(power_of_two(width), 64)
         self.b = torch.empty_like(self.log_decay, dtype=torch.float32)
         gate_cumsum_kernel[len(segments.chunks), triton.cdiv(width, block), self.batch](
@@ -141,9 +141,9 @@ def precision(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def merge(states: Tensor, factors: Tensor | None, steps: Tensor, targets: int, initial: Tensor | None = None) -> Tensor:
-    """The states that enter, `[B, targets, H, K, V]`, of pieces `[n, B, H, K, V]` that decay by `[n, B, H, K]` (None: 1).
+    """The states that enter, `[B, targets, H, K, V]`, of pieces `[n, B, H, K, V]` that decay by `[n, B, H, K]`.
 
-    H and K, and for the states V, must be strided like one dense matrix each row of which may be longer than V.
+    Strides of the pieces: any between pieces, batch rows, and rows of H * K; V is dense.
     """
     _, batch, heads, key_dim, value_dim = states.shape
     entering = torch.empty(batch, targets, *states.shape[2:], dtype=states.dtype, device=states.device)

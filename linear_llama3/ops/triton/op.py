@@ -64,7 +64,8 @@ def _(
     batch, tokens, heads, key_dim = k.shape
     state = (heads, key_dim, v.shape[3])
     documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    final, entering = ((0,) if not output_final_state else (documents, *state)), (0,)
+    final: tuple[Any, ...] = (documents, *state) if output_final_state else (0,)
+    entering: tuple[Any, ...] = (0,)
     if cu_seqlens is not None:
         entering = (1, torch.library.get_ctx().new_dynamic_size(), *state)
     elif initial_state is not None or tokens > segment_length(k, v):

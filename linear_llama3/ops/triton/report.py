@@ -2,7 +2,7 @@
 
     python -m linear_llama3.ops.triton.report [--capability 80 90] [--gates head channel] [--dims 64 128] ...
 
-The launches are recorded from a forward and backward pass on tensors without data, so that what is compiled is what runs.
+The launches are recorded from a forward and backward pass on tensors without data: what is compiled is what runs.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Resources:
 
 
 def launches(case: Case) -> list[Launch]:
-    """Those of a forward and a backward pass over two segments with initial and final states, and of a decoding step."""
+    """Those of a forward and a backward pass with initial and final states, and of a decoding step."""
     made = lambda *shape: torch.empty(*shape, dtype=DTYPES[case.dtype], device="meta")  # noqa: E731
     heads, tokens = 8, 4096
     q, k = made(1, tokens, heads * case.G, case.K), made(1, tokens, heads, case.K)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ class Segments:
         """Every document is one segment."""
         return len(self.list) == self.documents
 
-    def tensor(self, rows: list[tuple[int, ...]], columns: int) -> Tensor:
+    def tensor(self, rows: Sequence[tuple[int, ...]], columns: int) -> Tensor:
         return torch.tensor(rows, dtype=torch.int32).view(-1, columns).to(self.device)
 
     @functools.cache  # noqa: B019 - lives as long as the segments, of which few are kept

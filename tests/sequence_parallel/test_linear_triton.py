@@ -1,0 +1,62 @@
+"""Sharded linear attention on the Triton kernels, interpreted, against the recurrence on one device in float64."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from linear_llama3.ops import linear_attention as one_device
+from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES
+from tests.attention_cases import GATES, Case, join, leaves, relative_error
+from tests.distributed import run_distributed
+from tests.sequence_parallel.test_linear import Result, sharded_run
+
+pytest.importorskip("triton")
+
+from linear_llama3.ops.triton import launch, segments
+
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="gloo shares tensors of the CPU")
+
+
+def cases(gate: str) -> list[Case]:
+    sizes = {"gate": gate, "key_dim": 16, "value_dim": 8, "dtype": torch.float32, "strength": 0.1}
+    return [
+        Case(tokens=2, **sizes),  # ranks without a token
+        Case(tokens=37, batch=2, groups=2, normalize=True, heads=1, **sizes),
+        Case(tokens=45, documents=(0, 1, 2, 20, 44, 45), groups=3, heads=1, **sizes),
+        Case(tokens=600, documents=(0, 5, 540, 600), heads=1, **sizes),  # several segments on a rank
+    ]
+
+
+def run_cases(all_cases: list[Case], strategy: str, layout: str) -> list[tuple[np.ndarray, Result]]:
+    with patch.object(segments, "SHORTEST", 128), patch.object(segments, "processors", lambda device: 132):
+        return [sharded_run(case, strategy, layout, backend="triton") for case in all_cases]
+
+
+def whole_run(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
+    inputs = {name: x.double() for name, x in case.inputs().items()}
+    variables = leaves(inputs)
+    out, _ = one_device(**variables, normalize=case.normalize, cu_seqlens=case.cu_seqlens(), backend="recurrent")
+    gradients = torch.autograd.grad((out * inputs["w"]).sum(), list(variables.values()))
+    return out.detach(), dict(zip(variables, gradients, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("gate", "strategy"), zip(GATES, LINEAR_STRATEGIES, strict=True))
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_equals_one_device(world_size: int, gate: str, strategy: str, layout: str) -> None:
+    all_cases = cases(gate)
+    by_rank = run_distributed(run_cases, world_size, all_cases, strategy, layout)
+    for i, case in enumerate(all_cases):
+        out, gradients = whole_run(case)
+        got = join([by_rank[r][i][0] for r in range(world_size)], layout)
+        assert np.isfinite(got).all(), case
+        assert relative_error(got[:, : case.tokens], out) < 1e-5, case
+        for name, expected in gradients.items():
+            parts = [by_rank[r][i][1][name] for r in range(world_size)]
+            gradient = sum(parts) if expected.ndim == 1 else join(parts, layout)[:, : case.tokens]
+            assert relative_error(gradient, expected) < (1e-4 if name == "log_decay" else 1e-5), (name, case)
