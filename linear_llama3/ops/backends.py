@@ -50,11 +50,11 @@ def triton_obstacle(k: Tensor, *, causal: bool = True) -> str | None:
         return f"takes bfloat16, float16 and float32, got {k.dtype}"
     if k.shape[-1] > LARGEST_KEY:
         return f"takes head dims D_k up to {LARGEST_KEY}, got {k.shape[-1]}"
-    return _device_obstacle(k.device)
+    return device_obstacle(k.device)
 
 
 @torch.compiler.assume_constant_result  # it cannot be traced
-def _device_obstacle(device: torch.device) -> str | None:
+def device_obstacle(device: torch.device) -> str | None:
     return _find_device_obstacle(device)
 
 

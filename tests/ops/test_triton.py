@@ -62,8 +62,9 @@ def test_every_length(gate: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("gate", GATES)
 def test_every_size(gate: str) -> None:
     """Head dims that are no power of two, more than a tile, different; GQA; batch; initial states; the normaliser."""
-    sizes = ((16, 16), (40, 24), (17, 130), (130, 17), (5, 3), (153, 64))
-    for (key_dim, value_dim), more in product(sizes, (False, True)):
+    sizes = ((40, 24), (17, 130), (130, 17), (153, 64))
+    for i, (key_dim, value_dim) in enumerate(sizes):
+        more = i % 2 == 0
         check(
             Case(
                 tokens=70, gate=gate, key_dim=key_dim, value_dim=value_dim, groups=3 if more else 1, batch=1 + more,

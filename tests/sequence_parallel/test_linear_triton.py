@@ -11,6 +11,7 @@ from torch import Tensor
 
 from linear_llama3.ops import linear_attention as one_device
 from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES
+from linear_llama3.sequence_parallel.linear import lasp2
 from tests.attention_cases import GATES, Case, join, leaves, relative_error
 from tests.distributed import run_distributed
 from tests.sequence_parallel.test_linear import Result, sharded_run
@@ -60,3 +61,17 @@ def test_equals_one_device(world_size: int, gate: str, strategy: str, layout: st
             parts = [by_rank[r][i][1][name] for r in range(world_size)]
             gradient = sum(parts) if expected.ndim == 1 else join(parts, layout)[:, : case.tokens]
             assert relative_error(gradient, expected) < (1e-4 if name == "log_decay" else 1e-5), (name, case)
+
+
+@pytest.mark.parametrize("fades", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_one_launch_folds_what_was_gathered(fades: bool, reverse: bool) -> None:
+    """The kernel that lasp2 uses on a GPU, for every rank of a zigzag chain, bit by bit."""
+    ranks, links = 3, 2
+    chain = [(r, 0) for r in range(ranks)] + [(r, 1) for r in reversed(range(ranks))]
+    gathered = torch.randn(ranks, links, 2, 2, 5, 7 + fades)
+    order = chain[::-1] if reverse else chain
+    for rank in range(ranks):
+        expected = lasp2._fold(gathered, order, rank, 7)
+        assert torch.equal(lasp2._fold_in_one_launch(gathered, order, rank, 7), expected)
+    assert not expected.eq(0).all()

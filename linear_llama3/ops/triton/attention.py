@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..exchange import Exchange
-from .launch import Launcher, merge
+from .launch import Launcher, aligned, merge
 from .segments import Segments, cut, segment_length
 
 Boundaries = tuple[int, ...]
@@ -111,6 +111,7 @@ class Sent(NamedTuple):
 
 @torch.no_grad()
 def send_states(k: Tensor, v: Tensor, log_decay: Tensor | None, boundaries: Boundaries, exchange: Exchange) -> Sent:
+    _, k, v, log_decay = aligned(k, k, v, log_decay)
     scan = Pass(Launcher(k, v, log_decay), boundaries, reverse=False)
     return Sent(scan, exchange, scan.send(exchange))
 
@@ -119,7 +120,9 @@ def sharded_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, sent: Sent, scale: float, out_dtype: torch.dtype
 ) -> Tensor:
     """Attention that goes on elsewhere; `sent` is what `send_states` made of k, v and the log decay."""
-    return _Sharded.apply(q, k, v, log_decay, sent, scale, out_dtype)
+    value_dim = v.shape[-1]
+    q, k, v, log_decay = aligned(q, k, v, log_decay)
+    return _Sharded.apply(q, k, v, log_decay, sent, scale, out_dtype)[..., :value_dim]
 
 
 class _Sharded(torch.autograd.Function):

@@ -52,7 +52,7 @@ def _hopper(gate: int, BK: int, BV: int, gate_gradient: bool) -> Configuration:
         output = Tiles(BK, min(BV, 32), 16 if gate == CHANNEL else 64, 8, 1 if gate == SCALAR else 2)
 
     small = gate == CHANNEL or (gate == HEAD and BK == 256)
-    scan = Tiles(min(BK, 64 if small else 128), min(BV, 64), 0, 4, 3)
+    scan = Tiles(min(BK, 64 if small else 128), min(BV, 64), 0, 4, 3 if BK >= 64 else 2)
     if gate == CHANNEL:
         return Configuration(64, 64, scan, output, Tiles(min(BK, 32), min(BV, 64), min(BK, BV, 32), 8, 1))
     if gate == SCALAR or gate_gradient:
@@ -67,10 +67,13 @@ def _ampere(gate: int, BK: int, BV: int, gate_gradient: bool) -> Configuration:
     reads = min(BK, 64) if gate != CHANNEL else min(BK, 16 if BK == 256 else 32)
     output = Tiles(BK, min(BV, 32 if gate == CHANNEL and BK == 256 else 64), reads, 8 if big else 4, 2)
     scan = Tiles(min(BK, 64 if gate != NONE and BK == 256 else 128), min(BV, 64), 0, 4, 2)
+    if BK == 256 and gate in (HEAD, SCALAR):
+        scan = scan._replace(stages=1)
     if gate == CHANNEL:
         return Configuration(32, 32, scan, output, Tiles(min(BK, 64), min(BV, 128), min(BK, BV, 64), 8, 2))
-    columns = 64 if BK == 256 and (gate == SCALAR or gate_gradient) else 128
-    return Configuration(32, 32, scan, output, Tiles(min(BK, columns), min(BV, columns), min(BK, BV, 64), 4, 2))
+    if BK == 256 and (gate == SCALAR or gate_gradient):
+        return Configuration(32, 32, scan, output, Tiles(64, min(BV, 64), min(BV, 32), 4, 1))
+    return Configuration(32, 32, scan, output, Tiles(min(BK, 128), min(BV, 128), min(BK, BV, 64), 4, 2))
 
 
 def _wide(gate: int, BK: int, BV: int, gate_gradient: bool) -> Configuration:

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from .backward import backward_kernel
 from .configurations import Tiles, configuration, power_of_two
@@ -21,6 +22,7 @@ from .state_scan import state_scan_kernel
 from .tiles import CHANNEL, HEAD, NONE, SCALAR
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+ALIGNMENT = 8
 GATES = {1: HEAD.value, 3: SCALAR.value, 4: CHANNEL.value}  # by the dims of log_decay
 
 
@@ -158,6 +160,17 @@ def merge(states: Tensor, factors: Tensor | None, steps: Tensor, targets: int, i
         FADES=factors is not None, INITIAL=initial is not None, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return entering
+
+
+def aligned(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """With head dims that are multiples of 8, zeros added: others could not be read in words of 16 bytes."""
+    keys, values = -k.shape[-1] % ALIGNMENT, -v.shape[-1] % ALIGNMENT
+    if keys:
+        q, k = F.pad(q, (0, keys)), F.pad(k, (0, keys))
+        log_decay = F.pad(log_decay, (0, keys)) if log_decay is not None and log_decay.dim() == 4 else log_decay
+    return q, k, F.pad(v, (0, values)) if values else v, log_decay
 
 
 def decode(

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..documents import document_edges
 from . import attention
-from .launch import decode
+from .launch import aligned, decode
 from .segments import segment_length
 
 
@@ -18,13 +19,18 @@ def triton_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, *, scale: float, cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None, output_final_state: bool = False, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """As `recurrent_linear_attention`, but a constant log_decay is `[H_kv]`, and out has this dtype."""
-    if q.shape[1] == 1 and not (torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, log_decay, initial_state)
-    )):  # fmt: skip
-        return _decode(q, k, v, log_decay, initial_state, scale, dtype)
-    out, final, _ = _forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, dtype)
-    return out, final if output_final_state else None
+    """As `recurrent_linear_attention`; out has this dtype."""
+    inputs = (q, k, v, log_decay, initial_state)
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if q.shape[1] == 1 and not learns:
+        return _decode(*inputs, scale, dtype)
+    key_dim, value_dim = k.shape[-1], v.shape[-1]
+    q, k, v, log_decay = aligned(q, k, v, log_decay)
+    missing = (0, v.shape[-1] - value_dim, 0, k.shape[-1] - key_dim)
+    if initial_state is not None and any(missing):
+        initial_state = F.pad(initial_state, missing)
+    out, state, _ = _forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, dtype)
+    return out[..., :value_dim], state[..., :key_dim, :value_dim] if output_final_state else None
 
 
 @torch.library.custom_op("linear_llama3::decode", mutates_args=())

@@ -40,7 +40,8 @@ def pack(states: Tensor, factors: Tensor | None) -> Tensor:
 
 
 def fold(state: Tensor, message: Tensor) -> Tensor:
-    """a * X + S. The one expression for it, so that all strategies round alike."""
+    """a * X + S. The one expression for it, so that all strategies round alike (`ops.triton.merge` is the same)."""
     if message.shape[-1] == state.shape[-1]:
         return state + message
-    return message[..., -1:] * state + message[..., :-1]
+    factor, own = message[..., -1:], message[..., :-1]
+    return torch.where(factor == 0, own, factor * state + own)  # where nothing is left, inf and nan neither

@@ -1,0 +1,40 @@
+"""Every configuration compiled for GPUs that need not be there: nothing spills, matrix products are tensor-core code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED_KIB = {"sm_80": 99, "sm_90": 227}  # of a block; 163 on an A100, 99 on consumer GPUs of its generation
+PRODUCTS = ("state_scan", "output", "backward")
+
+
+def report(*options: str) -> list[dict[str, str]]:
+    """The rows of the table, by column. In a process of its own: here the kernels are interpreted."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "linear_llama3.ops.triton.report", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cells = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in done.stdout.splitlines()]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dims", "groups"),
+    [("bfloat16", ("64", "128"), ("1", "4")), ("bfloat16", ("256",), ("1",)), ("float32", ("64",), ("1",))],
+)
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_no_configuration_spills(capability: str, dtype: str, dims: tuple[str, ...], groups: tuple[str, ...]) -> None:
+    rows = report("--capability", capability, "--dtypes", dtype, "--dims", *dims, "--groups", *groups)
+    assert {row["kernel"] for row in rows} == {*PRODUCTS, "merge", "gate_cumsum", "decode"}
+    for row in rows:
+        assert row["spilled bytes"] == "0", row
+        assert int(row["shared KiB"]) <= SHARED_KIB[row["case"].split()[0]], row
+        if row["kernel"] in PRODUCTS:
+            assert int(row["wgmma"]) + int(row["mma"]) > 0, row
+            assert int(row["wgmma"]) > 0 or (capability, dtype) != ("90", "bfloat16"), row
