@@ -26,7 +26,7 @@ def report(*options: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize(
     ("dtype", "dims", "groups"),
-    [("bfloat16", ("64", "128"), ("1", "4")), ("bfloat16", ("256",), ("1",)), ("float32", ("64",), ("1",))],
+    [("bfloat16", ("64", "128"), ("1", "4")), ("bfloat16", ("256",), ("1",)), ("float16", ("64",), ("1",))],
 )
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_no_configuration_spills(capability: str, dtype: str, dims: tuple[str, ...], groups: tuple[str, ...]) -> None:

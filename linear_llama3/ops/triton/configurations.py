@@ -77,7 +77,11 @@ def _ampere(gate: int, BK: int, BV: int, gate_gradient: bool) -> Configuration:
 
 
 def _wide(gate: int, BK: int, BV: int, gate_gradient: bool) -> Configuration:
-    """Exactness first: small tiles, whose products are three of tf32 for float32."""
+    """Exactness first: small tiles. Products of float32 are three of tf32, and spill some registers nevertheless."""
+    small = BK <= 64
     scan = Tiles(min(BK, 64), min(BV, 64), 0, 4, 2)
-    output = Tiles(BK, min(BV, 32), min(BK, 32), 8, 1)
-    return Configuration(32, 32, scan, output, Tiles(min(BK, 32), min(BV, 32), min(BK, BV, 32), 8, 1))
+    output = Tiles(BK, min(BV, 64 if small else 16), min(BK, 64 if small and gate != CHANNEL else 16), 8, 1)
+    backward = Tiles(min(BK, 128), min(BV, 128), min(BK, BV, 32), 4 if small else 8, 2)
+    if gate in (CHANNEL, SCALAR) or gate_gradient:
+        backward = Tiles(16, min(BV, 32), 16, 8, 1)
+    return Configuration(32, 32, scan, output, backward)

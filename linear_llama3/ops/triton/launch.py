@@ -162,9 +162,7 @@ def merge(states: Tensor, factors: Tensor | None, steps: Tensor, targets: int, i
     return entering
 
 
-def aligned(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def aligned(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """With head dims that are multiples of 8, zeros added: others could not be read in words of 16 bytes."""
     keys, values = -k.shape[-1] % ALIGNMENT, -v.shape[-1] % ALIGNMENT
     if keys:
