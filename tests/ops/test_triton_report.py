@@ -25,10 +25,15 @@ def report(*options: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dims", "groups"),
-    [("bfloat16", ("64", "128"), ("1", "4")), ("bfloat16", ("256",), ("1",)), ("float16", ("64",), ("1",))],
+    ("capability", "dtype", "dims", "groups"),
+    [
+        ("80", "bfloat16", ("64", "128"), ("1", "4")),
+        ("80", "bfloat16", ("256",), ("1",)),
+        ("90", "bfloat16", ("64", "128"), ("1", "4")),
+        ("90", "bfloat16", ("256",), ("1",)),
+        ("90", "float16", ("64",), ("1",)),
+    ],
 )
-@pytest.mark.parametrize("capability", ["80", "90"])
 def test_no_configuration_spills(capability: str, dtype: str, dims: tuple[str, ...], groups: tuple[str, ...]) -> None:
     rows = report("--capability", capability, "--dtypes", dtype, "--dims", *dims, "--groups", *groups)
     assert {row["kernel"] for row in rows} == {*PRODUCTS, "merge", "gate_cumsum", "decode"}
