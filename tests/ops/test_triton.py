@@ -5,8 +5,9 @@ The interpreter is right in float32 and float16; bfloat16 is tested on a GPU (te
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -196,9 +197,9 @@ def test_gate_sums_start_anew_in_every_chunk() -> None:
     k, v = torch.randn(2, 150, 3, 16), torch.randn(2, 150, 3, 16)
     launcher = launch.Launcher(k, v, log_decay)
     attention.Pass(launcher, (0, 70, 150), reverse=False)
-    for start in (0, 64, 70, 134):
-        stop = {0: 64, 64: 70, 70: 134, 134: 150}[start]
-        expected = log_decay[:, start:stop].double().cumsum(1) / torch.log(torch.tensor(2.0).double())
+    edges = [*range(0, 70, launcher.chunk), *range(70, 150, launcher.chunk), 150]
+    for start, stop in pairwise(edges):
+        expected = log_decay[:, start:stop].double().cumsum(1) / math.log(2)
         assert launcher.b is not None and relative_error(launcher.b[:, start:stop].double(), expected) < 1e-6
 
 
