@@ -1,4 +1,4 @@
-"""Every configuration compiled for GPUs that need not be there: nothing spills, matrix products are tensor-core code."""
+"""Every configuration compiled for GPUs that need not be there: nothing spills, products are tensor-core instructions."""
 
 from __future__ import annotations
 
