@@ -1,4 +1,4 @@
-"""Every configuration compiled for GPUs that need not be there: nothing spills, products are tensor-core instructions."""
+"""Every configuration compiled for GPUs that need not be there: nothing spills, products run on tensor cores."""
 
 from __future__ import annotations
 

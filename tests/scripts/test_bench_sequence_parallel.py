@@ -15,7 +15,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 def test_it_measures_every_strategy(tmp_path: Path) -> None:
     out, plot = tmp_path / "rows.json", tmp_path / "plot.png"
-    sizes = ["--linear-lengths", "64", "--softmax-lengths", "64", "--q-heads", "4", "--kv-heads", "2", "--dim", "16"]
+    sizes = ["--linear-lengths", "72", "--softmax-lengths", "64", "--q-heads", "4", "--kv-heads", "2", "--dim", "16"]
     command = [sys.executable, SCRIPTS / "bench_sequence_parallel.py", "--ranks", "2", "--repeats", "1", *sizes]
     done = subprocess.run([*command, "--out", out, "--plot", plot], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
