@@ -69,7 +69,7 @@ def scores_backward(
     but there the pairs i = j cancel, and leave a rounding that is large next to strongly decayed pairs.
     """
     if decay.pairs is None:
-        return _channel_scores_backward(q, k, decay.b, ds)
+        return _channel_scores_backward(q, k, decay.b, ds, gate=gate)
     flow = _flow(s.mul_(ds)) if gate else None
     ds = ds.mul_(decay.pairs)
     return ds @ k, ds.mT @ q, flow
@@ -90,7 +90,9 @@ def _channel_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
     return s
 
 
-def _channel_scores_backward(q: Tensor, k: Tensor, b: Tensor, ds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _channel_scores_backward(
+    q: Tensor, k: Tensor, b: Tensor, ds: Tensor, *, gate: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     dq, dk = torch.zeros_like(q), torch.zeros_like(k)
     for half in _halves(k):
         late, early = _relative_to_edge(q, k, b, half)
@@ -98,7 +100,7 @@ def _channel_scores_backward(q: Tensor, k: Tensor, b: Tensor, ds: Tensor) -> tup
         _second(dq, k, half).add_(part @ (_first(k, half) * early) * late)
         _first(dk, half).add_(part.mT @ (_second(q, k, half) * late) * early)
     by_token = (-2, (k.shape[-2], -1))  # [..., C, G, D]
-    flow = (q * dq).unflatten(*by_token).sum(-2) - k * dk
+    flow = (q * dq).unflatten(*by_token).sum(-2) - k * dk if gate else None
     own = _own_token(ds).unsqueeze(-1)
     dq.unflatten(*by_token).addcmul_(own, k.unsqueeze(-2))
     return dq, dk.add_((own * q.unflatten(*by_token)).sum(-2)), flow

@@ -129,6 +129,28 @@ def test_gradient_of_a_uniform_strong_decay(gate: str, strength: float, document
     assert relative_error(got.double(), expected) < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("gate", GATES)
+def test_only_some_inputs_learn(gate: str, backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("kernels are compiled there: test_triton_gpu.py")
+    inputs = {n: x.float() for n, x in Case(tokens=70, gate=gate, initial_state=True).inputs().items()}
+    w = inputs.pop("w")
+    for learning in (("q",), ("k", "v"), ("log_decay",), ("initial_state",), ("q", "initial_state")):
+        variables = {name: x.clone().requires_grad_(name in learning) for name, x in inputs.items()}
+        wanted = [variables[name] for name in learning if name in variables]
+        if not wanted:
+            continue
+        got, expected = (
+            torch.autograd.grad((linear_attention(**variables, backend=b)[0] * w).sum(), wanted)
+            for b in (backend, "recurrent")
+        )
+        for a, b in zip(got, expected, strict=True):
+            assert relative_error(a, b) < 1e-5, learning
+
+
 def test_autocast_does_not_round_the_inside() -> None:
     inputs = {n: x.float() for n, x in Case(tokens=200, gate="scalar", strength=0.01).inputs().items() if n != "w"}
     with torch.autocast("cpu", dtype=torch.bfloat16):

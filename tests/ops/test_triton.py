@@ -5,7 +5,9 @@ The interpreter is right in float32 and float16; bfloat16 is tested on a GPU (te
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Iterator
 from itertools import pairwise, product
 
@@ -205,10 +207,11 @@ def test_gate_sums_start_anew_in_every_chunk() -> None:
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("packed", [False, True])
-def test_compiles_without_a_break(gate: str, packed: bool) -> None:
+@pytest.mark.parametrize("initial", [False, True])
+def test_compiles_without_a_break(gate: str, packed: bool, initial: bool) -> None:
     case = Case(
-        tokens=70, gate=gate, key_dim=16, value_dim=8, initial_state=True, documents=(0, 30, 70) if packed else None,
-        dtype=torch.float32,
+        tokens=70, gate=gate, key_dim=16, value_dim=8, initial_state=initial, dtype=torch.float32,
+        documents=(0, 30, 70) if packed else None,
     )  # fmt: skip
     variables = {name: x.requires_grad_() for name, x in case.inputs().items() if name != "w"}
 
@@ -230,11 +233,45 @@ def test_compiles_without_a_break(gate: str, packed: bool) -> None:
         assert torch.equal(plain, traced)
 
 
-def test_the_op_is_registered_as_torch_expects() -> None:
-    inputs = Case(tokens=40, gate="channel", key_dim=16, value_dim=8, initial_state=True, dtype=torch.float32).inputs()
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("documents", [None, (0, 10, 40)])
+def test_the_op_is_registered_as_torch_expects(transposed: bool, documents: tuple[int, ...] | None) -> None:
+    case = Case(
+        tokens=40, gate="channel", key_dim=16, value_dim=8, initial_state=documents is None, documents=documents,
+        dtype=torch.float32,
+    )  # fmt: skip
+    inputs = case.inputs()
+    if transposed:
+        inputs = {n: x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in inputs.items()}
     names = ("q", "k", "v", "log_decay", "initial_state")
-    arguments = (*(inputs[name].requires_grad_() for name in names), None, 0.3, True, torch.float32)
+    tensors = [inputs[name].requires_grad_() if name in inputs else None for name in names]
+    arguments = (*tensors, case.cu_seqlens(), 0.3, True, torch.float32)
     torch.library.opcheck(torch.ops.linear_llama3.linear_attention.default, arguments)
+
+
+def test_one_token_of_one_document() -> None:
+    inputs = {name: x for name, x in Case(tokens=1, batch=3, dtype=torch.float32).inputs().items() if name != "w"}
+    with pytest.raises(ValueError, match="cu_seqlens of one token must be"):
+        linear_attention(**inputs, cu_seqlens=torch.tensor([0, 1]), backend="triton")
+
+
+@pytest.mark.parametrize("gate", ["head", "scalar", "channel"])
+def test_a_gate_that_is_nan_shows(gate: str) -> None:
+    inputs = {name: x for name, x in Case(tokens=70, gate=gate, dtype=torch.float32).inputs().items() if name != "w"}
+    inputs["log_decay"].view(-1)[-1] = torch.nan
+    out, state = linear_attention(**inputs, output_final_state=True, backend="triton")
+    assert state is not None and state.isnan().any() and out[:, -1].isnan().any()
+
+
+def test_tables_go_with_their_segments() -> None:
+    kept = []
+    for stop in range(2, 200):
+        cut = segments.cut((0, 1, stop), length=128, chunk=64, device=torch.device("cpu"))
+        cut.table(None)
+        kept.append(weakref.ref(cut))
+    del cut
+    gc.collect()
+    assert sum(x() is not None for x in kept) == segments.cut.cache_info().maxsize
 
 
 @pytest.mark.parametrize(

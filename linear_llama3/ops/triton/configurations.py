@@ -33,7 +33,8 @@ def configuration(gate: int, K: int, V: int, *, wide: bool, gate_gradient: bool,
     BK, BV = power_of_two(K), power_of_two(V)
     if wide:
         return _wide(gate, BK, BV, gate_gradient)
-    return _hopper(gate, BK, BV, gate_gradient) if capability >= 90 else _ampere(gate, BK, BV, gate_gradient)
+    datacenter = 90 <= capability < 120  # 120 are consumer GPUs, with the products of 80
+    return _hopper(gate, BK, BV, gate_gradient) if datacenter else _ampere(gate, BK, BV, gate_gradient)
 
 
 def power_of_two(n: int) -> int:

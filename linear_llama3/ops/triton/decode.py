@@ -15,10 +15,10 @@ def decode_kernel(
     """`S = e^g S_before + k v^T`, `o = scale * S^T q`: in float32, bound by reading and writing the state.
 
     q `[B, H * G, K]`, k `[B, H, K]`, v `[B, H, V]`, log_decay `[H]`, `[B, H]` or `[B, H, K]`, before and after
-    `[B, H, K, V]` float32. Grid: (V / BV, B * H).
+    `[B, H, K, V]` float32. Grid: (B * H, V / BV).
     """
-    row = tl.cast(tl.program_id(1), tl.int64)  # of [B, H]
-    keys, values = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
+    row = tl.cast(tl.program_id(0), tl.int64)  # of [B, H]
+    keys, values = tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
     state = tl.zeros([BK, BV], dtype=tl.float32)
     if BEFORE:
         state = load_state(before + row * K * V, keys, values, K, V, tl.float32)

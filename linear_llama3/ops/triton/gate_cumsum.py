@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, NOTHING_LEFT, load_tile, store_tile
+from .tiles import LOG2E, bounded, load_tile, store_tile
 
 
 @triton.jit
@@ -18,5 +18,5 @@ def gate_cumsum_kernel(
     columns = tl.program_id(1) * BW + tl.arange(0, BW)
     at = (tl.cast(tl.program_id(2), tl.int64) * tokens + start) * WIDTH
     g = load_tile(log_decay + at, stop - start, columns, WIDTH, WIDTH, C, tl.float32)
-    g = tl.maximum(g * LOG2E, NOTHING_LEFT)
+    g = bounded(g * LOG2E)
     store_tile(b + at, tl.cumsum(g, axis=0), stop - start, columns, WIDTH, WIDTH, C)

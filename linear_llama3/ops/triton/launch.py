@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -59,10 +60,11 @@ class Launcher:
         width = self.log_decay.shape[2:].numel()
         block = min(power_of_two(width), 64)
         self.b = torch.empty_like(self.log_decay, dtype=torch.float32)
-        gate_cumsum_kernel[len(segments.chunks), triton.cdiv(width, block), self.batch](
-            self.log_decay, self.b, segments.chunks, self.tokens,
-            WIDTH=width, BW=block, C=self.chunk, num_warps=4,
-        )  # fmt: skip
+        with on(self.k.device):
+            gate_cumsum_kernel[len(segments.chunks), triton.cdiv(width, block), self.batch](
+                self.log_decay, self.b, segments.chunks, self.tokens,
+                WIDTH=width, BW=block, C=self.chunk, num_warps=4,
+            )  # fmt: skip
 
     def scan(
         self, x: Tensor, y: Tensor, segments: Segments, which: tuple[int, ...] | None, *, scale: float = 1.0,
@@ -75,11 +77,12 @@ class Launcher:
         end_states = self._empty(count, self.value_dim) if ends else None
         factors = self._empty(count) if ends and self.gate != NONE.value else None
         grid = (count * triton.cdiv(self.key_dim, tiles.BK) * triton.cdiv(self.value_dim, tiles.BV), self._rows)
-        state_scan_kernel[grid](
-            x, y, self.b, entering, chunk_states, end_states, factors, table, self.tokens, scale, chunks,
-            **self._common(tiles), G=x.shape[2] // self.heads, C=self.chunk, REVERSE=reverse,
-            ENTERING=entering is not None, STATES=states, ENDS=ends,
-        )  # fmt: skip
+        with on(self.k.device):
+            state_scan_kernel[grid](
+                x, y, self.b, entering, chunk_states, end_states, factors, table, self.tokens, scale, chunks,
+                **self._common(tiles), G=x.shape[2] // self.heads, C=self.chunk, REVERSE=reverse,
+                ENTERING=entering is not None, STATES=states, ENDS=ends,
+            )  # fmt: skip
         return chunk_states, end_states, factors
 
     def output(
@@ -89,11 +92,12 @@ class Launcher:
         tiles = self.configuration.output
         out = torch.empty(*q.shape[:3], self.value_dim, dtype=dtype, device=q.device)
         end_states = self._empty(len(segments), self.value_dim) if ends else None
-        output_kernel[len(segments) * triton.cdiv(self.value_dim, tiles.BV), self._rows](
-            q, self.k, self.v, self.b, entering, out, end_states, segments.table(), self.tokens, scale,
-            **self._common(tiles), G=q.shape[2] // self.heads, BC=tiles.BC, C=self.chunk,
-            ENTERING=entering is not None, ENDS=ends,
-        )  # fmt: skip
+        with on(self.k.device):
+            output_kernel[len(segments) * triton.cdiv(self.value_dim, tiles.BV), self._rows](
+                q, self.k, self.v, self.b, entering, out, end_states, segments.table(), self.tokens, scale,
+                **self._common(tiles), G=q.shape[2] // self.heads, BC=tiles.BC, C=self.chunk,
+                ENTERING=entering is not None, ENDS=ends,
+            )  # fmt: skip
         return out, end_states
 
     def gradients(
@@ -107,11 +111,12 @@ class Launcher:
             shape = (key_tiles, *self.k.shape[:3]) if self.gate != CHANNEL.value else self.k.shape
             d_gate = torch.empty(shape, dtype=torch.float32, device=self.k.device)
         programs = len(segments.chunks) * (key_tiles + triton.cdiv(self.value_dim, tiles.BV))
-        backward_kernel[programs, self._rows](
-            q, self.k, self.v, self.b, d_out, states, d_states, dq, dk, dv, d_gate, segments.chunks,
-            self.tokens, scale, **self._common(tiles), G=q.shape[2] // self.heads, BC=tiles.BC,
-            C=self.chunk, GRADIENT=self.gate_gradient,
-        )  # fmt: skip
+        with on(self.k.device):
+            backward_kernel[programs, self._rows](
+                q, self.k, self.v, self.b, d_out, states, d_states, dq, dk, dv, d_gate, segments.chunks,
+                self.tokens, scale, **self._common(tiles), G=q.shape[2] // self.heads, BC=tiles.BC,
+                C=self.chunk, GRADIENT=self.gate_gradient,
+            )  # fmt: skip
         if d_gate is not None and self.gate != CHANNEL.value:
             d_gate = d_gate.sum((0, 1, 2)) if self.gate == HEAD.value else d_gate.sum(0)
         return dq, dk, dv, d_gate
@@ -135,6 +140,11 @@ class Launcher:
         }  # fmt: skip
 
 
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def precision(dtype: torch.dtype) -> dict[str, Any]:
     """In which type and how exactly tiles are multiplied (see `tiles.py`)."""
     if dtype == torch.bfloat16 and not INTERPRETED:  # the interpreter multiplies bfloat16 wrongly
@@ -152,13 +162,14 @@ def merge(states: Tensor, factors: Tensor | None, steps: Tensor, targets: int, i
     initial = None if initial is None else initial.contiguous()
     rows, (block_rows, block_columns) = heads * key_dim, (16, min(power_of_two(value_dim), 128))
     factor_strides = (0, 0, 0) if factors is None else (*factors.stride()[:2], factors.stride(3))
-    merge_kernel[triton.cdiv(rows, block_rows), triton.cdiv(value_dim, block_columns), batch](
-        states, factors, initial, entering, steps, len(steps),
-        *states.stride()[:2], states.stride(3), *factor_strides,
-        *((0, 0) if initial is None else initial.stride()[:2]), entering.stride(1), entering.stride(0),
-        ROWS=rows, V=value_dim, BR=block_rows, BV=block_columns,
-        FADES=factors is not None, INITIAL=initial is not None, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    with on(states.device):
+        merge_kernel[triton.cdiv(rows, block_rows), triton.cdiv(value_dim, block_columns), batch](
+            states, factors, initial, entering, steps, len(steps),
+            *states.stride()[:2], states.stride(3), *factor_strides,
+            *((0, 0) if initial is None else initial.stride()[:2]), entering.stride(1), entering.stride(0),
+            ROWS=rows, V=value_dim, BR=block_rows, BV=block_columns,
+            FADES=factors is not None, INITIAL=initial is not None, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
     return entering
 
 
@@ -181,12 +192,13 @@ def decode(
     after = torch.empty(batch, heads, key_dim, value_dim, dtype=torch.float32, device=k.device)
     out = torch.empty(*q.shape[:3], value_dim, dtype=dtype, device=k.device)
     block = min(power_of_two(value_dim), 32)
-    decode_kernel[triton.cdiv(value_dim, block), batch * heads](
-        q, k, v, None if log_decay is None else log_decay.contiguous(),
-        None if state is None else state.float().contiguous(), after, out, scale,
-        H=heads, G=q.shape[2] // heads, K=key_dim, V=value_dim, BK=power_of_two(key_dim), BV=block,
-        GATE=NONE.value if log_decay is None else GATES[log_decay.dim()], BEFORE=state is not None, num_warps=4,
-    )  # fmt: skip
+    with on(k.device):
+        decode_kernel[batch * heads, triton.cdiv(value_dim, block)](
+            q, k, v, None if log_decay is None else log_decay.contiguous(),
+            None if state is None else state.float().contiguous(), after, out, scale,
+            H=heads, G=q.shape[2] // heads, K=key_dim, V=value_dim, BK=power_of_two(key_dim), BV=block,
+            GATE=NONE.value if log_decay is None else GATES[log_decay.dim()], BEFORE=state is not None, num_warps=4,
+        )  # fmt: skip
     return out, after
 
 

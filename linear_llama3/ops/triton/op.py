@@ -23,6 +23,11 @@ def triton_linear_attention(
     inputs = (q, k, v, log_decay, initial_state)
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if q.shape[1] == 1 and not learns:
+        if cu_seqlens is not None and (len(q), len(cu_seqlens)) != (1, 2):
+            raise ValueError(
+                "cu_seqlens of one token must be [0, 1] in a batch of 1, got a batch of "
+                f"{len(q)} and {len(cu_seqlens)} edges"
+            )
         return _decode(*inputs, scale, dtype)
     key_dim, value_dim = k.shape[-1], v.shape[-1]
     q, k, v, log_decay = aligned(q, k, v, log_decay)
@@ -59,6 +64,8 @@ def _forward(
         q, k, v, log_decay, initial_state, document_edges(cu_seqlens, batch=q.shape[0], tokens=q.shape[1]), scale,
         final=output_final_state, dtype=dtype,
     )  # fmt: skip
+    if entering is None and cu_seqlens is not None:
+        entering = k.new_empty(1, 0, *k.shape[2:], v.shape[3], dtype=torch.float32)  # as many dims as when compiled
     return out, _present(final, k), _present(entering, k)
 
 
@@ -99,9 +106,9 @@ def _(
     d_out: Tensor, d_final: Tensor | None, scale: float, gate: bool, initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     documents = k.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    d_gate = k.new_empty(0, dtype=torch.float32) if not gate or log_decay is None else torch.empty_like(log_decay)
+    d_gate = k.new_empty(0, dtype=torch.float32) if not gate or log_decay is None else _like(log_decay)
     d_initial = k.new_empty((documents, k.shape[2], k.shape[3], v.shape[3]) if initial else 0, dtype=torch.float32)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_gate, d_initial
+    return _like(q), _like(k), _like(v), d_gate, d_initial
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -126,6 +133,10 @@ def _autograd(
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _present(x: Tensor | None, like: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,22 @@ class Segment(NamedTuple):
     closes: bool
 
 
+Method = TypeVar("Method", bound=Callable[..., Tensor])
+
+
+def _kept(method: Method) -> Method:
+    """What a method of `Segments` makes for some arguments is made once, and goes with its segments."""
+
+    @functools.wraps(method)
+    def call(self: Segments, *args: Any, **named: Any) -> Tensor:
+        key = (method.__name__, args, tuple(named.items()))
+        if key not in self.tables:
+            self.tables[key] = method(self, *args, **named)
+        return self.tables[key]
+
+    return cast(Method, call)
+
+
 class Segments:
     """The segments of a stream, none longer than `length`, and their chunks of `chunk` tokens."""
 
@@ -32,6 +48,7 @@ class Segments:
         assert length % chunk == 0, "chunks are counted from the start of a segment"
         self.boundaries, self.device = boundaries, device
         self.list: list[Segment] = []
+        self.tables: dict[tuple[Any, ...], Tensor] = {}
         for n, (start, stop) in enumerate(itertools.pairwise(boundaries)):
             edges = [*range(start, stop, length), stop]
             self.list += [Segment(a, b, n, a == start, b == stop) for a, b in itertools.pairwise(edges)]
@@ -51,13 +68,13 @@ class Segments:
     def tensor(self, rows: Sequence[tuple[int, ...]], columns: int) -> Tensor:
         return torch.tensor(rows, dtype=torch.int32).view(-1, columns).to(self.device)
 
-    @functools.cache  # noqa: B019 - lives as long as the segments, of which few are kept
+    @_kept
     def table(self, which: tuple[int, ...] | None = None) -> Tensor:
         """int32 `[n, 3]`: start, stop and first chunk of all segments, or of these."""
         which = tuple(range(len(self.list))) if which is None else which
         return self.tensor([(self.list[s].start, self.list[s].stop, self.first_chunk[s]) for s in which], columns=3)
 
-    @functools.cache  # noqa: B019
+    @_kept
     def edges(self, *, reverse: bool) -> Tensor:
         """int64 `[documents]`: the last (reverse: the first) segment of each."""
         ends = [s for s, x in enumerate(self.list) if (x.opens if reverse else x.closes)]
@@ -68,7 +85,7 @@ class Segments:
         parts = enumerate(self.list)
         return tuple(i for i, s in parts if not (s.opens if reverse else s.closes) or s.document in documents)
 
-    @functools.cache  # noqa: B019
+    @_kept
     def steps(self, folded: tuple[int, ...], initial: tuple[int, ...], *, reverse: bool) -> Tensor:
         """For `merge`: every segment receives the state before it. `initial[d]` says which of the given states document
         d begins with, -1: zero."""
@@ -79,7 +96,7 @@ class Segments:
         ]
         return self.tensor(rows, columns=3)
 
-    @functools.cache  # noqa: B019
+    @_kept
     def total_steps(self, folded: tuple[int, ...], documents: tuple[int, ...], *, reverse: bool) -> Tensor:
         """For `merge`: the sum of each of these documents, from zero (-1: no document, the sum is zero)."""
         place = {segment: i for i, segment in enumerate(folded)}
@@ -96,8 +113,9 @@ class Segments:
         return rows[::-1] if reverse else rows
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def cut(boundaries: tuple[int, ...], *, length: int, chunk: int, device: torch.device) -> Segments:
+    """The segments of these documents; a CUDA graph reads their tables as long as fewer than 64 others are in use."""
     return Segments(boundaries, length=length, chunk=chunk, device=device)
 
 
@@ -105,7 +123,7 @@ def segment_length(k: Tensor, v: Tensor) -> int:
     """Tokens of a segment, a multiple of every chunk: short enough that programs of 64 columns fill the device twice,
     long enough that their states are few."""
     batch, tokens, heads, _ = k.shape
-    programs = batch * heads * -(-v.shape[3] // 64)
+    programs = max(batch * heads * -(-v.shape[3] // 64), 1)
     wanted = -(-2 * processors(k.device) // programs)
     return max(SHORTEST, -(-tokens // (wanted * 128)) * 128)
 

@@ -46,13 +46,19 @@ def store_state(x, state, keys, values, K: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
+def bounded(g):
+    """A log2 decay not below that of nothing left; nan stays nan."""
+    return tl.where(g < NOTHING_LEFT, NOTHING_LEFT, g)
+
+
+@triton.jit
 def load_decay(
     gate, token, head, valid, keys, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr
 ):  # fmt: skip
     """`b` and `total` of the chunk that begins at `token`, of which `valid` rows are in the document."""
     rows = tl.arange(0, C)
     if GATE == HEAD:
-        slope = tl.maximum(tl.load(gate + head).to(tl.float32) * LOG2E, NOTHING_LEFT)
+        slope = bounded(tl.load(gate + head).to(tl.float32) * LOG2E)
         b = (slope * tl.minimum(rows + 1, valid))[:, None]
         total = slope * tl.full([1], 1, tl.float32) * tl.minimum(valid, C)
     elif GATE == SCALAR:

@@ -114,8 +114,9 @@ def start_linear_attention(
 ) -> StartedAttention:
     """The first half of `linear_attention`, which needs no queries: the states of this rank are sent.
 
-    The result is called with them, `started(q, scale=None) -> out`. What is computed in between, their projection for
-    one, hides the exchange.
+    The result must be called with them, `started(q, scale=None) -> out`, before another attention is started in this
+    group: messages between two ranks are told apart by their order only. What is computed in between, their
+    projection for one, hides the exchange.
     """
     if strategy != "auto":
         get_linear_strategy(strategy)

@@ -51,16 +51,17 @@ def _fold_in_one_launch(gathered: Tensor, order: Chain, own: int, value_dim: int
 
     messages, links = gathered.flatten(0, 1), gathered.shape[1]
     factors = None if messages.shape[-1] == value_dim else messages[..., -1]
-    steps = _steps(tuple(order), own, links).to(gathered.device)
+    steps = _steps(tuple(order), own, links, gathered.device)
     return merge(messages[..., :value_dim], factors, steps, links).transpose(0, 1)
 
 
-@functools.cache
-def _steps(order: tuple[tuple[int, int], ...], own: int, links: int) -> Tensor:
-    """For `merge`: every link is folded, and those of rank `own` receive the state before them."""
+@functools.lru_cache(maxsize=64)
+def _steps(order: tuple[tuple[int, int], ...], own: int, links: int, device: torch.device) -> Tensor:
+    """For `merge`: every link is folded, and those of rank `own` receive the state before them. Kept: the copy to the
+    device would wait for it."""
     last = max(i for i, (rank, _) in enumerate(order) if rank == own)
     rows = [
         (rank * links + place, place if rank == own else -1, -2 if i else -1)
         for i, (rank, place) in enumerate(order[: last + 1])
     ]
-    return torch.tensor(rows, dtype=torch.int32)
+    return torch.tensor(rows, dtype=torch.int32).to(device)
