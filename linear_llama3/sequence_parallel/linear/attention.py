@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
@@ -145,7 +146,8 @@ def start_linear_attention(
     scan = get_linear_strategy(strategy)
     if causal:
         exchange = StateExchange(scan, group, part, fades=fades, cache=exchange_cache)
-        attend = _start_causal(keys, values, gate, part, exchange, backend)
+        dtype = working_dtype(v) if normalize else v.dtype
+        attend = _start_causal(keys, values, gate, part, exchange, backend, dtype)
     else:
         complete = functools.partial(complete_states, scan=scan, group=group, part=part)
         attend = functools.partial(_attend_unmasked, k=keys, v=values, part=part, complete=complete)
@@ -178,13 +180,20 @@ def _attend_alone(q: Tensor, scale: float, **rest: Any) -> Tensor:
 
 
 def _start_causal(
-    k: Tensor, v: Tensor, log_decay: Tensor | None, part: Part, exchange: StateExchange, backend: str
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    part: Part,
+    exchange: StateExchange,
+    backend: str,
+    dtype: torch.dtype,
 ) -> Attend:
+    """dtype: of the output, where the backend leaves a choice."""
     if backend == "triton":
         from ...ops.triton import attention as triton_attention
 
         sent = triton_attention.send_states(k, v, log_decay, part.boundaries, exchange)
-        return lambda q, scale: triton_attention.sharded_attention(q, k, v, log_decay, sent, scale, working_dtype(q))
+        return lambda q, scale: triton_attention.sharded_attention(q, k, v, log_decay, sent, scale, dtype)
     wait = send_states(k, v, log_decay, boundaries=part.boundaries, exchange=exchange)
     return lambda q, scale: sharded_chunked_linear_attention(
         q, k, v, log_decay, scale=scale, boundaries=part.boundaries, exchange=exchange, wait=wait
