@@ -58,7 +58,7 @@ class Launcher:
             return
         assert self.log_decay is not None
         width = self.log_decay.shape[2:].numel()
-        block = min(power_of_two(width), 64)
+        block = min(power_of_two(width), 32)
         self.b = torch.empty_like(self.log_decay, dtype=torch.float32)
         with on(self.k.device):
             gate_cumsum_kernel[len(segments.chunks), triton.cdiv(width, block), self.batch](
