@@ -41,28 +41,13 @@ def chunked_linear_attention(
     scale: float,
     boundaries: tuple[int, ...],
     initial_state: Tensor | None = None,
+    exchange: Exchange | None = None,
+    wait: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as `recurrent_linear_attention`."""
-    return _Chunked.apply(q, k, v, log_decay, initial_state, _chunks(q, k, boundaries), scale, None, None)
-
-
-def sharded_chunked_linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    *,
-    scale: float,
-    boundaries: tuple[int, ...],
-    exchange: Exchange,
-    wait: Callable[[], Tensor],
-) -> Tensor:
-    """Out, where the first and the last document of each link may go on elsewhere; `wait` is what `send_states` gave.
-
-    boundaries: (0,) for a device without tokens.
-    """
-    out, _ = _Chunked.apply(q, k, v, log_decay, None, _chunks(q, k, boundaries), scale, exchange, wait)
-    return out
+    """Same contract as `recurrent_linear_attention`. With `exchange` the first and the last document of a link may
+    go on elsewhere, `wait` is what `send_states` gave, `boundaries` may be (0,) for a device without tokens, and the
+    final states are not to be used."""
+    return _Chunked.apply(q, k, v, log_decay, initial_state, _chunks(q, k, boundaries), scale, exchange, wait)
 
 
 @torch.no_grad()

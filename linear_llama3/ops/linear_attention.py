@@ -67,8 +67,7 @@ def linear_attention(
     documents = None if cu_seqlens is None else len(cu_seqlens) - 1
     check_initial_state(initial_state, q, v, documents, normalize=normalize)
     backend = choose_backend(backend, k, causal=causal)
-    if log_decay is not None and log_decay.dim() == 1:
-        log_decay = log_decay.to(working_dtype(q))  # not in half precision: its gradient sums over all tokens
+    log_decay = precise(log_decay, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     values = with_ones_column(v) if normalize else v
 
@@ -90,6 +89,11 @@ def linear_attention(
         out, state = attend(q, k, values, scale=scale, boundaries=boundaries, initial_state=initial_state)
     out = divide_by_normalizer(out) if normalize else out
     return out.to(v.dtype), state if output_final_state else None
+
+
+def precise(log_decay: Tensor | None, k: Tensor) -> Tensor | None:
+    """A constant log decay `[H_kv]` not in half precision: its gradient sums over all tokens."""
+    return log_decay if log_decay is None or log_decay.dim() > 1 else log_decay.to(working_dtype(k))
 
 
 def with_ones_column(v: Tensor) -> Tensor:

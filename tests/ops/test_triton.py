@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import gc
 import math
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from itertools import pairwise, product
@@ -286,3 +289,14 @@ def test_what_it_cannot_serve_is_refused(changes: dict[str, object], message: st
     case = Case(tokens=4, **{"dtype": torch.float32, **changes})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
         run(case, "triton")
+
+
+def test_a_cpu_is_refused() -> None:
+    """In a process whose kernels are compiled."""
+    code = (
+        "import torch; from linear_llama3.ops import linear_attention; "
+        "x = torch.zeros(1, 4, 1, 16); linear_attention(x, x, x, backend='triton')"
+    )
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "ValueError: backend 'triton' needs a CUDA device, got cpu" in done.stderr

@@ -53,7 +53,7 @@ class Pass:
         `[n, B, H, K, V]` document d starts from, -1: zero."""
         if self.segments.whole and given is None:
             return None
-        which, states, factors = self._own_states()
+        which, states, factors = self._pieces or self._own_states(())  # what was sent already holds them
         steps = self.segments.steps(which, owners, reverse=self.reverse)
         return merge(states, factors, steps, len(self.segments), given)
 
@@ -71,10 +71,10 @@ class Pass:
             ends = ends.index_select(1, self.segments.edges(reverse=self.reverse))
         return ends.transpose(0, 1).flatten(0, 1)
 
-    def _own_states(self) -> tuple[tuple[int, ...], Tensor, Tensor | None]:
-        """Of each segment that others follow or whose document goes on elsewhere, as if nothing entered it."""
+    def _own_states(self, documents: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor, Tensor | None]:
+        """Of each segment that others follow or that is part of these documents, as if nothing entered it."""
         if self._pieces is None:
-            which = self.segments.folded(self.documents, reverse=self.reverse)
+            which = self.segments.folded(documents, reverse=self.reverse)
             _, states, factors = self.launcher.scan(
                 *self.operands, self.segments, which, scale=self.scale, ends=True, reverse=self.reverse
             )
@@ -83,14 +83,14 @@ class Pass:
         return self._pieces
 
     def _totals(self) -> Tensor:
-        which, states, factors = self._own_states()
+        which, states, factors = self._own_states(self.documents)
         steps = self.segments.total_steps(which, self.documents, reverse=self.reverse)
         return merge(states, factors, steps, len(self.documents)).transpose(0, 1)
 
     def _factors(self, exchange: Exchange) -> Tensor:
         """By how much each link decays what passes through it, `[L, B, H, K]`: not at all where it has no token,
         to nothing where a document starts."""
-        which, states, pieces = self._own_states()
+        which, states, pieces = self._own_states(self.documents)
         factors = torch.ones(len(exchange.links), *states.shape[1:-1], device=states.device)
         for factor, link in zip(factors, exchange.links, strict=True):
             if link.stop > link.first + 1 or (link.stop > link.first and not link.left_open):

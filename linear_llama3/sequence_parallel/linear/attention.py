@@ -17,11 +17,12 @@ from torch.nn import functional as F
 
 from ...ops.backends import choose_backend
 from ...ops.bidirectional import bidirectional_linear_attention
-from ...ops.chunked import send_states, sharded_chunked_linear_attention
+from ...ops.chunked import chunked_linear_attention, send_states
 from ...ops.linear_attention import (
     check_arguments,
     check_shapes,
     divide_by_normalizer,
+    precise,
     with_ones_column,
 )
 from ...ops.linear_attention import linear_attention as attention_on_one_device
@@ -127,10 +128,9 @@ def start_linear_attention(
     backend = choose_backend(backend, k, causal=causal)
     part = locate(k.shape[1], batch=k.shape[0], group=group, layout=layout, cu_seqlens=cu_seqlens, length=length)
     keys, values = k[:, : part.tokens], v[:, : part.tokens]  # padding takes no part
-    if log_decay is not None and log_decay.dim() == 1:
-        gate: Tensor | None = log_decay.to(working_dtype(k))  # not in half precision: its gradient sums over all tokens
-    else:
-        gate = None if log_decay is None else log_decay[:, : part.tokens]
+    gate = precise(log_decay, k)
+    if gate is not None and gate.dim() > 1:
+        gate = gate[:, : part.tokens]
     if world_size(group) == 1:
         attend: Attend = functools.partial(
             _attend_alone, k=keys, v=values, log_decay=gate, normalize=normalize, cu_seqlens=cu_seqlens, causal=causal,
@@ -195,9 +195,9 @@ def _start_causal(
         sent = triton_attention.send_states(k, v, log_decay, part.boundaries, exchange)
         return lambda q, scale: triton_attention.sharded_attention(q, k, v, log_decay, sent, scale, dtype)
     wait = send_states(k, v, log_decay, boundaries=part.boundaries, exchange=exchange)
-    return lambda q, scale: sharded_chunked_linear_attention(
+    return lambda q, scale: chunked_linear_attention(
         q, k, v, log_decay, scale=scale, boundaries=part.boundaries, exchange=exchange, wait=wait
-    )
+    )[0]
 
 
 def _attend_unmasked(
