@@ -11,6 +11,7 @@ from torch import Tensor
 
 BACKENDS = ("recurrent", "chunked", "triton")
 LARGEST_KEY = 256  # columns of a state that one program holds
+MOST_ROWS = 65535  # B * H_kv, a grid's second dimension
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ def triton_obstacle(k: Tensor, *, causal: bool = True) -> str | None:
         return f"takes bfloat16, float16 and float32, got {k.dtype}"
     if k.shape[-1] > LARGEST_KEY:
         return f"takes head dims D_k up to {LARGEST_KEY}, got {k.shape[-1]}"
+    if k.shape[0] * k.shape[2] > MOST_ROWS:
+        return f"takes B * H_kv up to {MOST_ROWS}, got {k.shape[0]} * {k.shape[2]}"
     return device_obstacle(k.device)
 
 

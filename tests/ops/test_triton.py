@@ -24,7 +24,7 @@ from tests.ops.test_linear_attention import documents_of, run
 
 pytest.importorskip("triton")
 
-from linear_llama3.ops.triton import attention, launch, segments
+from linear_llama3.ops.triton import attention, launch, op, segments  # noqa: F401  (op registers itself)
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="with a GPU the kernels are compiled")
 
@@ -249,7 +249,9 @@ def test_the_op_is_registered_as_torch_expects(transposed: bool, documents: tupl
     names = ("q", "k", "v", "log_decay", "initial_state")
     tensors = [inputs[name].requires_grad_() if name in inputs else None for name in names]
     arguments = (*tensors, case.cu_seqlens(), 0.3, True, torch.float32)
-    torch.library.opcheck(torch.ops.linear_llama3.linear_attention.default, arguments)
+    registered = torch.ops.linear_llama3.linear_attention.default
+    torch.library.opcheck(registered, arguments)
+    assert torch.Tag.cudagraph_unsafe in registered.tags
 
 
 def test_one_token_of_one_document() -> None:
@@ -274,7 +276,7 @@ def test_tables_go_with_their_segments() -> None:
         kept.append(weakref.ref(cut))
     del cut
     gc.collect()
-    assert sum(x() is not None for x in kept) == segments.cut.cache_info().maxsize
+    assert sum(x() is not None for x in kept) == segments._cut.cache_info().maxsize
 
 
 @pytest.mark.parametrize(
@@ -283,6 +285,7 @@ def test_tables_go_with_their_segments() -> None:
         ({"dtype": torch.float64}, "backend 'triton' takes bfloat16, float16 and float32, got torch.float64"),
         ({"key_dim": 257}, "backend 'triton' takes head dims D_k up to 256, got 257"),
         ({"causal": False}, "backend 'triton' is causal"),
+        ({"batch": 4096, "heads": 16, "key_dim": 2, "value_dim": 2}, "takes B \\* H_kv up to 65535, got 4096 \\* 16"),
     ],
 )
 def test_what_it_cannot_serve_is_refused(changes: dict[str, object], message: str) -> None:

@@ -180,12 +180,29 @@ def test_a_cuda_graph_replays_the_forward_pass(name: str, gate: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, state = attend()
+    for tokens in range(2, 100):  # the last tables are other lengths'
+        linear_attention(*(torch.rand(1, tokens, 1, 16, device=DEVICE) for _ in "qkv"))
     for x in (inputs[n] for n in "qkv"):
         x.copy_(x.flip(1) + 1)  # other values in the same places
     graph.replay()
     expected, expected_state = attend()
     assert state is not None and expected_state is not None
     assert torch.equal(out, expected) and torch.equal(state, expected_state)
+
+
+def test_a_model_compiled_to_cuda_graphs() -> None:
+    inputs = made(replace(CASES["segments"], gate="channel"), HALF)
+    w = inputs.pop("w")
+    torch.compiler.reset()
+    compiled = torch.compile(lambda **x: linear_attention(**x, backend="triton")[0] * 2, mode="reduce-overhead")
+    for _ in range(4):  # warm-up, capture, replay
+        variables = leaves(inputs)
+        out = compiled(**variables)
+        got = [out.clone(), *(g.clone() for g in torch.autograd.grad(out, list(variables.values()), w))]
+    variables = leaves(inputs)
+    out = linear_attention(**variables, backend="triton")[0] * 2
+    expected = [out, *torch.autograd.grad(out, list(variables.values()), w)]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_no_access_out_of_bounds() -> None:

@@ -54,7 +54,8 @@ def _(
     return q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype), after
 
 
-@torch.library.custom_op("linear_llama3::linear_attention", mutates_args=())
+# their tables come from the host: torch.compile keeps both out of CUDA graphs
+@torch.library.custom_op("linear_llama3::linear_attention", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     scale: float, output_final_state: bool, dtype: torch.dtype,
@@ -87,7 +88,7 @@ def _(
     return out, k.new_empty(final, dtype=torch.float32), k.new_empty(entering, dtype=torch.float32)
 
 
-@torch.library.custom_op("linear_llama3::linear_attention_backward", mutates_args=())
+@torch.library.custom_op("linear_llama3::linear_attention_backward", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, entering: Tensor,
     d_out: Tensor, d_final: Tensor | None, scale: float, gate: bool, initial: bool,

@@ -113,10 +113,20 @@ class Segments:
         return rows[::-1] if reverse else rows
 
 
-@functools.lru_cache(maxsize=64)
 def cut(boundaries: tuple[int, ...], *, length: int, chunk: int, device: torch.device) -> Segments:
-    """The segments of these documents; a CUDA graph reads their tables as long as fewer than 64 others are in use."""
+    """The segments of these documents; those of the last 64 calls that differ are kept."""
+    segments = _cut(boundaries, length=length, chunk=chunk, device=device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.add(segments)
+    return segments
+
+
+@functools.lru_cache(maxsize=64)
+def _cut(boundaries: tuple[int, ...], *, length: int, chunk: int, device: torch.device) -> Segments:
     return Segments(boundaries, length=length, chunk=chunk, device=device)
+
+
+_captured: set[Segments] = set()  # CUDA graphs read their tables for good
 
 
 def segment_length(k: Tensor, v: Tensor) -> int:

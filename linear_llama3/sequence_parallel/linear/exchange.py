@@ -34,12 +34,25 @@ class StateExchange:
         cache = None if reverse else self.cache
         if cache is not None and "states" in cache:
             return lambda: cache["states"]
+        if self.group in _under_way:
+            raise ValueError(
+                "linear attention was started in this group and still waits for its queries: messages between two "
+                "ranks are told apart by their order only; call what start_linear_attention returned first"
+            )
         states, factors = summarize()
         sent = factors if self.fades else None
         wait = self.scan(states, sent, group=self.group, chain=self.chain, reverse=reverse)
-        if cache is None:
-            return wait
-        return lambda: cache.setdefault("states", wait())
+        _under_way.add(self.group)
+
+        def finish() -> Tensor:
+            received = wait()
+            _under_way.discard(self.group)
+            return received if cache is None else cache.setdefault("states", received)
+
+        return finish
+
+
+_under_way: set[dist.ProcessGroup] = set()
 
 
 def complete_states(states: Tensor, *, scan: Scan, group: dist.ProcessGroup, part: Part) -> Tensor:
