@@ -80,7 +80,7 @@ def value_gradient(
     if GATE == HEAD or GATE == SCALAR:
         d_value *= tl.exp2(total[None, :] - b)
     for g in range(G):
-        s = scores(q, k, gate, b, token, head, g, valid, H, G, K, BC, C, GATE, DOT, PRECISION)
+        s = scores(q, k, gate, b, token, head, g, valid, 0, H, G, K, K, BC, C, GATE, DOT, PRECISION)
         d_rows = load_tile(d_out + ((token * H + head) * G + g) * V, valid, values, V, H * G * V, C, DOT)
         d_value = tl.dot(tl.trans((s * scale).to(DOT)), d_rows, d_value, input_precision=PRECISION)
     store_tile(dv + (token * H + head) * V, d_value, valid, values, V, H * V, C)

@@ -90,15 +90,17 @@ class Launcher:
     ) -> tuple[Tensor, Tensor | None]:
         """Out `[B, T, H * G, V]`, and the states behind the segments."""
         tiles = self.configuration.output
-        out = torch.empty(*q.shape[:3], self.value_dim, dtype=dtype, device=q.device)
+        parts = triton.cdiv(self.key_dim, tiles.BK)  # of a sum over the columns of keys
+        partial = dtype if parts == 1 else torch.float32
+        out = torch.empty(parts, *q.shape[:3], self.value_dim, dtype=partial, device=q.device)
         end_states = self._empty(len(segments), self.value_dim) if ends else None
         with on(self.k.device):
-            output_kernel[len(segments) * triton.cdiv(self.value_dim, tiles.BV), self._rows](
+            output_kernel[len(segments) * parts * triton.cdiv(self.value_dim, tiles.BV), self._rows](
                 q, self.k, self.v, self.b, entering, out, end_states, segments.table(), self.tokens, scale,
                 **self._common(tiles), G=q.shape[2] // self.heads, BC=tiles.BC, C=self.chunk,
                 ENTERING=entering is not None, ENDS=ends,
             )  # fmt: skip
-        return out, end_states
+        return out[0] if parts == 1 else out.sum(0).to(dtype), end_states
 
     def gradients(
         self, q: Tensor, d_out: Tensor, segments: Segments, states: Tensor, d_states: Tensor, *, scale: float

@@ -16,14 +16,19 @@ def output_kernel(
     """`o_t = scale * S_t^T q_t`, chunk after chunk of a segment: the state before the chunk, and the scores inside it.
 
     q `[B, T, H * G, K]`, k `[B, T, H, K]`, v `[B, T, H, V]`, out `[B, T, H * G, V]`; entering and ends
-    `[B, segments, H, K, V]` float32, the states before and after every segment. BK covers K.
-    Grid: (segments * V / BV, B * H).
+    `[B, segments, H, K, V]` float32, the states before and after every segment. Where BK does not cover K, every K / BK
+    columns of keys give a part of the sum, out `[K / BK, B, T, H * G, V]`.
+    Grid: (segments * K / BK * V / BV, B * H).
     """
-    tiles: tl.constexpr = (V + BV - 1) // BV
+    parts: tl.constexpr = (K + BK - 1) // BK
+    width: tl.constexpr = K if parts == 1 else BK
+    tiles: tl.constexpr = (V + BV - 1) // BV * parts
     segment, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     batch, head = tl.program_id(1) // H, tl.program_id(1) % H
     start, stop = tl.load(segments + 3 * segment), tl.load(segments + 3 * segment + 1)
-    keys, values = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    begin = tile % parts * BK
+    keys, values = begin + tl.arange(0, BK), tile // parts * BV + tl.arange(0, BV)
+    out += tile % parts * tl.cast(tl.num_programs(1) // H, tl.int64) * tokens * (H * G * V)
     first = tl.cast(batch, tl.int64) * tokens
     place = (tl.cast(batch, tl.int64) * (tl.num_programs(0) // tiles) + segment) * H + head
 
@@ -40,7 +45,7 @@ def output_kernel(
             key = load_tile(k + (token * H + head) * K, valid, keys, K, H * K, C, DOT)
         before = state.to(DOT)
         for g in range(G):
-            s = scores(q, k, gate, b, token, head, g, valid, H, G, K, BC, C, GATE, DOT, PRECISION)
+            s = scores(q, k, gate, b, token, head, g, valid, begin, H, G, K, width, BC, C, GATE, DOT, PRECISION)
             query = load_tile(q + ((token * H + head) * G + g) * K, valid, keys, K, H * G * K, C, DOT)
             if GATE == CHANNEL:
                 fall, _ = load_decay(gate, token, head, valid, keys, H, K, C, GATE)

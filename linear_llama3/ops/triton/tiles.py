@@ -95,11 +95,12 @@ def halves(
 
 @triton.jit
 def scores(
-    q, k, gate, b, token, head, g, valid,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    q, k, gate, b, token, head, g, valid, begin,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`q_i . k_j` with the decay between the tokens, 0 where j > i, `[C, C]` float32; query head g of kv head `head`.
+    """`q_i . k_j` with the decay between the tokens, 0 where j > i, `[C, C]` float32; query head g of kv head `head`,
+    the WIDTH columns from `begin` on, BK at a time.
 
     A decay per channel does not factor out of the product, and `(q e^b)(k e^-b)` overflows. So the triangle is halved
     again and again: between two halves of a block both factors are taken relative to the edge between them, where
@@ -107,8 +108,8 @@ def scores(
     """
     rows = tl.arange(0, C)
     s = tl.zeros([C, C], dtype=tl.float32)
-    for start in range(0, K, BK):
-        keys = start + tl.arange(0, BK)
+    for start in range(0, WIDTH, BK):
+        keys = begin + start + tl.arange(0, BK)
         query = load_tile(q + ((token * H + head) * G + g) * K, valid, keys, K, H * G * K, C, DOT)
         key = load_tile(k + (token * H + head) * K, valid, keys, K, H * K, C, DOT)
         if GATE != CHANNEL:
