@@ -5,6 +5,12 @@ if __name__ != "linear_llama3.modeling":
 
 from .cache import CountingCache
 from .configuration import LinearLlama3Config
+from .heads import (
+    LinearLlama3ForMaskedLM,
+    LinearLlama3ForQuestionAnswering,
+    LinearLlama3ForSequenceClassification,
+    LinearLlama3ForTokenClassification,
+)
 from .mixers import MIXERS, LinearAttention, Mixer
 from .model import LinearLlama3ForCausalLM, LinearLlama3Model, LinearLlama3PreTrainedModel
 
@@ -14,6 +20,10 @@ __all__ = [
     "LinearAttention",
     "LinearLlama3Config",
     "LinearLlama3ForCausalLM",
+    "LinearLlama3ForMaskedLM",
+    "LinearLlama3ForQuestionAnswering",
+    "LinearLlama3ForSequenceClassification",
+    "LinearLlama3ForTokenClassification",
     "LinearLlama3Model",
     "LinearLlama3PreTrainedModel",
     "Mixer",

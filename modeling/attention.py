@@ -19,6 +19,7 @@ class LinearLlama3Attention(LlamaAttention):
 
     def __init__(self, config: LinearLlama3Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)  # type: ignore[arg-type]
+        self.is_causal = config.is_causal
         self.sequence_parallel_context: SequenceParallelContext | None = None
 
     def forward(  # type: ignore[override]
@@ -48,6 +49,6 @@ class LinearLlama3Attention(LlamaAttention):
         q, k, v = (proj(hidden_states).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         out = self.sequence_parallel_context.softmax_attention(
-            q.to(v.dtype), k.to(v.dtype), v, scale=self.scaling, cu_seqlens=cu_seq_lens_q
+            q.to(v.dtype), k.to(v.dtype), v, scale=self.scaling, cu_seqlens=cu_seq_lens_q, causal=self.is_causal
         )
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None

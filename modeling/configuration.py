@@ -28,12 +28,16 @@ class LinearLlama3Config(PreTrainedConfig):
     - `layer_types`: "linear_attention" or "full_attention" per layer; None follows `full_attention_interval`.
     - `full_attention_interval`: n makes the last of every n layers softmax (4: LLLN); 0 or None makes all
       linear.
+    - `is_causal`: False lets every token see the whole sequence (masked-LM, classification); only mixers without
+      a decay.
     - `linear_feature_map`: feature map of queries and keys, one of `FEATURE_MAPS`; None takes the mixer's
       own.
     - `linear_use_rope`: rotary embedding in the linear layers; None takes the mixer's own.
     - `linear_output_gate`: multiply the output by the mixer's gate (a projection of the layer's input).
-    - `linear_num_key_value_heads`, `linear_key_head_dim`, `linear_value_head_dim`: key/value heads, D_k and
-      D_v of the linear layers; None takes `num_key_value_heads` and `head_dim`. Query heads are Llama's.
+    - `linear_output_norm`: RMSNorm of each head's output; None: for mixers that do not divide by the sum of weights.
+    - `linear_num_key_value_heads`, `linear_key_head_dim`, `linear_value_head_dim`: key/value heads, D_k (before the
+      feature map) and D_v of the linear layers; None takes `num_key_value_heads` and `head_dim`, or the mixer's own
+      D_k. Query heads are Llama's.
     - `gate_bias_init`: initial bias of a learned decay; large means long memory (6.0: about 0.9998 a token).
 
     Raises `ValueError` for fields that do not fit each other.
@@ -64,12 +68,14 @@ class LinearLlama3Config(PreTrainedConfig):
     attention_dropout: int | float | None = 0.0
     mlp_bias: bool = False
 
+    is_causal: bool = True
     linear_attention_type: str = "basic"
     layer_types: list[str] | None = None
     full_attention_interval: int | None = 4
     linear_feature_map: str | None = None
     linear_use_rope: bool | None = None
     linear_output_gate: bool = True
+    linear_output_norm: bool | None = None
     linear_num_key_value_heads: int | None = None
     linear_key_head_dim: int | None = None
     linear_value_head_dim: int | None = None
@@ -82,8 +88,9 @@ class LinearLlama3Config(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.linear_num_key_value_heads is None:
             self.linear_num_key_value_heads = self.num_key_value_heads
+        _check_choice("linear_attention_type", self.linear_attention_type, MIXERS)
         if self.linear_key_head_dim is None:
-            self.linear_key_head_dim = self.head_dim
+            self.linear_key_head_dim = MIXERS[self.linear_attention_type].key_head_dim or self.head_dim
         if self.linear_value_head_dim is None:
             self.linear_value_head_dim = self.head_dim
         if self.layer_types is None:
@@ -94,7 +101,6 @@ class LinearLlama3Config(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Cross-field rules; `ValueError` with the rule, the value and the remedy."""
-        _check_choice("linear_attention_type", self.linear_attention_type, MIXERS)
         if self.linear_feature_map is not None:
             _check_choice("linear_feature_map", self.linear_feature_map, FEATURE_MAPS)
         if self.full_attention_interval is not None and self.full_attention_interval < 0:
@@ -114,11 +120,19 @@ class LinearLlama3Config(PreTrainedConfig):
                     f"{getattr(self, name)}; each key/value head serves the same number of query heads"
                 )
         self._check_layer_types()
-        if self.uses_linear_rope and self.linear_key_head_dim != self.head_dim:
+        features = self.linear_state_shape[1]
+        if self.uses_linear_rope and features != self.head_dim:
             raise ValueError(
-                "linear layers with rotary embedding share the model's table, so linear_key_head_dim must be "
-                f"head_dim, got {self.linear_key_head_dim} and {self.head_dim}; set linear_use_rope=False or "
-                "make them equal"
+                "linear layers with rotary embedding share the model's table, so the features of linear_key_head_dim "
+                f"must be head_dim, got {features} features (of {self.linear_key_head_dim}) and {self.head_dim}; set "
+                "linear_use_rope=False or make them equal"
+            )
+        mixer = MIXERS[self.linear_attention_type]
+        if not self.is_causal and self.linear_layers and (mixer.learned_decay or mixer.constant_log_decay):
+            without = sorted(n for n, m in MIXERS.items() if not (m.learned_decay or m.constant_log_decay))
+            raise ValueError(
+                "is_causal=False needs a mixer without a decay, which has a direction, got "
+                f"{self.linear_attention_type!r}; set linear_attention_type to one of {without}"
             )
 
     def _check_layer_types(self) -> None:
@@ -151,6 +165,24 @@ class LinearLlama3Config(PreTrainedConfig):
         )  # fmt: skip
         assert heads is not None and key_dim is not None and value_dim is not None  # __post_init__ fills them
         return heads, key_dim, value_dim
+
+    @property
+    def linear_state_shape(self) -> tuple[int, int, int]:
+        """(H_kv, features of a key, columns) of a linear layer's state; the last column may be the normaliser."""
+        heads, key_dim, value_dim = self.linear_sizes
+        normalize = MIXERS[self.linear_attention_type].normalize
+        return heads, FEATURE_MAPS[self.feature_map].size(key_dim), value_dim + normalize
+
+    @property
+    def feature_map(self) -> str:
+        """Name of the feature map of the linear layers."""
+        return self.linear_feature_map or MIXERS[self.linear_attention_type].feature_map
+
+    @property
+    def uses_linear_output_norm(self) -> bool:
+        """Whether linear layers normalise each head's output by its root mean square."""
+        default = not MIXERS[self.linear_attention_type].normalize
+        return default if self.linear_output_norm is None else self.linear_output_norm
 
     @property
     def uses_linear_rope(self) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
-from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_recurrent_attention_mask
 
 from ..sequence_parallel import SequenceParallelContext
 from ..sequence_parallel.packing import restarting_positions
@@ -73,6 +74,11 @@ def check_sharded_loss(kwargs: dict[str, Any]) -> None:
             "under sequence parallelism labels are shifted before the cut, got labels without shift_labels; "
             "call context.shard_batch(batch) first and pass all that it returns"
         )
+    check_counted(kwargs)
+
+
+def check_counted(kwargs: dict[str, Any]) -> None:
+    """`ValueError` unless the number of labels is told, which no rank can count."""
     if kwargs.get("num_items_in_batch") is None:
         raise ValueError(
             "under sequence parallelism the loss needs num_items_in_batch, got none; pass the number of "
@@ -124,8 +130,8 @@ def layer_masks(
     """One mask per layer type. Documents reach linear layers as edges, softmax layers as positions."""
     if isinstance(attention_mask, dict):
         return attention_mask
+    batch, length = inputs_embeds.shape[:2]
     if edges is not None:
-        batch, length = inputs_embeds.shape[:2]
         attention_mask, position_ids = None, restarting_positions(edges, batch=batch, length=length)
     arguments: dict[str, Any] = {
         "config": config,
@@ -135,14 +141,25 @@ def layer_masks(
         "position_ids": position_ids,
     }
     masks: Masks = {}
-    if config.has_softmax_layers:
+    if config.has_softmax_layers and config.is_causal:
         masks["full_attention"] = create_causal_mask(**arguments)
-    if attention_mask is not None and inputs_embeds.shape[1] == 1:
+    elif config.has_softmax_layers:
+        documents = None if edges is None else _same_document(edges, batch=batch, length=length)
+        masks["full_attention"] = create_bidirectional_mask(
+            config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, and_mask_function=documents
+        )
+    if attention_mask is not None and length == 1:
         # transformers drops the mask of a single token, but a chunked prefill may feed padding one by one
         masks["linear_attention"] = attention_mask[:, -1:]
     else:
         masks["linear_attention"] = create_recurrent_attention_mask(**arguments)
     return masks
+
+
+def _same_document(edges: Tensor, *, batch: int, length: int) -> Callable[..., Tensor]:
+    """A mask function (row, head, query, key): transformers reads documents off the positions in causal masks only."""
+    document = torch.arange(len(edges) - 1, device=edges.device).repeat_interleave(edges.diff()).view(batch, length)
+    return lambda row, head, query, key: document[row, query] == document[row, key]
 
 
 def positions_to_keep(hidden_states: Tensor, keep: int | Tensor) -> Tensor:

@@ -32,9 +32,11 @@ class Mixer:
     """What distinguishes one linear attention from another."""
 
     feature_map: str = "identity"
+    key_head_dim: int | None = None  # channels of a head before the feature map; None: the config's head_dim
     constant_log_decay: Callable[[int, int, int], Tensor] | None = None  # (heads, layer, layers) -> [H_kv]
     learned_decay: bool = False  # per token, head and key channel
     use_rope: bool = False
+    normalize: bool = False  # divide by the sum of the weights; without it, an RMSNorm per head keeps the scale
     output_gate: str = "silu"  # activation of the gate on the output
 
 
@@ -47,16 +49,36 @@ MIXERS: dict[str, Mixer] = {
     "lightning": Mixer(feature_map="silu", constant_log_decay=lightning_log_decay, output_gate="sigmoid"),
     "retention": Mixer(constant_log_decay=_retention_log_decay, use_rope=True),
     "gla": Mixer(learned_decay=True),
+    "based": Mixer(feature_map="taylor", key_head_dim=16, normalize=True),
+    "rebased": Mixer(feature_map="rebased", key_head_dim=16, normalize=True),
 }
 """Value of `config.linear_attention_type` -> mixer."""
+
+
+class LearnedFeatureMap(nn.Module):
+    """A feature map with the parameters of one layer's queries or keys."""
+
+    def __init__(self, name: str, heads: int, dim: int) -> None:
+        super().__init__()
+        self.name, self.sizes = name, (heads, dim)
+        for parameter, value in self.initial().items():
+            self.register_parameter(parameter, nn.Parameter(value))
+
+    def initial(self) -> dict[str, Tensor]:
+        """Values of the parameters; asked for again after a build on the meta device."""
+        return FEATURE_MAPS[self.name].parameters(*self.sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, T, H, D]` -> `[B, T, H, features]`."""
+        return FEATURE_MAPS[self.name](x, **dict(self.named_parameters()))
 
 
 class LinearAttention(nn.Module):
     """The attention of a linear layer, in the place and with the projections of Llama's softmax attention.
 
-    `q, k` pass through feature map and rotary embedding, the state decays as the mixer says, the output is
-    normalised per head (RMSNorm over D_v), gated, and projected. The decoding state `[B, H_kv, D_k, D_v]` is
-    float32 and lives in the cache's recurrent state of this layer.
+    `q, k` pass through feature map and rotary embedding, the state decays as the mixer says, the output is normalised
+    (by the sum of the weights, or by an RMSNorm per head over D_v), gated, and projected. The decoding state
+    `config.linear_state_shape` is float32 and lives in the cache's recurrent state of this layer.
     """
 
     layer_type = "linear_attention"
@@ -66,9 +88,9 @@ class LinearAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.mixer = mixer = MIXERS[config.linear_attention_type]
-        self.feature_map = FEATURE_MAPS[config.linear_feature_map or mixer.feature_map]
         self.num_heads = heads = config.num_attention_heads
         self.num_kv_heads, self.key_dim, self.value_dim = config.linear_sizes
+        self.is_causal = config.is_causal
         self.sequence_parallel_context: SequenceParallelContext | None = None
 
         hidden, bias = config.hidden_size, config.attention_bias
@@ -76,7 +98,10 @@ class LinearAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.key_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, self.num_kv_heads * self.value_dim, bias=bias)
         self.o_proj = nn.Linear(heads * self.value_dim, hidden, bias=bias)
-        self.o_norm = LlamaRMSNorm(self.value_dim, eps=config.rms_norm_eps)
+        self.q_feature_map = LearnedFeatureMap(config.feature_map, heads, self.key_dim)
+        self.k_feature_map = LearnedFeatureMap(config.feature_map, self.num_kv_heads, self.key_dim)
+        if config.uses_linear_output_norm:
+            self.o_norm = LlamaRMSNorm(self.value_dim, eps=config.rms_norm_eps)
         if mixer.learned_decay:
             self.decay_down_proj = nn.Linear(hidden, DECAY_RANK, bias=False)
             self.decay_up_proj = nn.Linear(DECAY_RANK, self.num_kv_heads * self.key_dim, bias=False)
@@ -118,28 +143,34 @@ class LinearAttention(nn.Module):
         softmax.
         """
         k, v, log_decay = self._keys_values(hidden_states, position_embeddings, attention_mask)
+        kind: dict[str, Any] = {"normalize": self.mixer.normalize, "causal": self.is_causal}
         if self.sequence_parallel_context is not None:
             attend: Callable[[Tensor], Tensor] = self.sequence_parallel_context.start_linear_attention(
-                k, v, log_decay=log_decay, cu_seqlens=cu_seq_lens_q, exchange_cache=exchange_cache
+                k, v, log_decay=log_decay, cu_seqlens=cu_seq_lens_q, exchange_cache=exchange_cache, **kind
             )
         elif cu_seq_lens_q is not None:
-            attend = partial(_attend_packed, k=k, v=v, log_decay=log_decay, cu_seqlens=cu_seq_lens_q)
+            attend = partial(_attend_packed, k=k, v=v, log_decay=log_decay, cu_seqlens=cu_seq_lens_q, **kind)
         else:
-            attend = partial(self._attend_cached, k=k, v=v, log_decay=log_decay, cache=past_key_values)
+            attend = partial(self._attend_cached, k=k, v=v, log_decay=log_decay, cache=past_key_values, **kind)
         # under a context the states travel while these are projected
         q = self._queries(hidden_states, position_embeddings)
         gate = self.gate_activation(self.g_proj(hidden_states)) if self.config.linear_output_gate else None
-        out = self.o_norm(attend(q.to(v.dtype))).reshape(*hidden_states.shape[:2], -1)
+        out = attend(q.to(v.dtype))
+        out = out.to(hidden_states.dtype) if self.mixer.normalize else out
+        out = self.o_norm(out) if self.config.uses_linear_output_norm else out
+        out = out.reshape(*hidden_states.shape[:2], -1)
         return self.o_proj(out if gate is None else out * gate), None
 
     def _queries(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        return self._place(self.feature_map(_heads(self.q_proj(x), self.num_heads)), position_embeddings)
+        return self._place(self.q_feature_map(_heads(self.q_proj(x), self.num_heads)), position_embeddings)
 
     def _keys_values(
         self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         v = _heads(self.v_proj(x), self.num_kv_heads)
-        k = self._place(self.feature_map(_heads(self.k_proj(x), self.num_kv_heads)), position_embeddings).to(v.dtype)
+        if self.mixer.normalize:
+            v = v.to(working_dtype(v))  # products of rounded features cancel in a quotient of sums
+        k = self._place(self.k_feature_map(_heads(self.k_proj(x), self.num_kv_heads)), position_embeddings).to(v.dtype)
         log_decay = self._log_decay(x)
         if mask is not None:
             # padding must neither write to the state (after the feature map: phi(0) may be > 0) nor fade it
@@ -170,10 +201,10 @@ class LinearAttention(nn.Module):
         return (F.logsigmoid(gate) / DECAY_TEMPERATURE).view(*x.shape[:2], self.num_kv_heads, self.key_dim)
 
     def _attend_cached(
-        self, q: Tensor, *, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Cache | None
+        self, q: Tensor, *, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Cache | None, **kind: Any
     ) -> Tensor:
         if cache is None:
-            return linear_attention(q, k, v, log_decay=log_decay)[0]
+            return linear_attention(q, k, v, log_decay=log_decay, **kind)[0]
         layer = cache.layers[self.layer_idx]
         assert isinstance(layer, LinearAttentionCacheLayerMixin)
         out, state = linear_attention(
@@ -181,6 +212,7 @@ class LinearAttention(nn.Module):
             log_decay=log_decay,
             initial_state=layer.recurrent_states[0] if layer.has_previous_state[0] else None,
             output_final_state=True,
+            **kind,
         )  # fmt: skip
         assert state is not None
         cache.update_recurrent_state(state, self.layer_idx)
@@ -193,11 +225,13 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1))
 
 
-def _attend_packed(q: Tensor, *, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+def _attend_packed(
+    q: Tensor, *, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor, **kind: Any
+) -> Tensor:
     """Rows `[B, T, H, D]` as one stream of B * T tokens, the state starting anew at each document."""
     shape = q.shape[:2]
     q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
     if log_decay is not None and log_decay.dim() > 1:
         log_decay = log_decay.reshape(1, -1, *log_decay.shape[2:])
-    out, _ = linear_attention(q, k, v, log_decay=log_decay, cu_seqlens=cu_seqlens)
+    out, _ = linear_attention(q, k, v, log_decay=log_decay, cu_seqlens=cu_seqlens, **kind)
     return out.view(*shape, *out.shape[2:])

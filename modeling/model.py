@@ -38,7 +38,7 @@ from .inputs import (
     padding_mask,
     positions_to_keep,
 )
-from .mixers import LinearAttention
+from .mixers import LearnedFeatureMap, LinearAttention
 
 if TYPE_CHECKING:
     from ..sequence_parallel import SequenceParallelContext
@@ -100,6 +100,9 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
                 init.copy_(module.log_decay, module.constant_log_decay())
             if module.mixer.learned_decay:
                 init.constant_(module.decay_bias, self.config.gate_bias_init)
+        elif isinstance(module, LearnedFeatureMap):
+            for name, value in module.initial().items():
+                init.copy_(getattr(module, name), value)
 
     def save_pretrained(
         self,
@@ -165,13 +168,21 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {given}")
-        if kwargs.get("is_causal", getattr(self.config, "is_causal", True)) is False:
-            raise ValueError("the model is causal, got is_causal=False; leave is_causal out")
+        if kwargs.get("is_causal", self.config.is_causal) is not self.config.is_causal:
+            raise ValueError(
+                f"the model was made with config.is_causal={self.config.is_causal}, got is_causal="
+                f"{kwargs['is_causal']}; leave is_causal out"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]
         cu_seq_lens = kwargs.pop("cu_seq_lens_q", None)
         cache_given = past_key_values is not None or bool(use_cache)
+        if cache_given and not self.config.is_causal:
+            raise ValueError(
+                "a model with is_causal=False reads the whole sequence at once, got past_key_values or use_cache=True; "
+                "leave them out"
+            )
         if self.sequence_parallel_context is not None:
             check_shard(
                 self.config,
@@ -240,8 +251,9 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
             return None
         if use_cache is None:
             use_cache = (
-                self.config.use_cache and not self.training and not packed and self.sequence_parallel_context is None
-            )
+                self.config.use_cache and self.config.is_causal and not self.training and not packed
+                and self.sequence_parallel_context is None
+            )  # fmt: skip
         if cache is None:
             if not use_cache:
                 return None
@@ -258,6 +270,11 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: LinearLlama3Config) -> None:
         super().__init__(config)
+        if not config.is_causal:
+            raise ValueError(
+                "a causal language model predicts the next token, got config.is_causal=False; use "
+                "LinearLlama3ForMaskedLM or set is_causal=True"
+            )
         self.model = LinearLlama3Model(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

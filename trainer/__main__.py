@@ -49,7 +49,7 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
         data_collator=default_data_collator,
     )
     if trainer.sequence_parallel_context is not None:
-        trainer.sequence_parallel_context.settle_layout(trainer.model)
+        trainer.sequence_parallel_context.settle(trainer.model)
     return trainer
 
 

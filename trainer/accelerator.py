@@ -55,16 +55,17 @@ class SequenceParallelAccelerator(Accelerator):
             visible = parallelism if uses_fsdp(kwargs.get("fsdp_plugin"), cpu=cpu) else None
             with hidden_parallelism():
                 super().__init__(*args, parallelism_config=visible, **kwargs)
-        self._peers_agree = False
+        self._peers_agree, self._causal = False, True
         if parallelism is not None:
             config = sequence_parallel_config or SequenceParallelConfig()
             self.sequence_parallel_context = attach(self, parallelism, config)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         """As Accelerator's; models also get the sequence-parallel context."""
-        if self.sequence_parallel_context is not None:
-            for model in args:
-                if isinstance(model, nn.Module):
+        for model in args:
+            if isinstance(model, nn.Module):
+                self._causal &= getattr(getattr(model, "config", None), "is_causal", True)
+                if self.sequence_parallel_context is not None:
                     enable_sequence_parallel(model, self.sequence_parallel_context)
         return super().prepare(*args, **kwargs)
 
@@ -85,7 +86,10 @@ class SequenceParallelAccelerator(Accelerator):
         number of processes, and accelerate's gradient accumulation steps. They become those of the mean over all
         labels.
         """
-        targets = [batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:] for batch in batches]
+        first = 1 if self._causal else 0  # nothing predicts the first token of a causal model
+        targets = [
+            batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, first:] for batch in batches
+        ]
         local = torch.stack([labels.ne(IGNORE_INDEX).sum() for labels in targets]).sum().to(self.device)
         ranks = 1 if self.sequence_parallel_context is None else self.sequence_parallel_context.world_size
         return (

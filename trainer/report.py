@@ -46,7 +46,6 @@ def write_model_card(
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"accelerate {accelerate.__version__}",
     }
-    state_shape = (config.linear_num_key_value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
     start = recipe.model.get("name_or_path")
     kind = "hybrid" if config.has_softmax_layers else "recurrent"
     card = ModelCard.from_template(
@@ -65,7 +64,7 @@ def write_model_card(
         num_layers=config.num_hidden_layers,
         mixer=config.linear_attention_type,
         parameters=f"{model.num_parameters():,}",
-        state_shape=" x ".join(map(str, state_shape)),
+        state_shape=" x ".join(map(str, config.linear_state_shape)),
         sequence_length=f"{recipe.sequence_length:,}",
         training=training,
         plot=PLOT_NAME,

@@ -46,8 +46,8 @@ def linear_attention(
         v: values `[B, T, H_kv, D_v]`.
         log_decay: natural log, <= 0. None, `[H_kv]`, `[B, T, H_kv]` or `[B, T, H_kv, D_k]`.
         scale: applied to q. Default: `D_k ** -0.5`.
-        normalize: divide by `q . sum(k)`, exactly and without an epsilon. The state then has D_v + 1 columns,
-            the last one the normaliser.
+        normalize: divide by `q . sum(k)`, exactly and without an epsilon (a sum of 0 gives 0). The state then has
+            D_v + 1 columns, the last one the normaliser.
         initial_state: `[B, H_kv, D_k, D_v]`, with `cu_seqlens` one per document, `[N, H_kv, D_k, D_v]`.
         output_final_state: return the state after the last token (of every document).
         cu_seqlens: int `[N + 1]`, edges of the documents packed in a batch of 1; the state restarts at each.
@@ -102,7 +102,9 @@ def with_ones_column(v: Tensor) -> Tensor:
 
 
 def divide_by_normalizer(out: Tensor) -> Tensor:
-    return out[..., :-1] / out[..., -1:]
+    """0 for a token that sees nothing, as one on the padding before a sequence."""
+    weight = out[..., -1:]
+    return out[..., :-1] / weight.masked_fill(weight == 0, 1.0)
 
 
 def check_arguments(q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor | None, causal: bool, backend: str) -> None:

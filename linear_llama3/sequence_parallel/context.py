@@ -55,6 +55,7 @@ class SequenceParallelContext:
         self.group = group
         self.config = config or SequenceParallelConfig()
         self._layout = None if self.config.layout == "auto" else self.config.layout
+        self.causal = True  # False once a bidirectional model is enabled, whose tokens would see padding
 
     @property
     def layout(self) -> str:
@@ -64,11 +65,14 @@ class SequenceParallelContext:
             self._layout = "contiguous"
         return self._layout
 
-    def settle_layout(self, model: nn.Module) -> None:
-        """Makes "auto" the layout that suits `model`, unless it is settled."""
+    def settle(self, model: nn.Module) -> None:
+        """Makes "auto" the layout that suits `model`, unless it is settled, and notes whether it is causal."""
+        layers = [module for module in model.modules() if hasattr(module, "layer_type")]
+        causal = all(getattr(layer, "is_causal", True) for layer in layers)
+        self.causal &= causal
         if self._layout is None:
-            kinds = {getattr(module, "layer_type", None) for module in model.modules()}
-            self._layout = "zigzag" if "full_attention" in kinds else "contiguous"
+            softmax = any(layer.layer_type == "full_attention" for layer in layers)
+            self._layout = "zigzag" if softmax and causal else "contiguous"
 
     def positions(self, tokens: int, device: torch.device | None = None) -> Tensor:
         """Global positions `[C]` of this rank's `tokens` local ones, padding included."""
@@ -108,8 +112,9 @@ class SequenceParallelContext:
 
         Args:
             batch: `input_ids` `[B, T]` or `inputs_embeds` `[B, T, D]`, and any of `labels`, `shift_labels`,
-                `position_ids` (or `[1, T]`), `attention_mask` `[B, T]` (right padding only), `cu_seq_lens_q/k`
-                `[N + 1]`. Entries that are not cut (numbers, `num_items_in_batch`) pass through.
+                `position_ids` (or `[1, T]`), `attention_mask` `[B, T]` (right padding only; for bidirectional models it
+                becomes documents of its own), `cu_seq_lens_q/k` `[N + 1]`. Entries that are not cut (numbers,
+                `num_items_in_batch`) pass through.
 
         Returns:
             The same keys, cut, without `attention_mask`, and with `position_ids` and, where there are labels,
@@ -124,6 +129,11 @@ class SequenceParallelContext:
         rows, length = tokens.shape[:2]
         mask, positions = rest.pop("attention_mask", None), rest.pop("position_ids", None)
         _check_padding(mask)
+        ragged = get_layout(self.layout, self.world_size).padded(length, self.world_size) != length
+        if not self.causal and (ragged or (mask is not None and not mask.all())):
+            attended = torch.ones(rows, length, device=tokens.device) if mask is None else mask
+            rest["cu_seq_lens_q"] = _pack_padding(attended, positions, rest)
+            mask = positions = None
         for name in ("max_length_q", "max_length_k", "seq_idx"):
             rest.pop(name, None)  # describe the whole rows; nothing here needs them
         edges = _same_edges(rest.pop("cu_seq_lens_q", None), rest.pop("cu_seq_lens_k", None))
@@ -156,8 +166,15 @@ def enable_sequence_parallel(model: nn.Module, context: SequenceParallelContext 
     """Hands `context` to every attention layer of `model`; None makes them plain attention again.
 
     Raises:
-        ValueError: the model has no layer that knows sequence parallelism.
+        ValueError: the model has no layer that knows sequence parallelism, or a head that reads whole sequences.
     """
+    for module in model.modules() if context is not None else ():
+        if getattr(module, "needs_whole_sequences", False):
+            raise ValueError(
+                "under sequence parallelism a rank holds a part of a sequence, got a "
+                f"{type(module).__name__}, whose head reads whole ones; train it data-parallel, with a "
+                "sequence-parallel size of 1"
+            )
     layers = [module for module in model.modules() if hasattr(module, "sequence_parallel_context")]
     if not layers:
         raise ValueError(
@@ -165,7 +182,7 @@ def enable_sequence_parallel(model: nn.Module, context: SequenceParallelContext 
             "use a LinearLlama3 model"
         )
     if context is not None:
-        context.settle_layout(model)
+        context.settle(model)
     for layer in layers:
         layer.sequence_parallel_context = context  # type: ignore[assignment]
 
@@ -202,6 +219,18 @@ def _check_padding(mask: Tensor | None) -> None:
             "sequence parallelism takes padding on the right only, got an attention_mask with padding before a "
             "token; set tokenizer.padding_side = 'right' or pack the documents"
         )
+
+
+def _pack_padding(mask: Tensor, positions: Tensor | None, rest: Mapping[str, Any]) -> Tensor:
+    """Edges `[N + 1]` in the B * T tokens: what every row attends to are documents, its padding another."""
+    rows, length = mask.shape
+    edges = _same_edges(rest.get("cu_seq_lens_q"), rest.get("cu_seq_lens_k"))
+    edges = document_edges(positions, edges, mask, batch=rows, length=length)
+    if edges is not None:
+        return edges
+    starts = torch.arange(rows, device=mask.device) * length
+    ends = starts + mask.sum(1).to(starts.dtype)
+    return torch.cat([starts, ends, ends.new_tensor([rows * length])]).unique().to(torch.int32)
 
 
 def _same_edges(queries: Tensor | None, keys: Tensor | None) -> Tensor | None:

@@ -72,7 +72,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
         ({"layer_types": ["full_attention"]}, "one entry for each of num_hidden_layers=4 layers, got 1"),
         ({"layer_types": ["full_attention"] * 3 + ["mlp"]}, "every entry of layer_types must be one of .*, got 'mlp'"),
         ({"full_attention_interval": -1}, "full_attention_interval must be 0 or more, got -1"),
-        ({"linear_use_rope": True, "linear_key_head_dim": 4}, "linear_key_head_dim must be head_dim, got 4 and 8"),
+        ({"linear_use_rope": True, "linear_key_head_dim": 4}, "must be head_dim, got 4 features .of 4. and 8"),
     ],
 )  # fmt: skip
 def test_wrong_values(fields: dict[str, Any], message: str) -> None:

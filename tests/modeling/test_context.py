@@ -38,8 +38,9 @@ class OneRank:
         return lambda q: linear_attention(q, k, v, **kwargs)[0]
 
     def softmax_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, cu_seqlens: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, cu_seqlens: Tensor | None, causal: bool
     ) -> Tensor:
+        assert causal
         length = q.shape[1]
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale

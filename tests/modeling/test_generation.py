@@ -37,7 +37,7 @@ def test_cached_equals_uncached(mixer: str, interval: int, pieces: list[int]) ->
     logits, cache = feed(model, x, pieces)
     torch.testing.assert_close(logits, model(x, use_cache=False).logits, rtol=1e-3, atol=1e-3)
     layer = cache.layers[0]
-    assert layer.recurrent_states[0].shape == (2, 2, 8, 8)
+    assert layer.recurrent_states[0].shape == (2, *model.config.linear_state_shape)
     assert layer.recurrent_states[0].dtype == torch.float32
     assert layer.conv_states[0] is None
     assert layer.has_previous_state[0]

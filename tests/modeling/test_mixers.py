@@ -53,6 +53,8 @@ def reference(
         q, k = q * q.sigmoid(), k * k.sigmoid()
     if mixer == "retention":
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if mixer in ("based", "rebased"):
+        return project(layer, x, quotient(layer, q, k, v, mask, mixer), mixer=mixer, gated=gated)
     factor = torch.ones(batch, length, kv_heads, d_k, dtype=x.dtype)
     if mixer == "gla":
         gate = layer.decay_up_proj(layer.decay_down_proj(x)) + layer.decay_bias
@@ -73,7 +75,26 @@ def reference(
         outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], per_query_head) / math.sqrt(d_k))
     out = torch.stack(outputs, 1)
     out = out / (out.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * layer.o_norm.weight
-    out = out.reshape(batch, length, heads * d_v)
+    return project(layer, x, out, mixer=mixer, gated=gated)
+
+
+def quotient(layer: LinearAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, mixer: str) -> Tensor:
+    """Every past token weighed by a polynomial of q . k, over the sum of the weights."""
+    if mixer == "rebased":
+        q, k = (
+            (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * m.weight + m.bias
+            for x, m in ((q, layer.q_feature_map), (k, layer.k_feature_map))
+        )
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    s = torch.einsum("bihd,bjhd->bhij", q, k)
+    weights = s**2 if mixer == "rebased" else 1 + s / math.sqrt(q.shape[-1]) + s**2 / (2 * q.shape[-1])
+    weights = weights * mask[:, None, None] * torch.ones(q.shape[1], q.shape[1]).tril()
+    total = weights.sum(-1, keepdim=True)
+    return torch.einsum("bhij,bjhd->bihd", torch.where(total > 0, weights / total.clamp(min=1e-30), 0), v)
+
+
+def project(layer: LinearAttention, x: Tensor, out: Tensor, *, mixer: str, gated: bool) -> Tensor:
+    out = out.flatten(2)
     if gated:
         gate = layer.g_proj(x)
         out = out * (gate.sigmoid() if mixer == "lightning" else gate * gate.sigmoid())

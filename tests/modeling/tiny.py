@@ -9,7 +9,7 @@ from torch import Tensor
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
 
-MIXER_NAMES = ("basic", "lightning", "retention", "gla")
+MIXER_NAMES = ("basic", "lightning", "retention", "gla", "based", "rebased")
 VOCAB = 61
 SIZES = {
     "vocab_size": VOCAB,

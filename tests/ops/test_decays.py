@@ -1,4 +1,4 @@
-"""Constant decays against the models they come from, and the feature maps against their formulas."""
+"""Constant decays against the models they come from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from transformers import MiniMaxConfig
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
 from linear_llama3.ops.decays import lightning_log_decay, retention_log_decay
-from linear_llama3.ops.feature_maps import FEATURE_MAPS
 
 
 @pytest.mark.parametrize(("num_heads", "num_layers"), [(4, 3), (6, 5), (8, 2)])
@@ -36,10 +35,3 @@ def test_retention_decay_is_the_papers() -> None:
     log_decay = retention_log_decay(16)
     assert log_decay.dtype == torch.float32
     torch.testing.assert_close(log_decay, torch.tensor(expected), rtol=1e-6, atol=0)
-
-
-def test_feature_maps() -> None:
-    x = torch.linspace(-3, 3, 13, dtype=torch.float64)
-    torch.testing.assert_close(FEATURE_MAPS["identity"](x), x)
-    torch.testing.assert_close(FEATURE_MAPS["silu"](x), x / (1 + torch.exp(-x)))
-    torch.testing.assert_close(FEATURE_MAPS["elu_plus_one"](x), torch.where(x > 0, x + 1, torch.exp(x)))

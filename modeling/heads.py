@@ -1,0 +1,86 @@
+"""Models with other heads: masked tokens, classes of sequences and of tokens, spans of an answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.utils import can_return_tuple
+
+from .configuration import LinearLlama3Config
+from .inputs import Mask, check_counted
+from .model import LinearLlama3Model, LinearLlama3PreTrainedModel
+
+
+class LinearLlama3ForMaskedLM(LinearLlama3PreTrainedModel):
+    """A bidirectional model (`config.is_causal=False`) that predicts masked tokens."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: LinearLlama3Config) -> None:
+        super().__init__(config)
+        if config.is_causal:
+            raise ValueError(
+                "a masked language model reads both sides of a token, got config.is_causal=True; set is_causal=False "
+                "(and a mixer without a decay), or use LinearLlama3ForCausalLM"
+            )
+        self.model = LinearLlama3Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Mask = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """Logits `[B, T, vocab]`, and the loss if `labels` `[B, T]` are given: the token at each masked position, -100
+        elsewhere.
+
+        Under a sequence-parallel context `num_items_in_batch`, the number of labels in the whole batch, is required.
+        """
+        if labels is not None and self.model.sequence_parallel_context is not None:
+            check_counted(kwargs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class LinearLlama3ForSequenceClassification(GenericForSequenceClassification, LinearLlama3PreTrainedModel):
+    """Classes of a sequence, from its last token that is not padding."""
+
+    needs_whole_sequences = True
+
+
+class LinearLlama3ForTokenClassification(GenericForTokenClassification, LinearLlama3PreTrainedModel):
+    """Classes of tokens."""
+
+    needs_whole_sequences = True
+
+
+class LinearLlama3ForQuestionAnswering(GenericForQuestionAnswering, LinearLlama3PreTrainedModel):
+    """Start and end of the answer in the sequence."""
+
+    needs_whole_sequences = True

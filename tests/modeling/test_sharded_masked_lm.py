@@ -1,0 +1,101 @@
+"""Bidirectional models on several ranks against one: logits, loss, every gradient, padding and documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from linear_llama3.sequence_parallel import (
+    LAYOUTS,
+    SequenceParallelConfig,
+    SequenceParallelContext,
+    enable_sequence_parallel,
+    unshard,
+)
+from tests.distributed import run_distributed
+from tests.modeling.test_heads import BIDIRECTIONAL, masked_lm
+from tests.modeling.test_sharded_model import Result, check
+from tests.modeling.tiny import gradients, tokens
+
+LENGTH, ROWS = 13, 2
+
+
+def batch(kind: str) -> dict[str, torch.Tensor]:
+    x = tokens(ROWS, LENGTH)
+    labels = torch.full_like(x, -100)
+    labels[0, 0], labels[0, 5], labels[1, 2:4] = x[0, 0], x[0, 5], x[1, 2:4]  # nothing is shifted: the first counts
+    inputs = {"input_ids": x.masked_fill(labels != -100, 3), "labels": labels}
+    if kind == "packed":
+        inputs["position_ids"] = torch.cat([torch.arange(6), torch.arange(1), torch.arange(6)])[None].expand(ROWS, -1)
+    elif kind == "padded":
+        inputs["attention_mask"] = torch.ones_like(x)
+        inputs["attention_mask"][1, 4:] = 0
+    return inputs
+
+
+def run(mixer: str, kind: str, config: SequenceParallelConfig | None, interval: int = 2) -> Result:
+    """Logits of the tokens that are not padding, loss and gradients; with a config of the whole group."""
+    model = masked_lm(mixer, full_attention_interval=interval).double().train()
+    inputs: dict[str, Any] = batch(kind)
+    count = (inputs["labels"] != -100).sum()
+    shown = inputs.get("attention_mask", torch.ones(ROWS, LENGTH)).bool()
+    if config is None:
+        out = model(**inputs, num_items_in_batch=count)
+        out.loss.backward()
+        return out.logits[shown].detach().numpy(), out.loss.item(), {k: g.numpy() for k, g in gradients(model).items()}
+    context = SequenceParallelContext(dist.group.WORLD, config)
+    enable_sequence_parallel(model, context)
+    out = model(**context.shard_batch(inputs), num_items_in_batch=count)
+    out.loss.backward()
+    total = LENGTH if len(out.logits) == ROWS else ROWS * LENGTH  # documents are laid end to end
+    logits = unshard(out.logits.detach(), group=context.group, length=total, layout=context.layout)
+    summed = {"loss": out.loss.detach(), **gradients(model)}
+    for value in summed.values():
+        dist.all_reduce(value)
+    loss = summed.pop("loss").item()
+    return logits.reshape(ROWS, LENGTH, -1)[shown].numpy(), loss, {name: g.numpy() for name, g in summed.items()}
+
+
+@pytest.mark.parametrize("kind", ["rows", "packed", "padded"])
+@pytest.mark.parametrize("mixer", BIDIRECTIONAL)
+def test_sharded_equals_one_device(mixer: str, kind: str) -> None:
+    check(run_distributed(run, 3, mixer, kind, SequenceParallelConfig()), run(mixer, kind, None))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["rows", "padded"])
+@pytest.mark.parametrize(
+    ("linear", "softmax"), [("lasp1", "ring"), ("all_scan", "token_ring"), ("all_to_all", "rsa"), ("lasp2", "ulysses")]
+)
+def test_every_strategy(linear: str, softmax: str, kind: str, layout: str) -> None:
+    config = SequenceParallelConfig(linear=linear, softmax=softmax, layout=layout)
+    check(run_distributed(run, 2, "based", kind, config), run("based", kind, None))
+
+
+def test_purely_linear() -> None:
+    check(run_distributed(run, 2, "basic", "padded", SequenceParallelConfig(), 0), run("basic", "padded", None, 0))
+
+
+def left_out() -> list[str]:
+    """What is said of a loss without a count, and of padded documents."""
+    model, context = masked_lm(), SequenceParallelContext(dist.group.WORLD)
+    enable_sequence_parallel(model, context)
+    said = []
+    padded = batch("padded")
+    for attempt in (
+        lambda: model(**context.shard_batch(batch("rows"))),
+        lambda: context.shard_batch({**padded, "cu_seq_lens_q": torch.tensor([0, 13, 26])}),
+    ):
+        try:
+            attempt()
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_refusals() -> None:
+    for said in run_distributed(left_out, 2):
+        assert "needs num_items_in_batch" in said[0] and "packed rows take no padding" in said[1]
