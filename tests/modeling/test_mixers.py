@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from linear_llama3.modeling import LinearAttention
+from linear_llama3.ops.feature_maps import FEATURE_MAPS
 from tests.modeling.tiny import MIXER_NAMES, tiny_config, tiny_model
 
 
@@ -139,6 +141,45 @@ def test_without_output_gate() -> None:
     cos, sin = rotary_table(9, 8)
     expected = reference(layer, x, cos, sin, mask, mixer="gla", gated=False)
     torch.testing.assert_close(layer(x, position_embeddings=(cos, sin))[0], expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+def test_feature_maps_by_name(name: str) -> None:
+    """Of any mixer: here one that rotates what the map gives, and does not normalise its output."""
+    rope = name not in ("taylor", "rebased")
+    layer = make_layer(
+        "retention", linear_feature_map=name, linear_use_rope=rope, linear_output_gate=False, linear_output_norm=False,
+        linear_key_head_dim=4 if name == "hedgehog" else 8,
+    )  # fmt: skip
+    assert not hasattr(layer, "o_norm")
+    x = torch.randn(1, 9, 32, dtype=torch.float64)
+    table = rotary_table(9, 8)
+    maps = dict(layer.q_feature_map.named_parameters()), dict(layer.k_feature_map.named_parameters())
+    q = FEATURE_MAPS[name](layer.q_proj(x).view(1, 9, 4, -1), **maps[0])
+    k = FEATURE_MAPS[name](layer.k_proj(x).view(1, 9, 2, -1), **maps[1])
+    assert q.shape[-1] == k.shape[-1] == layer.config.linear_state_shape[1]
+    if rope:
+        q, k = rotate(q, *table), rotate(k, *table)
+    v = layer.v_proj(x).view(1, 9, 2, -1)
+    outputs = []
+    for head in range(4):
+        decay = (1 - 2.0 ** (-5 - head // 2)) ** (torch.arange(9)[:, None] - torch.arange(9)).tril().double()
+        scores = (q[0, :, head] @ k[0, :, head // 2].T * decay).tril() / math.sqrt(q.shape[-1])
+        outputs.append(scores @ v[0, :, head // 2])
+    expected = layer.o_proj(torch.cat(outputs, -1)[None])
+    out = layer(x, position_embeddings=table)[0]
+    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
+    out.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+
+
+def test_an_rms_norm_undoes_the_division() -> None:
+    """Both scale a token's head by a positive number: hence a mixer has the one or the other."""
+    layer = make_layer("based", linear_output_norm=True, rms_norm_eps=0.0)
+    x = torch.randn(1, 9, 32, dtype=torch.float64)
+    divided = layer(x, position_embeddings=rotary_table(9, 8))[0]
+    layer.mixer = dataclasses.replace(layer.mixer, normalize=False)
+    torch.testing.assert_close(layer(x, position_embeddings=rotary_table(9, 8))[0], divided, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_with_a_map_that_is_positive_at_zero() -> None:

@@ -80,6 +80,28 @@ def test_every_size(gate: str) -> None:
 
 
 @pytest.mark.usefixtures("short_segments")
+@pytest.mark.parametrize(("capability", "wide"), [(80, True), (80, False), (90, False)])
+@pytest.mark.parametrize("gate", GATES)
+def test_the_tiles_of_other_gpus_and_precisions(
+    gate: str, capability: int, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter is a GPU of capability 90 with float32 tiles; here are the others, those of bfloat16 too."""
+    choose = launch.configuration
+    monkeypatch.setattr(
+        launch,
+        "configuration",
+        lambda *args, **named: choose(*args, **{**named, "wide": wide, "capability": capability}),
+    )
+    for key_dim, value_dim in ((16, 64), (160, 72)):
+        check(
+            Case(
+                tokens=200, gate=gate, key_dim=key_dim, value_dim=value_dim, heads=1, groups=2, documents=(0, 30, 200),
+                initial_state=True, strength=0.1, dtype=torch.float32,
+            )
+        )  # fmt: skip
+
+
+@pytest.mark.usefixtures("short_segments")
 @pytest.mark.parametrize("gate", GATES)
 def test_packed_documents_and_segments(gate: str) -> None:
     tokens = 300
