@@ -32,6 +32,8 @@ def report(*options: str) -> list[dict[str, str]]:
         ("90", "bfloat16", ("64", "128"), ("1", "4")),
         ("90", "bfloat16", ("256",), ("1",)),
         ("90", "float16", ("64",), ("1",)),
+        ("80", "float32", ("128",), ("1",)),
+        ("90", "float32", ("128",), ("4",)),
     ],
 )
 def test_no_configuration_spills(capability: str, dtype: str, dims: tuple[str, ...], groups: tuple[str, ...]) -> None:

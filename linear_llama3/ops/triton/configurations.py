@@ -33,7 +33,7 @@ def configuration(gate: int, K: int, V: int, *, wide: bool, gate_gradient: bool,
     BK, BV = power_of_two(K), power_of_two(V)
     hopper = 90 <= capability < 120  # 120 are consumer GPUs, with the products of 80
     if wide:
-        return _wide(gate, BK, BV, gate_gradient, hopper)
+        return _wide(gate, BK, BV, gate_gradient, hopper, masked=(BK, BV) != (K, V))
     return _hopper(gate, BK, BV, gate_gradient) if hopper else _ampere(gate, BK, BV, gate_gradient)
 
 
@@ -77,14 +77,16 @@ def _ampere(gate: int, BK: int, BV: int, gate_gradient: bool) -> Configuration:
     return Configuration(32, 32, scan, output, Tiles(min(BK, 128), min(BV, 128), min(BK, BV, 64), 4, 2))
 
 
-def _wide(gate: int, BK: int, BV: int, gate_gradient: bool, hopper: bool) -> Configuration:
-    """Products of float32 are three of tf32: 16 tokens, or 32 where the backward pass has registers for them."""
+def _wide(gate: int, BK: int, BV: int, gate_gradient: bool, hopper: bool, masked: bool) -> Configuration:
+    """Products of float32 are three of tf32: 16 tokens, or 32 where the backward pass has registers for them. Tiles that
+    the head dims do not fill are read through masks, which take registers too."""
     keys = min(BK, 64) if BK == 256 and (gate == CHANNEL or not hopper) else min(BK, 128)
     columns, reads = 64 if hopper else 32 if keys <= 64 else 16, 64
     if gate == CHANNEL:
         columns, reads = min(columns, 32), 32
     elif keys == 128 and not hopper:
         reads = 32 if gate == NONE else 16
+    columns = max(columns // 2, 16) if masked else columns
     output = Tiles(keys, min(BV, columns), min(BK, reads), 8, 1)
 
     scan = Tiles(min(BK, 64), min(BV, 64), 0, 8, 1) if hopper else Tiles(min(BK, 64), min(BV, 64), 0, 4, 2)
@@ -92,7 +94,7 @@ def _wide(gate: int, BK: int, BV: int, gate_gradient: bool, hopper: bool) -> Con
         scan = scan._replace(warps=4, stages=1)
     elif gate == CHANNEL and BK == 64:
         scan = scan._replace(warps=8)
-    if gate == NONE or (gate == HEAD and hopper and not gate_gradient):
+    if not masked and (gate == NONE or (gate == HEAD and hopper and not gate_gradient)):
         return Configuration(16, 32, scan, output, Tiles(min(BK, 128), min(BV, 128), min(BK, BV, 32), 8, 2))
     stages = 2 if gate_gradient and gate != CHANNEL and min(BK, BV) >= 64 else 1
     return Configuration(16, 16, scan, output, Tiles(min(BK, 64), min(BV, 64), min(BK, BV, 32), 8, stages))
