@@ -8,7 +8,9 @@ averages over them, so loss, gradients and their norm are those of one process.
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from ..modeling.hub import CARD_NAME, NOTICE_NAME, SHIM_NAME
 from ..sequence_parallel import SequenceParallelContext, enable_sequence_parallel, unshard
 from ..sequence_parallel.collectives import all_reduce
 from .arguments import sequence_parallel_config
@@ -175,3 +178,18 @@ class LinearLlama3Trainer(SequenceParallelMixin, Trainer):
         if "loss" in logs:
             logs["peak_memory_gib"] = round(peak_memory() / 2**30, 3)
         super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, but a push without further facts keeps the card that the model's save has written."""
+        card = Path(self.args.output_dir) / CARD_NAME
+        if args or not card.is_file() or not kwargs.keys() <= {"model_name", "tags"}:
+            super().create_model_card(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer's hook for uploads during the run; itself it copies only the files that every model has."""
+        if self.is_world_process_zero():
+            for name in (SHIM_NAME, CARD_NAME, NOTICE_NAME):
+                source, target = Path(checkpoint_folder) / name, Path(self.args.output_dir) / name
+                if source.is_file() and not target.exists():
+                    shutil.copyfile(source, target)
+        super()._push_from_checkpoint(checkpoint_folder)
