@@ -3,7 +3,6 @@
 # No `from __future__ import annotations` here: @strict checks values against types, and not against strings.
 
 import os
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -12,7 +11,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils.type_validators import interval
 
 from ..ops.feature_maps import FEATURE_MAPS
-from .hub import AUTO_MAP, SHIM, SHIM_NAME
+from .hub import AUTO_MAP, write_shim
 from .mixers import MIXERS
 
 LAYER_TYPES = ("linear_attention", "full_attention")
@@ -205,8 +204,7 @@ class LinearLlama3Config(PreTrainedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Like `PreTrainedConfig.save_pretrained`, with the shim that finds the package (hub.py)."""
         self.auto_map = dict(AUTO_MAP)
-        os.makedirs(save_directory, exist_ok=True)
-        (Path(save_directory) / SHIM_NAME).write_text(SHIM, encoding="utf-8")
+        write_shim(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod

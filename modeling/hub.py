@@ -51,6 +51,12 @@ def final_folder(folder: Path) -> Path:
     return folder.parent if folder.name == STAGING_NAME else folder
 
 
+def write_shim(folder: str | os.PathLike) -> None:
+    """Puts the module that `auto_map` names beside a config."""
+    os.makedirs(folder, exist_ok=True)
+    (Path(folder) / SHIM_NAME).write_text(SHIM, encoding="utf-8")
+
+
 @contextmanager
 def staged_save(folder: Path, variant: str | None) -> Iterator[Path]:
     """A folder to write a checkpoint into; its files move to `folder` once the block has ended without error.

@@ -8,7 +8,6 @@ averages over them, so loss, gradients and their norm are those of one process.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from ..modeling.hub import CARD_NAME, NOTICE_NAME, SHIM_NAME
+from ..modeling import LinearLlama3PreTrainedModel
+from ..modeling.hub import write_shim
+from ..modeling.model_card import add_card
 from ..sequence_parallel import SequenceParallelContext, enable_sequence_parallel, unshard
 from ..sequence_parallel.collectives import all_reduce
 from .arguments import sequence_parallel_config
@@ -180,16 +181,16 @@ class LinearLlama3Trainer(SequenceParallelMixin, Trainer):
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, but a push without further facts keeps the card that the model's save has written."""
-        card = Path(self.args.output_dir) / CARD_NAME
-        if args or not card.is_file() or not kwargs.keys() <= {"model_name", "tags"}:
+        """As Trainer's; without facts from the caller (so in a push) the model's own card, which knows its layers."""
+        facts = bool(args) or not kwargs.keys() <= {"model_name", "tags"}
+        if facts or not isinstance(self.model, LinearLlama3PreTrainedModel):
             super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            add_card(self.model, Path(self.args.output_dir), self.hub_model_id or Path(self.args.output_dir).name)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer's hook for uploads during the run; itself it copies only the files that every model has."""
-        if self.is_world_process_zero():
-            for name in (SHIM_NAME, CARD_NAME, NOTICE_NAME):
-                source, target = Path(checkpoint_folder) / name, Path(self.args.output_dir) / name
-                if source.is_file() and not target.exists():
-                    shutil.copyfile(source, target)
+        """Trainer's hook for uploads during the run, which knows only the files that every model has."""
+        if isinstance(self.model, LinearLlama3PreTrainedModel) and self.is_world_process_zero():
+            write_shim(self.args.output_dir)
+            self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
