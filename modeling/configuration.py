@@ -190,6 +190,28 @@ class LinearLlama3Config(PreTrainedConfig):
         return default if self.linear_use_rope is None else self.linear_use_rope
 
     @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> Any:
+        """The configuration that the literature calls `name`, without weights and without a network.
+
+        A name is a shape of model_cards/*.json ("linear-llama3-1b", "llama-3.2-1b", ...), a mixer and a share of
+        softmax layers, the last two if they are not the shape's own: "linear-llama3-1b-gla-hybrid-1-4",
+        "linear-llama3-1b-retention-pure". `from_pretrained` would take a name for one on the Hub; hence a method of
+        its own, as KerasNLP has it.
+
+        Args:
+            overrides: fields of this config in place of the preset's: `num_hidden_layers=2`.
+
+        Raises:
+            ValueError: an unknown name (the message lists all) or field, or fields that do not fit each other.
+        """
+        from .presets import preset_fields  # here: `python -m` runs that module after this one
+
+        for field in overrides:
+            if not hasattr(cls, field):
+                raise ValueError(f"a preset takes the fields of {cls.__name__}, got {field!r}; see its documentation")
+        return cls(**preset_fields(name, overrides))
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Like `PreTrainedConfig.from_dict`; `ValueError` if the dictionary is another model's."""
         model_type = config_dict.get("model_type", cls.model_type)

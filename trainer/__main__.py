@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, default_data_collator, set_seed
 
-from ..modeling import LinearLlama3Config, LinearLlama3ForCausalLM
+from ..modeling import LinearLlama3ForCausalLM
 from ..modeling.hub import CARD_NAME
 from .data import load_documents, pack_documents
 from .recipe import Recipe, load_recipe
@@ -115,8 +115,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LinearLla
             ) from error
     else:
         special = {token: getattr(tokenizer, token) for token in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        fields = {"vocab_size": len(tokenizer), "max_position_embeddings": recipe.sequence_length, **special}
-        model = LinearLlama3ForCausalLM(LinearLlama3Config(**(fields | recipe.model)))
+        model = LinearLlama3ForCausalLM(recipe.model_config(vocab_size=len(tokenizer), **special))
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the model must have an embedding for each of the tokenizer's {len(tokenizer)} tokens, got vocab_size = "
