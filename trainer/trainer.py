@@ -186,7 +186,8 @@ class LinearLlama3Trainer(SequenceParallelMixin, Trainer):
         if facts or not isinstance(self.model, LinearLlama3PreTrainedModel):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            add_card(self.model, Path(self.args.output_dir), self.hub_model_id or Path(self.args.output_dir).name)
+            folder = Path(self.args.output_dir)
+            add_card(self.model, folder, self.hub_model_id or folder.resolve().name)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Trainer's hook for uploads during the run, which knows only the files that every model has."""
