@@ -19,7 +19,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import linear_llama3
-from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM, LinearLlama3Model
+from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
 from linear_llama3.modeling.hub import AUTO_CLASSES, AUTO_MAP, RUN_CARD, SAVED_CARD, SHIM
 from linear_llama3.modeling.model_card import PIPELINE_TAGS, provenance
 from tests.modeling.tiny import SIZES, tiny_config, tiny_model, tokens
@@ -88,7 +88,10 @@ check(outcome(plain, **trust), "ValueError", unknown, 0)
 check(outcome(shim), "ValueError", untrusted, 1)
 assert "linear_llama3" not in sys.modules
 auto_map = json.load(open(shim + "/config.json"))["auto_map"]
-loaded = {auto_class: getattr(transformers, auto_class).from_pretrained(shim, **trust) for auto_class in auto_map}
+loaded = {}
+for auto_class in auto_map:
+    masked = {"is_causal": False, "linear_attention_type": "basic"} if "MaskedLM" in auto_class else {}
+    loaded[auto_class] = getattr(transformers, auto_class).from_pretrained(shim, **masked, **trust)
 import linear_llama3
 for auto_class, reference in auto_map.items():
     assert type(loaded[auto_class]) is getattr(linear_llama3, reference.split(".")[1]), (auto_class, loaded[auto_class])
@@ -151,10 +154,18 @@ def test_saved_card(tmp_path: Path) -> None:
     assert "LNLN" in card.text and "| 2 x 8 x 8 float32 |" in card.text and "Not recorded." in card.text
     assert "{" not in card.text and "| longest" not in card.text and "Licence" not in card.text
     assert "NOTICE" not in names(tmp_path / "my-model")
-    LinearLlama3Model(tiny_config(full_attention_interval=0)).save_pretrained(tmp_path / "base")
-    base = ModelCard.load(tmp_path / "base" / "README.md")
-    assert base.data.pipeline_tag == "feature-extraction" and base.data.tags[2] == "recurrent"
-    assert 'AutoModel.from_pretrained("base")' in base.text and "generate" not in base.text
+
+
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
+def test_every_head_has_its_card(auto_class: str, tmp_path: Path) -> None:
+    config = tiny_config("basic", full_attention_interval=0, is_causal="MaskedLM" not in auto_class)
+    model = getattr(linear_llama3, AUTO_CLASSES[auto_class])(config)
+    model.save_pretrained(tmp_path / "x")
+    card = ModelCard.load(tmp_path / "x" / "README.md")
+    assert card.data.pipeline_tag == PIPELINE_TAGS[auto_class] and "recurrent" in card.data.tags
+    assert f'model = {auto_class}.from_pretrained("x")\n' in card.text
+    assert ("generate" in card.text) == ("assisted" in card.text) == (auto_class == "AutoModelForCausalLM")
+    assert type(getattr(transformers, auto_class).from_pretrained(tmp_path / "x")) is type(model)
 
 
 def test_whose_card_is_replaced(tmp_path: Path) -> None:

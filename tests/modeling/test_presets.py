@@ -13,6 +13,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
 from linear_llama3.modeling import presets
+from tests.modeling.tiny import MIXER_NAMES
 
 CARDS = ["linear-llama3-1b", "linear-llama3-script", "llama-3"]
 VOCABULARY = 128256
@@ -31,7 +32,7 @@ PUBLISHED = {  # parameters of Meta's models on the Hub, and the factor of their
     "llama-3.2-3b": (3_212_749_824, 32.0),
     "llama-3.1-8b": (8_030_261_248, 8.0),
 }
-MIXERS = ("basic", "lightning", "retention", "gla")
+FEATURES = {"based": 1 + 16 + 16 * 17 // 2, "rebased": 16 * 17 // 2}  # products of 16 channels, up to second order
 
 
 def expected(shape: str, mixer: str, interval: int) -> tuple[int, int, int]:
@@ -40,9 +41,14 @@ def expected(shape: str, mixer: str, interval: int) -> tuple[int, int, int]:
     dim = hidden // heads
     softmax_layers = layers // interval if interval else 0
     softmax = hidden * dim * (2 * heads + 2 * kv_heads)  # q, o; k, v
-    linear = hidden * dim * (3 * heads + 2 * linear_kv_heads) + dim  # q, o, gate; k, v; norm of a head
+    key = 16 if mixer in FEATURES else dim
+    linear = hidden * (key * (heads + linear_kv_heads) + dim * (2 * heads + linear_kv_heads))  # q, k; o, gate, v
+    if mixer == "rebased":
+        linear += 2 * 2 * key  # factor and shift of queries and of keys
     if mixer == "gla":
         linear += 16 * hidden + 16 * linear_kv_heads * dim + linear_kv_heads * dim  # low rank; bias
+    linear += 0 if mixer in FEATURES else dim  # norm of a head's output
+    columns = dim + (mixer in FEATURES)  # beside the values, their normaliser
     parameters = (
         (1 if tied else 2) * VOCABULARY * hidden
         + layers * (3 * hidden * ffn + 2 * hidden)
@@ -52,7 +58,7 @@ def expected(shape: str, mixer: str, interval: int) -> tuple[int, int, int]:
     )
     return (
         parameters,
-        (layers - softmax_layers) * linear_kv_heads * dim * dim * 4,
+        (layers - softmax_layers) * linear_kv_heads * FEATURES.get(mixer, key) * columns * 4,
         softmax_layers * 2 * kv_heads * dim * 2,
     )
 
@@ -61,21 +67,20 @@ def test_every_shape_is_checked() -> None:
     assert sorted(SHAPES) == presets.shapes()
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_counts(shape: str, mixer: str) -> None:
-    for ratio, interval in (("pure", 0), ("hybrid-1-4", 4)):
-        config = LinearLlama3Config.from_preset(f"{shape}-{mixer}-{ratio}")
-        assert presets.weigh(config) == expected(shape, mixer, interval)
-        assert config.vocab_size == VOCABULARY and config.linear_attention_type == mixer
+    config = LinearLlama3Config.from_preset(f"{shape}-{mixer}-hybrid-1-4")
+    assert presets.weigh(config) == expected(shape, mixer, 4)
+    assert config.vocab_size == VOCABULARY and config.linear_attention_type == mixer
 
 
-@pytest.mark.parametrize("ratio", [1, 2, 4, 8])
-def test_the_papers_ratios(ratio: int) -> None:
-    config = LinearLlama3Config.from_preset(f"linear-llama3-1b-gla-hybrid-1-{ratio}")
+@pytest.mark.parametrize(("ratio", "interval"), [("pure", 0), ("hybrid-1-8", 8), ("hybrid-1-4", 4), ("hybrid-1-2", 2)])
+def test_the_papers_ratios(ratio: str, interval: int) -> None:
+    config = LinearLlama3Config.from_preset(f"linear-llama3-1b-gla-{ratio}")
     softmax = [layer for layer in range(16) if layer not in config.linear_layers]
-    assert softmax == list(range(ratio - 1, 16, ratio))
-    assert presets.weigh(config) == expected("linear-llama3-1b", "gla", ratio)
+    assert softmax == (list(range(interval - 1, 16, interval)) if interval else [])
+    assert presets.weigh(config) == expected("linear-llama3-1b", "gla", interval)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -167,8 +172,7 @@ def test_cards(name: str) -> None:
     names = [re.split(r"[ |]+", row)[1] for row in rows]
     assert rows == presets.table(names).splitlines()[2:]
     family = [preset for preset in presets.catalogue() if preset.startswith(name)]
-    known = [preset for preset in family if any(m in preset for m in MIXERS) or preset in SHAPES]
-    assert known and set(known) <= set(names)
+    assert family and set(family) <= set(names)
     assert all(LinearLlama3Config.from_preset(p) for p in re.findall(r'from_preset\("([^"]+)"', card.text))
 
 

@@ -12,8 +12,10 @@ from huggingface_hub import ModelCard
 from transformers import TrainingArguments, default_data_collator
 
 from linear_llama3.trainer import LinearLlama3Trainer
+from linear_llama3.trainer.recipe import load_recipe
+from linear_llama3.trainer.report import write_model_card
 from tests.modeling.tiny import tiny_model, tokens
-from tests.trainer.test_recipe import write_tokenizer
+from tests.trainer.test_recipe import recipe_with, write_tokenizer
 
 FILES = {
     "README.md", "chat_template.jinja", "config.json", "generation_config.json", "linear_llama3_hub.py",
@@ -84,3 +86,16 @@ def test_facts_of_the_user_make_trainers_card(tmp_path: Path, monkeypatch: pytes
     ours.create_model_card(license="mit")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "mit" and "generated_from_trainer" in card.data.tags
+
+
+def test_a_run_replaces_its_own_cards_only(tmp_path: Path) -> None:
+    model, recipe = tiny_model(), load_recipe(recipe_with(tmp_path))
+    readme = tmp_path / "README.md"
+    model.save_pretrained(tmp_path)
+    for run in ("first", "second"):
+        write_model_card(tmp_path, model, recipe, [], {"run": run})
+        model.save_pretrained(tmp_path)  # knows less, and leaves the run's card
+        assert f"| run | {run} |" in readme.read_text() and "| 16 tokens |" in readme.read_text()
+    readme.write_text("# Written by hand")
+    write_model_card(tmp_path, model, recipe, [], {})
+    assert readme.read_text() == "# Written by hand"
