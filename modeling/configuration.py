@@ -190,7 +190,7 @@ class LinearLlama3Config(PreTrainedConfig):
         return default if self.linear_use_rope is None else self.linear_use_rope
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> Any:
+    def from_preset(cls, name: str, **overrides: Any) -> "LinearLlama3Config":
         """The configuration that the literature calls `name`, without weights and without a network.
 
         A name is a shape of model_cards/*.json ("linear-llama3-1b", "llama-3.2-1b", ...), a mixer and a share of
