@@ -3,17 +3,11 @@
 Importing the package registers its config and models with transformers' Auto classes.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+import transformers
+from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
+from . import modeling
 from .modeling import (
     LinearLlama3Config,
     LinearLlama3ForCausalLM,
@@ -24,16 +18,13 @@ from .modeling import (
     LinearLlama3Model,
     LinearLlama3PreTrainedModel,
 )
+from .modeling.hub import AUTO_CLASSES
 
 __version__ = "0.1.0"
 
 AutoConfig.register(LinearLlama3Config.model_type, LinearLlama3Config, exist_ok=True)
-AutoModel.register(LinearLlama3Config, LinearLlama3Model, exist_ok=True)
-AutoModelForCausalLM.register(LinearLlama3Config, LinearLlama3ForCausalLM, exist_ok=True)
-AutoModelForMaskedLM.register(LinearLlama3Config, LinearLlama3ForMaskedLM, exist_ok=True)
-AutoModelForQuestionAnswering.register(LinearLlama3Config, LinearLlama3ForQuestionAnswering, exist_ok=True)
-AutoModelForSequenceClassification.register(LinearLlama3Config, LinearLlama3ForSequenceClassification, exist_ok=True)
-AutoModelForTokenClassification.register(LinearLlama3Config, LinearLlama3ForTokenClassification, exist_ok=True)
+for _auto_class, _name in AUTO_CLASSES.items():
+    getattr(transformers, _auto_class).register(LinearLlama3Config, getattr(modeling, _name), exist_ok=True)
 # Trainer's label smoothing shifts the labels of the classes named here, and register() does not add ours
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(
     LinearLlama3Config.model_type, LinearLlama3ForCausalLM.__name__

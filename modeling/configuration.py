@@ -3,7 +3,6 @@
 # No `from __future__ import annotations` here: @strict checks values against types, and not against strings.
 
 import os
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -12,7 +11,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils.type_validators import interval
 
 from ..ops.feature_maps import FEATURE_MAPS
-from .hub import AUTO_MAP, SHIM, SHIM_NAME
+from .hub import AUTO_MAP, write_shim
 from .mixers import MIXERS
 
 LAYER_TYPES = ("linear_attention", "full_attention")
@@ -191,6 +190,28 @@ class LinearLlama3Config(PreTrainedConfig):
         return default if self.linear_use_rope is None else self.linear_use_rope
 
     @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "LinearLlama3Config":
+        """The configuration that the literature calls `name`, without weights and without a network.
+
+        A name is a shape of model_cards/*.json ("linear-llama3-1b", "llama-3.2-1b", ...), a mixer and a share of
+        softmax layers, the last two if they are not the shape's own: "linear-llama3-1b-gla-hybrid-1-4",
+        "linear-llama3-1b-retention-pure". `from_pretrained` would take a name for one on the Hub; hence a method of
+        its own, as KerasNLP has it.
+
+        Args:
+            overrides: fields of this config in place of the preset's: `num_hidden_layers=2`.
+
+        Raises:
+            ValueError: an unknown name (the message lists all) or field, or fields that do not fit each other.
+        """
+        from .presets import preset_fields  # here: `python -m` runs that module after this one
+
+        for field in overrides:
+            if not hasattr(cls, field):
+                raise ValueError(f"a preset takes the fields of {cls.__name__}, got {field!r}; see its documentation")
+        return cls(**preset_fields(name, overrides))
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Like `PreTrainedConfig.from_dict`; `ValueError` if the dictionary is another model's."""
         model_type = config_dict.get("model_type", cls.model_type)
@@ -205,8 +226,7 @@ class LinearLlama3Config(PreTrainedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Like `PreTrainedConfig.save_pretrained`, with the shim that finds the package (hub.py)."""
         self.auto_map = dict(AUTO_MAP)
-        os.makedirs(save_directory, exist_ok=True)
-        (Path(save_directory) / SHIM_NAME).write_text(SHIM, encoding="utf-8")
+        write_shim(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod

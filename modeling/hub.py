@@ -1,4 +1,7 @@
-"""Checkpoint folders: the Hub shim beside the weights, and a save that cannot spoil the previous one."""
+"""Checkpoint folders: the Hub shim beside the weights, and a save that cannot spoil the previous one.
+
+A user's own model card stays as well.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,49 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SHIM_NAME = "linear_llama3_hub.py"
-SHIM = '''"""Loads this checkpoint with the installed package: pip install linear-llama3"""
-
-from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM, LinearLlama3Model
-'''
-AUTO_MAP = {
-    "AutoConfig": "linear_llama3_hub.LinearLlama3Config",
-    "AutoModel": "linear_llama3_hub.LinearLlama3Model",
-    "AutoModelForCausalLM": "linear_llama3_hub.LinearLlama3ForCausalLM",
+AUTO_CLASSES = {
+    "AutoModel": "LinearLlama3Model",
+    "AutoModelForCausalLM": "LinearLlama3ForCausalLM",
+    "AutoModelForMaskedLM": "LinearLlama3ForMaskedLM",
+    "AutoModelForQuestionAnswering": "LinearLlama3ForQuestionAnswering",
+    "AutoModelForSequenceClassification": "LinearLlama3ForSequenceClassification",
+    "AutoModelForTokenClassification": "LinearLlama3ForTokenClassification",
 }
+"""transformers' class -> ours: what the package registers, what a checkpoint's `auto_map` and its shim name."""
+
+_CLASSES = {"AutoConfig": "LinearLlama3Config", **AUTO_CLASSES}
+_IMPORTS = "".join(f"    {name},\n" for name in sorted(_CLASSES.values()))
+SHIM_NAME = "linear_llama3_hub.py"
+SHIM = f'''"""Loads this checkpoint with the installed package: pip install linear-llama3"""
+
+from linear_llama3 import (
+{_IMPORTS})
+'''
+AUTO_MAP = {auto_class: f"{Path(SHIM_NAME).stem}.{name}" for auto_class, name in _CLASSES.items()}
+
 STAGING_NAME = ".saving"
+
+CARD_NAME, NOTICE_NAME = "README.md", "NOTICE"
+SAVED_CARD = "Written by save_pretrained, which replaces it while this line is here."
+RUN_CARD = "Written after a training run; the next one replaces it while this line is here."
+# what a save may replace: its own card, and transformers' placeholder
+SAVED_CARDS = (SAVED_CARD, "This model card has been automatically generated.")
+
+
+def replaceable(card: Path, *marks: str) -> bool:
+    """Whether there is no card, or one with a mark that a machine wrote it; all others are a user's."""
+    return not card.is_file() or any(mark in card.read_text(encoding="utf-8", errors="replace") for mark in marks)
+
+
+def final_folder(folder: Path) -> Path:
+    """The folder that a checkpoint will lie in, for one that is being written."""
+    return folder.parent if folder.name == STAGING_NAME else folder
+
+
+def write_shim(folder: str | os.PathLike) -> None:
+    """Puts the module that `auto_map` names beside a config."""
+    os.makedirs(folder, exist_ok=True)
+    (Path(folder) / SHIM_NAME).write_text(SHIM, encoding="utf-8")
 
 
 @contextmanager
@@ -28,7 +63,7 @@ def staged_save(folder: Path, variant: str | None) -> Iterator[Path]:
 
     The staging folder lies inside `folder`, so that every move is one rename on one file system. Weights go
     first and their index last, then the weights of an earlier save that the new one does not replace are
-    removed: transformers would prefer an old `model.safetensors` to new shards.
+    removed: transformers would prefer an old `model.safetensors` to new shards. A user's README.md stays.
     """
     staging = folder / STAGING_NAME
     shutil.rmtree(staging, ignore_errors=True)  # of a save that was killed
@@ -37,7 +72,8 @@ def staged_save(folder: Path, variant: str | None) -> Iterator[Path]:
         yield staging
         written = sorted(staging.iterdir(), key=lambda path: (".index" in path.name, path.suffix == ".json"))
         for path in written:
-            os.replace(path, folder / path.name)
+            if path.name != CARD_NAME or replaceable(folder / CARD_NAME, *SAVED_CARDS):
+                os.replace(path, folder / path.name)
         _remove_stale_weights(folder, {path.name for path in written}, variant)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

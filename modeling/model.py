@@ -39,6 +39,7 @@ from .inputs import (
     positions_to_keep,
 )
 from .mixers import LearnedFeatureMap, LinearAttention
+from .model_card import add_card
 
 if TYPE_CHECKING:
     from ..sequence_parallel import SequenceParallelContext
@@ -115,7 +116,7 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
         """Like `PreTrainedModel.save_pretrained`; an interrupted save leaves the previous checkpoint whole.
 
         All files are written to a staging folder and moved when they are complete. With `push_to_hub=True`
-        the upload comes before the move.
+        the upload comes before the move. A model card is among them, unless the folder has one of the user's.
         """
         save = super().save_pretrained
         # ranks that only take part in a gather write nothing; all write a distributed checkpoint at once
@@ -127,6 +128,14 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
             kwargs.setdefault("repo_id", folder.name)
         with staged_save(folder, kwargs.get("variant")) as staging:
             save(staging, is_main_process, state_dict, push_to_hub, **kwargs)
+            if not self._hf_peft_config_loaded:  # adapters alone are no model
+                add_card(self, staging, folder.resolve().name)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """transformers' hook in both ways to push; it has just put a placeholder where the repository has no card."""
+        if not self._hf_peft_config_loaded:
+            add_card(self, Path(working_dir), repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 class LinearLlama3Model(LinearLlama3PreTrainedModel):

@@ -25,7 +25,7 @@ def sources() -> dict[str, Path]:
         for path in folder.rglob("*"):
             inside = path.relative_to(folder)
             linked = not name and inside.parts[0] in ("modeling", "trainer")
-            if path.suffix in (".py", ".typed", ".md") and not linked:
+            if path.suffix in (".py", ".typed", ".md", ".json") and not linked:
                 found[str(Path("linear_llama3") / name / inside)] = path
     return found
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, default_data_collator, set_seed
 
-from ..modeling import LinearLlama3Config, LinearLlama3ForCausalLM
+from ..modeling import LinearLlama3ForCausalLM
+from ..modeling.hub import CARD_NAME
 from .data import load_documents, pack_documents
 from .recipe import Recipe, load_recipe
-from .report import CARD_NAME, PLOT_NAME, plot_loss, write_model_card
+from .report import PLOT_NAME, plot_loss, write_model_card
 from .trainer import LinearLlama3Trainer
 
 
@@ -29,9 +30,12 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"error: {error}") from error
     describe(trainer, recipe)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    if trainer.is_world_process_zero():
+        write_report(trainer, recipe)  # before the save, which may upload the folder
     save(trainer)
     if trainer.is_world_process_zero():
-        write_report(trainer, recipe)
+        folder = Path(trainer.args.output_dir)
+        print(f"checkpoint: {folder}\nmodel card: {folder / CARD_NAME}\nplot: {folder / PLOT_NAME}")
 
 
 def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
@@ -93,7 +97,6 @@ def write_report(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
     }
     plot_loss(state.log_history, folder / PLOT_NAME)
     write_model_card(folder, trainer.model, recipe, state.log_history, facts)
-    print(f"checkpoint: {folder}\nmodel card: {folder / CARD_NAME}\nplot: {folder / PLOT_NAME}")
 
 
 def _grid(trainer: LinearLlama3Trainer) -> str:
@@ -112,8 +115,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LinearLla
             ) from error
     else:
         special = {token: getattr(tokenizer, token) for token in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        fields = {"vocab_size": len(tokenizer), "max_position_embeddings": recipe.sequence_length, **special}
-        model = LinearLlama3ForCausalLM(LinearLlama3Config(**(fields | recipe.model)))
+        model = LinearLlama3ForCausalLM(recipe.model_config(vocab_size=len(tokenizer), **special))
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the model must have an embedding for each of the tokenizer's {len(tokenizer)} tokens, got vocab_size = "

@@ -1,6 +1,7 @@
 """A recipe: the YAML file that says what is trained on what, and how.
 
-model: {linear_attention_type: gla, num_hidden_layers: 4, hidden_size: 256}   # or {name_or_path: folder}
+model: {linear_attention_type: gla, num_hidden_layers: 4, hidden_size: 256}
+                                             # or {preset: linear-llama3-1b-gla-hybrid-1-4}, or {name_or_path: folder}
 tokenizer: runs/tokenizer
 data: {files: corpus/}                       # files, folders, patterns; or {dataset: name, split: train}
 sequence_length: 8192
@@ -60,8 +61,9 @@ class SequenceParallelRecipe:
 class Recipe:
     """A whole run.
 
-    `model` holds LinearLlama3Config's fields, or `name_or_path` of weights to start from; `training` the fields of
-    transformers' TrainingArguments but for those that the section `sequence_parallel` stands for.
+    `model` holds LinearLlama3Config's fields, in place of those of a `preset` if one is named, or `name_or_path` of
+    weights to start from; `training` the fields of transformers' TrainingArguments but for those that the section
+    `sequence_parallel` stands for.
     """
 
     model: dict[str, Any]
@@ -70,6 +72,21 @@ class Recipe:
     sequence_length: int
     training: dict[str, Any]
     sequence_parallel: SequenceParallelRecipe = field(default_factory=SequenceParallelRecipe)
+
+    def model_config(self, **facts: Any) -> LinearLlama3Config:
+        """The section `model` of a model to be made anew.
+
+        Args:
+            facts: what the tokenizer says; the recipe's own fields go before it, and a preset's behind.
+        """
+        fields = {"max_position_embeddings": self.sequence_length, **facts, **self.model}
+        preset = fields.pop("preset", None)
+        if preset is None:
+            return LinearLlama3Config(**fields)
+        if "max_position_embeddings" not in self.model:  # rotary scaling needs the preset's
+            longest = LinearLlama3Config.from_preset(preset).max_position_embeddings
+            fields["max_position_embeddings"] = max(longest, self.sequence_length)
+        return LinearLlama3Config.from_preset(preset, **fields)
 
     def training_arguments(self) -> LinearLlama3TrainingArguments:
         """The section `training`, with the choices of `sequence_parallel`."""
@@ -140,9 +157,10 @@ def _check_values(recipe: Recipe) -> None:
     if "name_or_path" in recipe.model:
         _check_names(recipe.model, ["name_or_path"], "model with name_or_path")
     else:
-        _check_names(recipe.model, [f.name for f in dataclasses.fields(LinearLlama3Config)], "model")
+        known = [f.name for f in dataclasses.fields(LinearLlama3Config)]
+        _check_names(recipe.model, ["preset", *known], "model")
         try:
-            LinearLlama3Config(**recipe.model)
+            recipe.model_config()
         except StrictDataclassError as error:
             raise ValueError(f"model in the recipe does not make a LinearLlama3Config: {error}") from error
     own = {"sequence_parallel_size", "linear_strategy", "softmax_strategy", "sequence_layout", "parallelism_config"}

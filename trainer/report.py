@@ -9,13 +9,13 @@ from typing import Any
 import accelerate
 import torch
 import transformers
-from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from ..modeling.hub import CARD_NAME, RUN_CARD, SAVED_CARDS, replaceable
+from ..modeling.model_card import model_card
 from .recipe import Recipe
 
-PLOT_NAME, CARD_NAME = "loss.png", "README.md"
-TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"  # in a checkout and in the wheel
+PLOT_NAME = "loss.png"
 
 
 def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
@@ -35,8 +35,11 @@ def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
 def write_model_card(
     folder: Path, model: PreTrainedModel, recipe: Recipe, history: list[dict[str, Any]], facts: dict[str, Any]
 ) -> None:
-    """`README.md` with the front matter that the Hub reads. `facts`: further rows of the table of the training."""
-    config, name = model.config, folder.resolve().name
+    """`README.md` with what is known of the run, unless the folder has one of the user's.
+
+    Args:
+        facts: further rows of the table of the training.
+    """
     losses = [entry["loss"] for entry in history if "loss" in entry]
     training = {
         "data": recipe.data.dataset or recipe.data.files,
@@ -46,27 +49,15 @@ def write_model_card(
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"accelerate {accelerate.__version__}",
     }
-    start = recipe.model.get("name_or_path")
-    kind = "hybrid" if config.has_softmax_layers else "recurrent"
-    card = ModelCard.from_template(
-        card_data=ModelCardData(
-            library_name="transformers",
-            pipeline_tag="text-generation",
-            tags=["linear_llama3", "linear-attention", kind, "custom_code"],
-            base_model=start if start and not Path(start).exists() else None,  # a name on the Hub
+    if replaceable(folder / CARD_NAME, RUN_CARD, *SAVED_CARDS):
+        card = model_card(
+            model,
+            repo_id=recipe.training.get("hub_model_id") or str(folder),
+            mark=RUN_CARD,
             datasets=[recipe.data.dataset] if recipe.data.dataset else None,
-        ),
-        template_path=str(TEMPLATE),
-        model_name=name,
-        repo_id=recipe.training.get("hub_model_id", folder),
-        layer_pattern="".join("N" if layer == "full_attention" else "L" for layer in config.layer_types),
-        linear_layers=config.layer_types.count("linear_attention"),
-        num_layers=config.num_hidden_layers,
-        mixer=config.linear_attention_type,
-        parameters=f"{model.num_parameters():,}",
-        state_shape=" x ".join(map(str, config.linear_state_shape)),
-        sequence_length=f"{recipe.sequence_length:,}",
-        training=training,
-        plot=PLOT_NAME,
-    )
-    card.save(folder / CARD_NAME)
+            sequence_length=f"{recipe.sequence_length:,}",
+            training=training,
+            plot=PLOT_NAME,
+            limits="Not evaluated beyond the training loss.",
+        )
+        card.save(folder / CARD_NAME)

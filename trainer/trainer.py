@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from ..modeling import LinearLlama3PreTrainedModel
+from ..modeling.hub import write_shim
+from ..modeling.model_card import add_card
 from ..sequence_parallel import SequenceParallelContext, enable_sequence_parallel, unshard
 from ..sequence_parallel.collectives import all_reduce
 from .arguments import sequence_parallel_config
@@ -175,3 +179,19 @@ class LinearLlama3Trainer(SequenceParallelMixin, Trainer):
         if "loss" in logs:
             logs["peak_memory_gib"] = round(peak_memory() / 2**30, 3)
         super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; without facts from the caller (so in a push) the model's own card, which knows its layers."""
+        facts = bool(args) or not kwargs.keys() <= {"model_name", "tags"}
+        if facts or not isinstance(self.model, LinearLlama3PreTrainedModel):
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            add_card(self.model, folder, self.hub_model_id or folder.resolve().name)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer's hook for uploads during the run, which knows only the files that every model has."""
+        if isinstance(self.model, LinearLlama3PreTrainedModel) and self.is_world_process_zero():
+            write_shim(self.args.output_dir)
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)

@@ -17,6 +17,8 @@ def test_template_renders_and_parses() -> None:
         tags=["linear_llama3", "linear-attention", "hybrid", "custom_code"],
     )
     values = {
+        "mark": "Written by hand.",
+        "auto_class": "AutoModelForCausalLM",
         "model_name": "Linear-Llama3 tiny",
         "repo_id": "someone/tiny",
         "linear_layers": "3",

@@ -1,26 +1,20 @@
-"""Checkpoints: round trips, meta-device loading, the Hub shim, and saves that are interrupted."""
+"""Checkpoints: round trips, meta-device loading, and saves that are interrupted."""
 
 from __future__ import annotations
 
-import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers.modeling_utils
-import transformers.utils.hub
-from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModel, AutoModelForCausalLM
 
-from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM, LinearLlama3Model
+from linear_llama3 import LinearLlama3ForCausalLM, LinearLlama3Model
 from tests.modeling.tiny import MIXER_NAMES, tiny_model, tokens
 
-ROOT = Path(__file__).resolve().parents[2]
-FILES = ["config.json", "generation_config.json", "linear_llama3_hub.py", "model.safetensors"]
+FILES = ["README.md", "config.json", "generation_config.json", "linear_llama3_hub.py", "model.safetensors"]
 
 
 def names(folder: Path) -> list[str]:
@@ -144,95 +138,3 @@ def test_variants_live_side_by_side(tmp_path: Path) -> None:
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "out", is_main_process=False)
     assert names(tmp_path / "out") == []
-
-
-def test_remote_code_registration_changes_nothing(tmp_path: Path) -> None:
-    """transformers calls this on what it loads through auto_map; the next save must still write the shim."""
-    LinearLlama3Config.register_for_auto_class()
-    LinearLlama3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-    tiny_model().save_pretrained(tmp_path)
-    assert names(tmp_path) == FILES
-    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert auto_map["AutoModelForCausalLM"] == "linear_llama3_hub.LinearLlama3ForCausalLM"
-
-
-HUB_TABLE = """
-import sys
-from transformers import AutoModelForCausalLM
-folder, saved_again, root = sys.argv[1:]
-
-def refusal(**kwargs):
-    try:
-        AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-    except (ValueError, ImportError) as error:
-        return type(error).__name__ + ": " + str(error)
-
-class NotInstalled:
-    @staticmethod
-    def find_spec(name, *args):
-        if name == "linear_llama3":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, NotInstalled)
-message = refusal(trust_remote_code=True)
-assert message.startswith("ImportError") and "pip install linear_llama3" in message, message
-sys.meta_path.remove(NotInstalled)
-sys.path.insert(0, root)
-message = refusal(trust_remote_code=False)
-assert message.startswith("ValueError") and "trust_remote_code=True" in message, message
-assert "linear_llama3" not in sys.modules
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-import linear_llama3
-assert type(model) is linear_llama3.LinearLlama3ForCausalLM, type(model)
-assert type(model.config) is linear_llama3.LinearLlama3Config
-model.save_pretrained(saved_again)
-AutoModelForCausalLM.from_pretrained(saved_again)
-"""
-
-
-def test_hub_loading_without_importing_the_package(tmp_path: Path) -> None:
-    """The shim's row of the table: not installed, not trusted, trusted; and a save of what was loaded."""
-    tiny_model().save_pretrained(tmp_path / "model")
-    arguments = [sys.executable, "-c", HUB_TABLE, str(tmp_path / "model"), str(tmp_path / "again"), str(ROOT)]
-    environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert names(tmp_path / "again") == FILES
-
-
-class FakeHub:
-    """Records what would be uploaded."""
-
-    def __init__(self) -> None:
-        self.repo_id = ""
-        self.files: list[str] = []
-
-    def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
-        self.repo_id = repo_id
-        return self
-
-    def create_commit(self, *, operations: list[Any], **kwargs: Any) -> None:
-        self.files = sorted(operation.path_in_repo for operation in operations)
-
-
-@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
-def test_push_to_hub(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub, tags = FakeHub(), []
-
-    def card(repo_id: str, tags_given: list[str] | None = None, **kwargs: Any) -> ModelCard:
-        tags.extend(tags_given or [])
-        return ModelCard.from_template(ModelCardData(tags=tags_given), template_str="---\n{{ card_data }}\n---\n")
-
-    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: hub)
-    monkeypatch.setattr(transformers.modeling_utils, "hf_api", lambda: hub)
-    monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", card)
-    monkeypatch.setattr(transformers.modeling_utils, "create_and_tag_model_card", card)
-    if way == "push_to_hub":
-        tiny_model().push_to_hub("someone/my-model")
-        assert hub.repo_id == "someone/my-model"
-    else:
-        tiny_model().save_pretrained(tmp_path / "my-model", push_to_hub=True)
-        assert hub.repo_id == "my-model"
-        assert names(tmp_path / "my-model") == sorted([*FILES, "README.md"])
-    assert hub.files == sorted([*FILES, "README.md"])
-    assert tags == ["linear_llama3", "linear-attention"]

@@ -110,6 +110,9 @@ def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
         ({"sequence_parallel": {"linear": "mail"}}, "got 'mail'"),
         ({"sequence_parallel": {"size": 1.5}}, "size in sequence_parallel must be"),
         ({"model": {"name_or_path": "x", "hidden_size": 3}}, "unknown key 'hidden_size' in model with name_or_path"),
+        ({"model": {"name_or_path": "x", "preset": "llama-3.2-1b"}}, "unknown key 'preset' in model with name_or_path"),
+        ({"model": {"preset": "llama-3.2-2b"}}, r"got 'llama-3\.2-2b'; the shapes are .*llama-3\.2-1b"),
+        ({"model": {"preset": "llama-3.2-1b", "num_hidden_layers": 6}}, "1/4 of 'llama-3.2-1b' .* got 6 layers"),
     ],
 )
 def test_recipes_that_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -175,6 +178,21 @@ def test_models_that_are_refused(model: dict[str, Any], message: str, tmp_path: 
     recipe = load_recipe(recipe_with(tmp_path, model=model))
     with pytest.raises(ValueError, match=message):
         build_model(recipe, write_tokenizer(tmp_path / "tokenizer"))
+
+
+def test_a_preset_in_a_recipe(tmp_path: Path) -> None:
+    """The recipe's fields go before the tokenizer's, and these before the preset's."""
+    small = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 16}
+    model = {"preset": "linear-llama3-1b-retention-hybrid-1-2", **small}
+    recipe = load_recipe(recipe_with(tmp_path, model=model), ["sequence_length=32768"])
+    config = build_model(recipe, write_tokenizer(tmp_path / "tokenizer")).config
+    assert (config.vocab_size, config.eos_token_id, config.bos_token_id) == (28, 0, None)
+    assert (config.hidden_size, config.num_attention_heads, config.linear_num_key_value_heads) == (32, 16, 16)
+    assert config.linear_layers == [0, 2] and config.linear_attention_type == "retention"
+    assert config.max_position_embeddings == 32768
+    changed = load_recipe(tmp_path / "recipe.yaml", ["model.vocab_size=99", "model.preset=llama-3.2-1b"])
+    config = changed.model_config(vocab_size=28)
+    assert (config.vocab_size, config.linear_layers, config.max_position_embeddings) == (99, [0, 1, 2], 131072)
 
 
 def test_the_weights_are_saved_whole_under_fsdp2() -> None:
