@@ -49,6 +49,8 @@ MIXERS: dict[str, Mixer] = {
     "lightning": Mixer(feature_map="silu", constant_log_decay=lightning_log_decay, output_gate="sigmoid"),
     "retention": Mixer(constant_log_decay=_retention_log_decay, use_rope=True),
     "gla": Mixer(learned_decay=True),
+    # Rebased's weights (q . k)^2 may all be near 0 at the first tokens of a document, where the quotient of sums over
+    # expanded features then has but three digits in float32
     "based": Mixer(feature_map="taylor", key_head_dim=16, normalize=True),
     "rebased": Mixer(feature_map="rebased", key_head_dim=16, normalize=True),
 }
