@@ -108,6 +108,6 @@ def _check_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None
         mask = input_ids != padding  # as generate does without a mask
     if mask is not None and (mask.shape != input_ids.shape or not bool(mask.all())):
         raise ValueError(
-            f"prefill takes prompts of one length, got padding among {tuple(input_ids.shape)} tokens; prefill prompts of "
-            "other lengths one by one (and pass an attention_mask of ones where the padding token is a token)"
+            f"prefill takes prompts of one length, got padding in {tuple(input_ids.shape)} input_ids; prefill prompts "
+            "of other lengths one by one, and pass an attention_mask of ones where the padding token is a token"
         )

@@ -121,8 +121,9 @@ def start_linear_attention(
     group: messages between two ranks are told apart by their order only. What is computed in between, their
     projection for one, hides the exchange.
 
-    With `output_final_state`, `started.final_state` is then the state after the last token of this rank; that of the
-    whole sequence is on the rank that holds its end (`handover.gather_end`). No document, no gradient.
+    With `output_final_state`, `started.final_state` is then the state behind this rank's last chunk,
+    `[B, H_kv, D_k, D_v]` (+ 1 column with `normalize`); that of the whole sequence is on the rank that holds its end
+    (`handover.gather_end`). It has no gradient, and documents have none of their own.
     """
     if strategy != "auto":
         get_linear_strategy(strategy)
