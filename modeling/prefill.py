@@ -22,9 +22,8 @@ def prefill(
 ) -> DynamicCache | None:
     """The cache of a prompt, computed by all ranks of the model's sequence-parallel context, for `generate` on one.
 
-    Every rank calls it with the same arguments. The cache holds all tokens but the last: `generate` asks the model for
-    the logits of the last token itself. It goes on, switched back to one device, with the same prompt (or one that
-    begins with it):
+    Every rank calls it with the same arguments. The cache holds all tokens but the last, whose logits `generate` asks
+    for itself: it is given the whole prompt again, or a longer one that begins with it.
 
         enable_sequence_parallel(model, context)
         cache = prefill(model, input_ids)
@@ -46,8 +45,8 @@ def prefill(
         On rank `dst` the cache of T - 1 tokens that the model on one device would make; None on the others.
 
     Raises:
-        ValueError: a model in training mode or without a context; prompts that are padded or not the same on all
-            ranks; an unknown rank.
+        ValueError: a model without a context, in training mode, or that does not generate; prompts that are padded, or
+            not the same on all ranks; an unknown rank.
     """
     context = _active_context(model)
     _check_prompt(model, input_ids, attention_mask)
@@ -98,12 +97,18 @@ def _active_context(model: nn.Module) -> SequenceParallelContext:
 
 
 def _check_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> None:
+    if not model.can_generate():
+        raise ValueError(
+            f"prefill makes a cache for generate, got a {type(model).__name__}, which does not generate; "
+            "use a LinearLlama3ForCausalLM"
+        )
     if model.training:
         raise ValueError("prefill needs a model in evaluation mode, got one in training mode; call model.eval()")
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(f"prefill takes prompts [B, T] of at least one token, got shape {tuple(input_ids.shape)}")
-    assert model.generation_config is not None
-    padding, ends = model.generation_config.pad_token_id, model.generation_config.eos_token_id
+    generation = model.generation_config
+    assert generation is not None
+    padding, ends = generation.pad_token_id, generation.eos_token_id
     if mask is None and padding is not None and padding not in (ends if isinstance(ends, list) else [ends]):
         mask = input_ids != padding  # as generate does without a mask
     if mask is not None and (mask.shape != input_ids.shape or not bool(mask.all())):
