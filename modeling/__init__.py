@@ -13,6 +13,7 @@ from .heads import (
 )
 from .mixers import MIXERS, LinearAttention, Mixer
 from .model import LinearLlama3ForCausalLM, LinearLlama3Model, LinearLlama3PreTrainedModel
+from .prefill import prefill
 
 __all__ = [
     "MIXERS",
@@ -27,4 +28,5 @@ __all__ = [
     "LinearLlama3Model",
     "LinearLlama3PreTrainedModel",
     "Mixer",
+    "prefill",
 ]

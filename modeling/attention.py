@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class LinearLlama3Attention(LlamaAttention):
         position_embeddings: tuple[Tensor, Tensor],
         cu_seq_lens_q: Tensor | None = None,
         exchange_cache: dict[str, Any] | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """`hidden_states` `[B, T, hidden]` -> (the same shape, attention weights or None).
@@ -38,7 +40,11 @@ class LinearLlama3Attention(LlamaAttention):
         """
         if self.sequence_parallel_context is None:
             return super().forward(
-                hidden_states, position_embeddings=position_embeddings, cu_seq_lens_q=cu_seq_lens_q, **kwargs
+                hidden_states,
+                position_embeddings=position_embeddings,
+                cu_seq_lens_q=cu_seq_lens_q,
+                past_key_values=past_key_values,
+                **kwargs,
             )
         if self.training and self.attention_dropout:
             raise ValueError(
@@ -48,6 +54,8 @@ class LinearLlama3Attention(LlamaAttention):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (proj(hidden_states).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        if past_key_values is not None:
+            past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
         out = self.sequence_parallel_context.softmax_attention(
             q.to(v.dtype), k.to(v.dtype), v, scale=self.scaling, cu_seqlens=cu_seq_lens_q, causal=self.is_causal
         )

@@ -1,8 +1,14 @@
-"""The cache of a model without any softmax layer."""
+"""What decoding continues from: the caches that are not transformers' own."""
 
 from __future__ import annotations
 
-from transformers import DynamicCache, PreTrainedConfig
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+
+if TYPE_CHECKING:
+    from .configuration import LinearLlama3Config
 
 
 class CountingCache(DynamicCache):
@@ -34,3 +40,29 @@ class CountingCache(DynamicCache):
         """Forget every state and the count."""
         super().reset()
         self.num_tokens = 0
+
+
+class ShardedCache(DynamicCache):
+    """One rank's part of the cache of a prompt that is spread over several ranks, while `prefill` makes it.
+
+    Softmax layers keep the keys and values of the rank's tokens, padding included, linear layers the state after the
+    last of its tokens.
+
+    Args:
+        length: true tokens of the whole prompt.
+    """
+
+    def __init__(self, config: PreTrainedConfig, length: int) -> None:
+        super().__init__(config=config)
+        self.length = length
+
+
+def new_cache(config: LinearLlama3Config) -> DynamicCache:
+    """An empty cache for every kind of model."""
+    return DynamicCache(config=config) if config.has_softmax_layers else CountingCache(config)
+
+
+def keep_state(cache: Cache, state: Tensor, layer_idx: int) -> None:
+    """Puts the state of a linear layer, `[B, H_kv, D_k, D_v (+ 1)]`, in its place."""
+    cache.update_recurrent_state(state, layer_idx)
+    cache.layers[layer_idx].has_previous_state[0] = True  # transformers sets it only where there is a convolution

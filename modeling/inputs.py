@@ -12,7 +12,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 
 from ..sequence_parallel import SequenceParallelContext
 from ..sequence_parallel.packing import restarting_positions
-from .cache import CountingCache
+from .cache import CountingCache, ShardedCache
 from .configuration import LinearLlama3Config
 
 SWITCH_OFF = "switch sequence parallelism off with enable_sequence_parallel(model, None)"
@@ -35,8 +35,8 @@ def check_shard(
     """`ValueError` for what has no meaning on one rank's part of a sequence."""
     if cache_given:
         raise ValueError(
-            "under sequence parallelism there is no cache, got past_key_values or use_cache=True; "
-            f"leave it out, or, to generate, {SWITCH_OFF}"
+            "under sequence parallelism there is no cache, got past_key_values or use_cache=True; leave it out, or, "
+            f"to generate, call prefill(model, input_ids), then {SWITCH_OFF}"
         )
     if position_ids is None:
         raise ValueError(
@@ -88,7 +88,7 @@ def check_counted(kwargs: dict[str, Any]) -> None:
 
 def check_cache(config: LinearLlama3Config, cache: Cache) -> None:
     """`ValueError` unless a cache that the user brought has a place for every linear layer's state."""
-    if not config.has_softmax_layers and not isinstance(cache, CountingCache):
+    if not config.has_softmax_layers and not isinstance(cache, CountingCache | ShardedCache):
         raise ValueError(
             f"a model without softmax layers needs a CountingCache, got {type(cache).__name__}; "
             "use linear_llama3.modeling.CountingCache(model.config), or pass no cache"

@@ -18,6 +18,7 @@ from ..ops import linear_attention
 from ..ops.decays import lightning_log_decay, retention_log_decay
 from ..ops.feature_maps import FEATURE_MAPS
 from ..ops.precision import working_dtype
+from .cache import ShardedCache, keep_state
 
 if TYPE_CHECKING:
     from ..sequence_parallel import SequenceParallelContext
@@ -147,9 +148,13 @@ class LinearAttention(nn.Module):
         k, v, log_decay = self._keys_values(hidden_states, position_embeddings, attention_mask)
         kind: dict[str, Any] = {"normalize": self.mixer.normalize, "causal": self.is_causal}
         if self.sequence_parallel_context is not None:
-            attend: Callable[[Tensor], Tensor] = self.sequence_parallel_context.start_linear_attention(
-                k, v, log_decay=log_decay, cu_seqlens=cu_seq_lens_q, exchange_cache=exchange_cache, **kind
-            )
+            attend: Callable[[Tensor], Tensor] = self._start_sharded(
+                k, v, past_key_values,
+                log_decay=log_decay,
+                cu_seqlens=cu_seq_lens_q,
+                exchange_cache=exchange_cache,
+                **kind,
+            )  # fmt: skip
         elif cu_seq_lens_q is not None:
             attend = partial(_attend_packed, k=k, v=v, log_decay=log_decay, cu_seqlens=cu_seq_lens_q, **kind)
         else:
@@ -217,9 +222,25 @@ class LinearAttention(nn.Module):
             **kind,
         )  # fmt: skip
         assert state is not None
-        cache.update_recurrent_state(state, self.layer_idx)
-        layer.has_previous_state[0] = True  # transformers sets it only where there is a convolution
+        keep_state(cache, state, self.layer_idx)
         return out
+
+    def _start_sharded(self, k: Tensor, v: Tensor, cache: Cache | None, **options: Any) -> Callable[[Tensor], Tensor]:
+        """Attention under a context; in a prefill, the state after this rank's tokens goes to the cache."""
+        assert self.sequence_parallel_context is not None
+        start = self.sequence_parallel_context.start_linear_attention
+        if cache is None:
+            return start(k, v, **options)
+        assert isinstance(cache, ShardedCache)
+        started = start(k, v, length=cache.length, output_final_state=True, **options)
+
+        def attend(q: Tensor) -> Tensor:
+            out = started(q)
+            assert started.final_state is not None
+            keep_state(cache, started.final_state, self.layer_idx)
+            return out
+
+        return attend
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

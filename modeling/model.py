@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..sequence_parallel.packing import document_edges, restarting_positions
 from .attention import LinearLlama3Attention
-from .cache import CountingCache
+from .cache import CountingCache, ShardedCache, new_cache
 from .configuration import LinearLlama3Config
 from .hub import staged_save
 from .inputs import (
@@ -197,7 +197,7 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
                 self.config,
                 attention_mask,
                 position_ids,
-                cache_given=cache_given,
+                cache_given=cache_given and not isinstance(past_key_values, ShardedCache),
                 context=self.sequence_parallel_context,
                 packed=cu_seq_lens is not None,
                 kwargs=kwargs,
@@ -266,7 +266,7 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
         if cache is None:
             if not use_cache:
                 return None
-            return DynamicCache(config=self.config) if self.config.has_softmax_layers else CountingCache(self.config)
+            return new_cache(self.config)
         check_cache(self.config, cache)
         return cache
 

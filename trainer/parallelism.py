@@ -9,19 +9,17 @@ case its hook that would shard softmax attention (`_prepare_cp`) passes everythi
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from torch import nn
 
 from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext
-from ..sequence_parallel.collectives import all_gather
+from ..sequence_parallel.collectives import fingerprints
 
 TESTED = "transformers 5.17 to 5.23 and accelerate 1.15"
 _REFUSED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
@@ -123,10 +121,7 @@ def check_peers(context: SequenceParallelContext, batch: Mapping[str, Any]) -> N
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
     if context.group is None or tokens is None:
         return
-    content = tokens.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    digest = hashlib.blake2b(repr(tuple(tokens.shape)).encode() + content.tobytes(), digest_size=8).digest()
-    own = torch.tensor([int.from_bytes(digest, "big", signed=True)], device=tokens.device)
-    hashes = all_gather(own, context.group).wait().flatten().tolist()
+    hashes = fingerprints(tokens, context.group)
     if len(set(hashes)) > 1:
         raise ValueError(
             f"all ranks of a sequence must load the same batch, got others: rank {context.rank} of "

@@ -113,18 +113,26 @@ def start_linear_attention(
     length: int | None = None,
     backend: str = "auto",
     exchange_cache: dict[str, Tensor] | None = None,
+    output_final_state: bool = False,
 ) -> StartedAttention:
     """The first half of `linear_attention`, which needs no queries: the states of this rank are sent.
 
     The result must be called with them, `started(q, scale=None) -> out`, before another attention is started in this
     group: messages between two ranks are told apart by their order only. What is computed in between, their
     projection for one, hides the exchange.
+
+    With `output_final_state`, `started.final_state` is then the state behind this rank's last chunk,
+    `[B, H_kv, D_k, D_v]` (+ 1 column with `normalize`); that of the whole sequence is on the rank that holds its end
+    (`handover.gather_end`). It has no gradient, and documents have none of their own.
     """
     if strategy != "auto":
         get_linear_strategy(strategy)
     check_arguments(k, k, v, log_decay=log_decay, causal=causal, backend=backend)
     if backend == "recurrent" and world_size(group) > 1:
         raise ValueError("backend 'recurrent' is defined on one device, got a group of several ranks; use 'chunked'")
+    if output_final_state:
+        recomputed = exchange_cache is not None
+        _check_final_state(k, v, log_decay, packed=cu_seqlens is not None, causal=causal, recomputed=recomputed)
     backend = choose_backend(backend, k, causal=causal)
     part = locate(k.shape[1], batch=k.shape[0], group=group, layout=layout, cu_seqlens=cu_seqlens, length=length)
     keys, values = k[:, : part.tokens], v[:, : part.tokens]  # padding takes no part
@@ -134,7 +142,7 @@ def start_linear_attention(
     if world_size(group) == 1:
         attend: Attend = functools.partial(
             _attend_alone, k=keys, v=values, log_decay=gate, normalize=normalize, cu_seqlens=cu_seqlens, causal=causal,
-            backend=backend,
+            backend=backend, output_final_state=output_final_state,
         )  # fmt: skip
         return StartedAttention(k, v, part.tokens, attend, normalize=False)
 
@@ -145,7 +153,9 @@ def start_linear_attention(
         strategy = choose_linear(sizes_of(k, values, part, group, decays=fades), log=part.rank == 0)
     scan = get_linear_strategy(strategy)
     if causal:
-        exchange = StateExchange(scan, group, part, fades=fades, cache=exchange_cache)
+        exchange = StateExchange(
+            scan, group, part, fades=fades, cache=exchange_cache, output_final_state=output_final_state
+        )
         dtype = working_dtype(v) if normalize else v.dtype
         attend = _start_causal(keys, values, gate, part, exchange, backend, dtype)
     else:
@@ -154,7 +164,7 @@ def start_linear_attention(
     return StartedAttention(k, v, part.tokens, attend, normalize=normalize)
 
 
-Attend = Callable[[Tensor, float], Tensor]
+Attend = Callable[[Tensor, float], tuple[Tensor, Tensor | None]]  # (q, scale) -> out, final state if asked for
 
 
 class StartedAttention:
@@ -162,6 +172,7 @@ class StartedAttention:
 
     def __init__(self, k: Tensor, v: Tensor, tokens: int, attend: Attend, *, normalize: bool) -> None:
         self._k, self._v, self._tokens, self._attend, self._normalize = k, v, tokens, attend, normalize
+        self.final_state: Tensor | None = None  # `[B, H_kv, D_k, D_v (+ 1)]` after the call, if it was asked for
 
     def __call__(self, q: Tensor, scale: float | None = None) -> Tensor:
         """q `[B, C, H_q, D_k]` -> out `[B, C, H_q, D_v]` in the dtype of v."""
@@ -170,13 +181,22 @@ class StartedAttention:
 
     @without_autocast
     def _finish(self, q: Tensor, scale: float) -> Tensor:
-        out = self._attend(q[:, : self._tokens], scale)
+        out, self.final_state = self._attend(q[:, : self._tokens], scale)
         out = divide_by_normalizer(out) if self._normalize else out
         return F.pad(out.to(self._v.dtype), (0, 0, 0, 0, 0, q.shape[1] - self._tokens))
 
 
-def _attend_alone(q: Tensor, scale: float, **rest: Any) -> Tensor:
-    return attention_on_one_device(q, scale=scale, **rest)[0]
+def _check_final_state(*inputs: Tensor | None, packed: bool, causal: bool, recomputed: bool) -> None:
+    obstacles = {"cu_seqlens": packed, "causal=False": not causal, "an exchange_cache": recomputed}
+    if any(obstacles.values()):
+        got = " and ".join(name for name, given in obstacles.items() if given)
+        raise ValueError(f"a shard has a final state where every row is one causal sequence, got {got}; leave it out")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise ValueError("the final state of a shard has no gradient, got inputs that need one; use torch.no_grad()")
+
+
+def _attend_alone(q: Tensor, scale: float, **rest: Any) -> tuple[Tensor, Tensor | None]:
+    return attention_on_one_device(q, scale=scale, **rest)
 
 
 def _start_causal(
@@ -193,15 +213,26 @@ def _start_causal(
         from ...ops.triton import attention as triton_attention
 
         sent = triton_attention.send_states(k, v, log_decay, part.boundaries, exchange)
-        return lambda q, scale: triton_attention.sharded_attention(q, k, v, log_decay, sent, scale, dtype)
+        return lambda q, scale: (
+            triton_attention.sharded_attention(q, k, v, log_decay, sent, scale, dtype), _final_state(exchange, k, v)
+        )  # fmt: skip
     wait = send_states(k, v, log_decay, boundaries=part.boundaries, exchange=exchange)
-    return lambda q, scale: chunked_linear_attention(
-        q, k, v, log_decay, scale=scale, boundaries=part.boundaries, exchange=exchange, wait=wait
-    )[0]
+    return lambda q, scale: (
+        chunked_linear_attention(
+            q, k, v, log_decay, scale=scale, boundaries=part.boundaries, exchange=exchange, wait=wait
+        )[0],
+        _final_state(exchange, k, v),
+    )
+
+
+def _final_state(exchange: StateExchange, k: Tensor, v: Tensor) -> Tensor | None:
+    """Known after the attention; without the rows and columns that the kernels add."""
+    state = exchange.final_state
+    return None if state is None else state[..., : k.shape[-1], : v.shape[-1]]
 
 
 def _attend_unmasked(
     q: Tensor, scale: float, *, k: Tensor, v: Tensor, part: Part, complete: Callable[[Tensor], Tensor]
-) -> Tensor:
+) -> tuple[Tensor, None]:
     out, _ = bidirectional_linear_attention(q, k, v, scale=scale, boundaries=part.boundaries, complete=complete)
-    return out
+    return out, None

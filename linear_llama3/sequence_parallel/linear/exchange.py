@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..collectives import all_reduce
 from ..part import Part
-from .scan import Scan
+from .scan import Scan, fold, pack
 
 
 class StateExchange:
@@ -26,9 +26,12 @@ class StateExchange:
         *,
         fades: bool,
         cache: dict[str, Tensor] | None,
+        output_final_state: bool = False,
     ) -> None:
         self.scan, self.group, self.chain, self.cache = scan, group, part.layout.chain(part.ranks), cache
         self.links, self.fades = part.links, fades
+        self.output_final_state = output_final_state
+        self.final_state: Tensor | None = None  # if asked for: what leaves the last link, once states have arrived
 
     def start(self, summarize: Callable[[], tuple[Tensor, Tensor]], *, reverse: bool) -> Callable[[], Tensor]:
         cache = None if reverse else self.cache
@@ -41,12 +44,15 @@ class StateExchange:
             )
         states, factors = summarize()
         sent = factors if self.fades else None
+        own = pack(states[-1], None if sent is None else sent[-1]) if self.output_final_state else None
         wait = self.scan(states, sent, group=self.group, chain=self.chain, reverse=reverse)
         _under_way.add(self.group)
 
         def finish() -> Tensor:
             received = wait()
             _under_way.discard(self.group)
+            if own is not None:
+                self.final_state = fold(received[-1], own)
             return received if cache is None else cache.setdefault("states", received)
 
         return finish

@@ -1,0 +1,118 @@
+"""Long prompts: the cache is made under sequence parallelism, and one rank goes on with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from ..sequence_parallel import SequenceParallelContext
+from ..sequence_parallel.collectives import fingerprints
+from ..sequence_parallel.handover import gather_end, gather_tokens
+from .cache import CountingCache, ShardedCache, keep_state, new_cache
+
+
+@torch.no_grad()
+def prefill(
+    model: PreTrainedModel, input_ids: Tensor, *, attention_mask: Tensor | None = None, dst: int = 0
+) -> DynamicCache | None:
+    """The cache of a prompt, computed by all ranks of the model's sequence-parallel context, for `generate` on one.
+
+    Every rank calls it with the same arguments. The cache holds all tokens but the last, whose logits `generate` asks
+    for itself: it is given the whole prompt again, or a longer one that begins with it.
+
+        enable_sequence_parallel(model, context)
+        cache = prefill(model, input_ids)
+        enable_sequence_parallel(model, None)
+        if cache is not None:
+            model.generate(input_ids, past_key_values=cache)
+
+    For n beams or n returned sequences, call `cache.reorder_cache(torch.arange(B).repeat_interleave(n))` before. While
+    the prompt is computed a rank holds the keys and values of its own tokens only; then rank `dst` is sent the others',
+    layer by layer.
+
+    Args:
+        model: in evaluation mode, with sequence parallelism enabled.
+        input_ids: the whole prompts `[B, T]`, of one length.
+        attention_mask: `[B, T]`, all ones; for prompts that contain the padding token.
+        dst: the rank of the group that gets the cache.
+
+    Returns:
+        On rank `dst` the cache of T - 1 tokens that the model on one device would make; None on the others.
+
+    Raises:
+        ValueError: a model without a context, in training mode, or that does not generate; prompts that are padded, or
+            not the same on all ranks; an unknown rank.
+    """
+    context = _active_context(model)
+    _check_prompt(model, input_ids, attention_mask)
+    if not 0 <= dst < context.world_size:
+        raise ValueError(f"dst must be a rank of the group, 0 to {context.world_size - 1}, got {dst}")
+    if context.group is not None and len(set(fingerprints(F.pad(input_ids, (0, 1), value=dst), context.group))) > 1:
+        raise ValueError(
+            f"all ranks prefill the same prompt for the same dst, rank {context.rank} of {context.world_size} got "
+            "other input_ids or another dst than its peers; broadcast the prompt, or seed all loaders alike"
+        )
+    cache = new_cache(model.config) if context.rank == dst else None
+    length = input_ids.shape[1] - 1
+    if length > 0:
+        shards = ShardedCache(model.config, length)
+        model(**context.shard_batch({"input_ids": input_ids[:, :-1]}), past_key_values=shards, logits_to_keep=1)
+        _hand_over(shards, cache, context, dst)
+    return cache
+
+
+def _hand_over(shards: ShardedCache, cache: DynamicCache | None, context: SequenceParallelContext, dst: int) -> None:
+    """Fills the cache of rank `dst` layer by layer. A rank lets go of what it has sent."""
+    where: dict[str, Any] = {"group": context.group, "layout": context.layout, "dst": dst}
+    for index, layer in enumerate(shards.layers):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            state = gather_end(layer.recurrent_states.pop(0), **where)
+            if cache is not None and state is not None:
+                keep_state(cache, state, index)
+        else:
+            keys = gather_tokens(layer.keys, length=shards.length, dim=2, **where)
+            values = gather_tokens(layer.values, length=shards.length, dim=2, **where)
+            layer.keys = layer.values = None
+            if cache is not None:
+                cache.update(keys, values, index)
+    if isinstance(cache, CountingCache):
+        cache.advance(shards.length)
+
+
+def _active_context(model: nn.Module) -> SequenceParallelContext:
+    """That of the attention layers, wherever in `model` they are."""
+    for module in model.modules():
+        context = getattr(module, "sequence_parallel_context", None)
+        if context is not None:
+            return context
+    raise ValueError(
+        f"prefill shares a prompt among the ranks of a sequence-parallel context, got a {type(model).__name__} without "
+        "one; call enable_sequence_parallel(model, context) first, or let generate prefill on one device"
+    )
+
+
+def _check_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> None:
+    if not model.can_generate():
+        raise ValueError(
+            f"prefill makes a cache for generate, got a {type(model).__name__}, which does not generate; "
+            "use a LinearLlama3ForCausalLM"
+        )
+    if model.training:
+        raise ValueError("prefill needs a model in evaluation mode, got one in training mode; call model.eval()")
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(f"prefill takes prompts [B, T] of at least one token, got shape {tuple(input_ids.shape)}")
+    generation = model.generation_config
+    assert generation is not None
+    padding, ends = generation.pad_token_id, generation.eos_token_id
+    if mask is None and padding is not None and padding not in (ends if isinstance(ends, list) else [ends]):
+        mask = input_ids != padding  # as generate does without a mask
+    if mask is not None and (mask.shape != input_ids.shape or not bool(mask.all())):
+        raise ValueError(
+            f"prefill takes prompts of one length, got padding in {tuple(input_ids.shape)} input_ids; prefill prompts "
+            "of other lengths one by one, and pass an attention_mask of ones where the padding token is a token"
+        )
