@@ -78,8 +78,8 @@ def _ampere(gate: int, BK: int, BV: int, gate_gradient: bool) -> Configuration:
 
 
 def _wide(gate: int, BK: int, BV: int, gate_gradient: bool, hopper: bool, masked: bool) -> Configuration:
-    """Products of float32 are three of tf32: 16 tokens, or 32 where the backward pass has registers for them. Tiles that
-    the head dims do not fill are read through masks, which take registers too."""
+    """Products of float32 are three of tf32: 16 tokens, or 32 where the backward pass has registers for them. Tiles
+    that the head dims do not fill are read through masks, which take registers too."""
     keys = min(BK, 64) if BK == 256 and (gate == CHANNEL or not hopper) else min(BK, 128)
     columns, reads = 64 if hopper else 32 if keys <= 64 else 16, 64
     if gate == CHANNEL:
