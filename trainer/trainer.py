@@ -40,6 +40,7 @@ class SequenceParallelMixin:
     sequence_parallel_context: SequenceParallelContext | None = None
     accelerator: Any
     _peers_agree = False
+    _batch_is_whole = False  # an evaluation batch that nobody has counted and cut yet
     _gather_function: Callable[[Any], Any]
 
     @property
@@ -115,6 +116,7 @@ class SequenceParallelMixin:
         if not self._peers_agree:
             check_peers(context, inputs)
             self._peers_agree = True
+        self._batch_is_whole = False
         return contextlib.nullcontext, context.shard_batch(inputs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -142,6 +144,21 @@ class SequenceParallelMixin:
             seen = self.state.num_input_tokens_seen - before  # type: ignore[attr-defined]
             self.state.num_input_tokens_seen = before + seen // self.sequence_parallel_context.world_size  # type: ignore[attr-defined]
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Trainer's; TRL's SFTTrainer comes here in an evaluation with a batch that is neither counted nor cut."""
+        if self._batch_is_whole:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)  # type: ignore[attr-defined]
+            _, inputs = self._prepare_context_parallel_inputs(model, inputs)
+        return super().compute_loss(  # type: ignore[misc]
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -156,6 +173,7 @@ class SequenceParallelMixin:
         if inputs.get("labels") is None:
             raise ValueError("evaluation under sequence parallelism needs labels, got a batch without them")
         rows, length = inputs["labels"].shape
+        self._batch_is_whole = True
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
         if loss is not None and context.group is not None:  # of a shard: Trainer would average only some of them
             loss = all_reduce(loss, context.group).wait() / context.world_size
