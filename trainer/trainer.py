@@ -122,6 +122,9 @@ class SequenceParallelMixin:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; the first batch, also after a resume, is compared between the ranks of a sequence."""
         self._peers_agree = False
+        if self.args.world_size > 1 and not self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            # an evaluation marks the bare model as prepared, and accelerate would then train it without DDP
+            self.model._is_accelerate_prepared = False  # type: ignore[attr-defined]
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:

@@ -213,6 +213,27 @@ def test_other_ways_to_the_same_run(kind: str, tmp_path: Path) -> None:
             assert_same(run, one, (kind, world))
 
 
+def train_after_evaluation(degree: int, folder: str) -> dict[str, Any]:
+    reset_accelerate()
+    args = LinearLlama3TrainingArguments(
+        **arguments(folder, dist.get_world_size() // degree, sequence_parallel_size=degree)
+    )
+    data = rows(False)
+    trainer = SequentialTrainer(model=tiny_model(), args=args, train_dataset=data, eval_dataset=data[:6])
+    trainer.evaluate()
+    trainer.train()
+    reset_accelerate()
+    return outcome(trainer)
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_an_evaluation_before_training_changes_nothing(degree: int, tmp_path: Path) -> None:
+    """transformers 5.23 then trains without DDP: each process on its own gradient."""
+    (one,) = run_distributed(train, 1, 1, 1, False, False, str(tmp_path))
+    for run in run_distributed(train_after_evaluation, 2, degree, str(tmp_path)):
+        assert_same(run, one, degree)
+
+
 def test_without_a_global_count_the_degree_changes_nothing(tmp_path: Path) -> None:
     """Then the loss is a mean of the data-parallel processes' means, with a warning."""
     one, _ = run_distributed(train_as, 2, "local count", 1, str(tmp_path))

@@ -1,0 +1,66 @@
+"""A checkpoint as the quickstart leaves it, only tiny, and the documents that the tools are fed with."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from linear_llama3 import LinearLlama3ForCausalLM
+from linear_llama3.trainer.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 4) for i in range(8)]  # one to four dozen tokens
+
+
+def quickstart(folder: str) -> None:
+    """Tokenizer and training by the quickstart's own script and recipe; weights large enough to tell layers apart."""
+    sources = str(ROOT / "trainer" / "*.py")
+    train_tokenizer = runpy.run_path(str(ROOT / "scripts" / "quickstart_data.py"))["train_tokenizer"]
+    train_tokenizer(sorted((ROOT / "trainer").glob("*.py")), Path(folder) / "tokenizer")
+    model = {"hidden_size": 32, "intermediate_size": 48, "initializer_range": 0.2, "gate_bias_init": -3.0}
+    training = {"max_steps": 2, "output_dir": f"{folder}/model", "disable_tqdm": True}
+    changes = {"tokenizer": f"{folder}/tokenizer", "data.files": sources, "sequence_length": 256}
+    changes |= {f"model.{key}": value for key, value in model.items()}
+    changes |= {f"training.{key}": value for key, value in training.items()}
+    main([str(ROOT / "scripts/recipes/quickstart.yaml"), *(f"{key}={value}" for key, value in changes.items())])
+
+
+def load(folder: str | Path) -> LinearLlama3ForCausalLM:
+    """The model in evaluation mode."""
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def documents(folder: str | Path) -> list[Tensor]:
+    """`TEXTS` as tokens `[T]`, each closed by the end-of-sequence token."""
+    words = tokenizer(folder)
+    return [words(text + words.eos_token, return_tensors="pt")["input_ids"][0] for text in TEXTS]
+
+
+def loss_alone(model: torch.nn.Module, rows: list[Tensor]) -> Tensor:
+    """The mean over all targets of the documents, each of which the model sees alone."""
+    losses = [torch.nn.functional.cross_entropy(model(row[None]).logits[0, :-1], row[1:], reduction="sum") for row in rows]
+    return torch.stack(losses).sum() / sum(len(row) - 1 for row in rows)
+
+
+def train_alone(model: torch.nn.Module, rows: list[Tensor], steps: int, learning_rate: float) -> dict[str, Any]:
+    """Steps of plain gradient descent on `loss_alone`: (loss, gradient norm) of each, and the parameters."""
+    history = []
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for _ in range(steps):
+        loss = loss_alone(model, rows)
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        history.append((loss.item(), norm.item()))
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+                parameter -= learning_rate * gradient
+    return {"history": history, "parameters": {name: p.detach().numpy() for name, p in parameters.items()}}

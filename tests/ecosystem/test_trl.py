@@ -1,0 +1,111 @@
+"""TRL's SFTTrainer, alone and with sequence parallelism: padded, packed and padding-free batches are the same
+training, that of every document alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer, pack_dataset
+
+from linear_llama3 import LinearLlama3ForCausalLM
+from linear_llama3.trainer import SequenceParallelMixin
+from tests.distributed import run_distributed
+from tests.ecosystem.checkpoint import TEXTS, documents, load, loss_alone, tokenizer, train_alone
+from tests.trainer.test_exactness import outcome, reset_accelerate
+
+BATCHES: dict[str, dict[str, Any]] = {
+    "padded": {"max_length": 64},
+    "packing": {"max_length": 64, "packing": True},
+    "padding-free": {"max_length": None, "padding_free": True},
+    "packed before": {"max_length": None, "padding_free": True},  # by trl.pack_dataset
+}
+
+
+class ShardedSFTTrainer(SequenceParallelMixin, SFTTrainer):
+    """As the README writes it."""
+
+
+def fine_tune(checkpoint: str, folder: str, batches: str, sharded: bool, checkpointing: bool) -> dict[str, Any]:
+    """Two steps of gradient descent, each on all documents, and an evaluation before them."""
+    reset_accelerate()
+    data = Dataset.from_dict({"text": TEXTS})
+    if batches == "packed before":
+        data = pack_dataset(Dataset.from_dict({"input_ids": [row.tolist() for row in documents(checkpoint)]}), 64)
+    args = SFTConfig(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        max_steps=2,
+        per_device_train_batch_size=len(TEXTS),
+        per_device_eval_batch_size=len(TEXTS),
+        learning_rate=0.5,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=1e9,
+        gradient_checkpointing=checkpointing,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        **BATCHES[batches],
+    )
+    trainer = (ShardedSFTTrainer if sharded else SFTTrainer)(
+        model=load(checkpoint), args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer(checkpoint)
+    )
+    evaluated = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    trainer.save_model()
+    reset_accelerate()
+    return {**outcome(trainer), "eval": evaluated}
+
+
+def assert_documents_alone(runs: list[dict[str, Any]], checkpoint: Path) -> None:
+    """Every rank's run is the one that sees each document alone."""
+    model, rows = load(checkpoint), documents(checkpoint)
+    before = loss_alone(model, rows).item()
+    alone = train_alone(model, rows, steps=2, learning_rate=0.5)
+    for run in runs:
+        assert run["eval"] == pytest.approx(before, rel=1e-5)
+        for got, expected in zip(run["history"], alone["history"], strict=True):
+            assert got == pytest.approx(expected, rel=1e-4)
+        for name, expected in alone["parameters"].items():
+            assert abs(run["parameters"][name] - expected).max() < 2e-5, name
+
+
+@pytest.mark.parametrize("batches", ["padded", "packing", "padding-free"])
+def test_sft_trainer(batches: str, checkpoint: Path, tmp_path: Path) -> None:
+    runs = run_distributed(fine_tune, 1, str(checkpoint), str(tmp_path), batches, False, False)
+    assert_documents_alone(runs, checkpoint)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(saved) is LinearLlama3ForCausalLM
+    assert (saved.lm_head.weight.numpy(force=True) == runs[0]["parameters"]["model.embed_tokens.weight"]).all()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("batches", ["padded", "padding-free", "packed before"])
+def test_sequence_parallel_sft_trainer(batches: str, checkpointing: bool, checkpoint: Path, tmp_path: Path) -> None:
+    runs = run_distributed(fine_tune, 2, str(checkpoint), str(tmp_path), batches, True, checkpointing)
+    assert_documents_alone(runs, checkpoint)
+
+
+def test_the_mixin_changes_nothing_on_one_process(checkpoint: Path, tmp_path: Path) -> None:
+    runs = run_distributed(fine_tune, 1, str(checkpoint), str(tmp_path), "packing", True, False)
+    assert_documents_alone(runs, checkpoint)
+
+
+def refusal(checkpoint: str, folder: str) -> str:
+    try:
+        fine_tune(checkpoint, folder, "packing", True, False)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_trl_refuses_its_own_packing_under_sequence_parallelism(checkpoint: Path, tmp_path: Path) -> None:
+    """It knows accelerate's way only; packing before training ("packed before") is the remedy."""
+    for message in run_distributed(refusal, 2, str(checkpoint), str(tmp_path)):
+        assert "Packing is not compatible with context parallelism" in message
