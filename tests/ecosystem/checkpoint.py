@@ -6,7 +6,9 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -47,20 +49,27 @@ def documents(folder: str | Path) -> list[Tensor]:
 
 def loss_alone(model: torch.nn.Module, rows: list[Tensor]) -> Tensor:
     """The mean over all targets of the documents, each of which the model sees alone."""
-    losses = [torch.nn.functional.cross_entropy(model(row[None]).logits[0, :-1], row[1:], reduction="sum") for row in rows]
+    losses = [F.cross_entropy(model(row[None]).logits[0, :-1], row[1:], reduction="sum") for row in rows]
     return torch.stack(losses).sum() / sum(len(row) - 1 for row in rows)
 
 
-def train_alone(model: torch.nn.Module, rows: list[Tensor], steps: int, learning_rate: float) -> dict[str, Any]:
-    """Steps of plain gradient descent on `loss_alone`: (loss, gradient norm) of each, and the parameters."""
-    history = []
+def assert_documents_alone(
+    runs: list[dict[str, Any]], model: torch.nn.Module, rows: list[Tensor], learning_rate: float
+) -> None:
+    """Every rank's losses, gradient norms and parameters are those of gradient descent on `loss_alone` from `model`."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for _ in range(steps):
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    for step in range(len(runs[0]["history"])):
         loss = loss_alone(model, rows)
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-        history.append((loss.item(), norm.item()))
+        for run in runs:
+            assert run["history"][step] == pytest.approx((loss.item(), norm.item()), rel=1e-5)
         with torch.no_grad():
             for parameter, gradient in zip(parameters.values(), gradients, strict=True):
                 parameter -= learning_rate * gradient
-    return {"history": history, "parameters": {name: p.detach().numpy() for name, p in parameters.items()}}
+    for name, parameter in parameters.items():
+        update = parameter.detach() - before[name]
+        for run in runs:
+            error = torch.from_numpy(run["parameters"][name]) - parameter.detach()
+            assert error.norm() <= 1e-4 * update.norm(), (name, error.norm() / update.norm())
