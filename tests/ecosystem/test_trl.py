@@ -15,6 +15,7 @@ from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.trainer import SequenceParallelMixin
 from tests.distributed import run_distributed
 from tests.ecosystem.checkpoint import TEXTS, assert_documents_alone, documents, load, loss_alone, tokenizer
+from tests.ecosystem.test_peft import adapted
 from tests.trainer.test_exactness import outcome, reset_accelerate
 
 LEARNING_RATE = 0.05
@@ -30,8 +31,10 @@ class ShardedSFTTrainer(SequenceParallelMixin, SFTTrainer):
     """As the README writes it."""
 
 
-def fine_tune(checkpoint: str, folder: str, batches: str, sharded: bool, checkpointing: bool) -> dict[str, Any]:
-    """Two steps of gradient descent, each on all documents, and an evaluation before them."""
+def fine_tune(
+    checkpoint: str, folder: str, batches: str, sharded: bool = False, checkpointing: bool = False, lora: bool = False
+) -> dict[str, Any]:
+    """An evaluation and two steps of gradient descent, each on all documents."""
     reset_accelerate()
     data = Dataset.from_dict({"text": TEXTS})
     if batches == "packed before":
@@ -55,7 +58,11 @@ def fine_tune(checkpoint: str, folder: str, batches: str, sharded: bool, checkpo
         **BATCHES[batches],
     )
     trainer = (ShardedSFTTrainer if sharded else SFTTrainer)(
-        model=load(checkpoint), args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer(checkpoint)
+        model=(adapted if lora else load)(checkpoint),
+        args=args,
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tokenizer(checkpoint),
     )
     evaluated = trainer.evaluate()["eval_loss"]
     trainer.train()
@@ -64,9 +71,9 @@ def fine_tune(checkpoint: str, folder: str, batches: str, sharded: bool, checkpo
     return {**outcome(trainer), "eval": evaluated}
 
 
-def assert_right(runs: list[dict[str, Any]], checkpoint: Path) -> None:
+def assert_right(runs: list[dict[str, Any]], checkpoint: Path, *, lora: bool = False) -> None:
     """Evaluation and training are those of documents alone."""
-    model, rows = load(checkpoint), documents(checkpoint)
+    model, rows = (adapted if lora else load)(checkpoint), documents(checkpoint)
     for run in runs:
         assert run["eval"] == pytest.approx(loss_alone(model, rows).item(), rel=1e-6)
     assert_documents_alone(runs, model, rows, LEARNING_RATE)
@@ -74,34 +81,38 @@ def assert_right(runs: list[dict[str, Any]], checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("batches", ["padded", "packing", "padding-free"])
 def test_sft_trainer(batches: str, checkpoint: Path, tmp_path: Path) -> None:
-    runs = run_distributed(fine_tune, 1, str(checkpoint), str(tmp_path), batches, False, False)
+    runs = run_distributed(fine_tune, 1, str(checkpoint), str(tmp_path), batches)
     assert_right(runs, checkpoint)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(saved) is LinearLlama3ForCausalLM
     assert (saved.lm_head.weight.numpy(force=True) == runs[0]["parameters"]["model.embed_tokens.weight"]).all()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("batches", ["padded", "padding-free", "packed before"])
-def test_sequence_parallel_sft_trainer(batches: str, checkpointing: bool, checkpoint: Path, tmp_path: Path) -> None:
-    runs = run_distributed(fine_tune, 2, str(checkpoint), str(tmp_path), batches, True, checkpointing)
-    assert_right(runs, checkpoint)
+@pytest.mark.parametrize(
+    ("batches", "checkpointing", "lora"),
+    [("padded", True, False), ("padding-free", False, False), ("packed before", True, True)],
+    ids=["padded, checkpointing", "padding-free", "packed before, checkpointing, LoRA"],
+)
+def test_sequence_parallel_sft_trainer(
+    batches: str, checkpointing: bool, lora: bool, checkpoint: Path, tmp_path: Path
+) -> None:
+    runs = run_distributed(fine_tune, 2, str(checkpoint), str(tmp_path), batches, True, checkpointing, lora)
+    assert_right(runs, checkpoint, lora=lora)
 
 
 def test_the_mixin_changes_nothing_on_one_process(checkpoint: Path, tmp_path: Path) -> None:
-    runs = run_distributed(fine_tune, 1, str(checkpoint), str(tmp_path), "packing", True, False)
-    assert_right(runs, checkpoint)
+    assert_right(run_distributed(fine_tune, 1, str(checkpoint), str(tmp_path), "packing", True), checkpoint)
 
 
 def refusal(checkpoint: str, folder: str) -> str:
     try:
-        fine_tune(checkpoint, folder, "packing", True, False)
+        fine_tune(checkpoint, folder, "packing", sharded=True)
     except ValueError as error:
         return str(error)
     return "nothing"
 
 
 def test_trl_refuses_its_own_packing_under_sequence_parallelism(checkpoint: Path, tmp_path: Path) -> None:
-    """It knows accelerate's way only; packing before training ("packed before") is the remedy."""
+    """It knows accelerate's way only; what remains is to pack before, as above."""
     for message in run_distributed(refusal, 2, str(checkpoint), str(tmp_path)):
         assert "Packing is not compatible with context parallelism" in message
