@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
 from ..sequence_parallel.context import IGNORE_INDEX
-from .parallelism import attach, check_peers, hidden_parallelism, resolve_parallelism, uses_fsdp
+from .parallelism import PeerCheck, attach, hidden_parallelism, resolve_parallelism, uses_fsdp
 
 
 class SequenceParallelAccelerator(Accelerator):
@@ -55,7 +55,7 @@ class SequenceParallelAccelerator(Accelerator):
             visible = parallelism if uses_fsdp(kwargs.get("fsdp_plugin"), cpu=cpu) else None
             with hidden_parallelism():
                 super().__init__(*args, parallelism_config=visible, **kwargs)
-        self._peers_agree, self._causal = False, True
+        self._check_peers, self._causal = PeerCheck(), True
         if parallelism is not None:
             config = sequence_parallel_config or SequenceParallelConfig()
             self.sequence_parallel_context = attach(self, parallelism, config)
@@ -74,9 +74,7 @@ class SequenceParallelAccelerator(Accelerator):
         context = self.sequence_parallel_context
         if context is None:
             return batch
-        if not self._peers_agree:
-            check_peers(context, batch)
-            self._peers_agree = True
+        self._check_peers(context, batch)
         return context.shard_batch(batch)
 
     def num_items(self, *batches: dict[str, Any]) -> Tensor:

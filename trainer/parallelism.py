@@ -116,6 +116,19 @@ def require(owner: object, name: str) -> None:
         )
 
 
+class PeerCheck:
+    """Compares the batches of the ranks of a sequence: the first one of a run and, because streams may part later,
+    the second, the fourth, the eighth and so on."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def __call__(self, context: SequenceParallelContext, batch: Mapping[str, Any]) -> None:
+        self.batches += 1
+        if self.batches & (self.batches - 1) == 0:
+            check_peers(context, batch)
+
+
 def check_peers(context: SequenceParallelContext, batch: Mapping[str, Any]) -> None:
     """ValueError, on all ranks, unless all ranks of a sequence-parallel group hold the same tokens."""
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))

@@ -25,7 +25,7 @@ from ..sequence_parallel import SequenceParallelContext, enable_sequence_paralle
 from ..sequence_parallel.collectives import all_reduce
 from .arguments import sequence_parallel_config
 from .memory import peak_memory
-from .parallelism import attach, check_peers, hidden_parallelism, is_sharded_by, require, resolve_parallelism, uses_fsdp
+from .parallelism import PeerCheck, attach, hidden_parallelism, is_sharded_by, require, resolve_parallelism, uses_fsdp
 
 logger = logging.get_logger(__name__)
 
@@ -39,7 +39,7 @@ class SequenceParallelMixin:
 
     sequence_parallel_context: SequenceParallelContext | None = None
     accelerator: Any
-    _peers_agree = False
+    _check_peers: PeerCheck
     _batch_is_whole = False  # an evaluation batch that nobody has counted and cut yet
     _gather_function: Callable[[Any], Any]
 
@@ -80,6 +80,7 @@ class SequenceParallelMixin:
         with hidden_parallelism():
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
         args.parallelism_config = parallelism
+        self._check_peers = PeerCheck()
         self.sequence_parallel_context = attach(self.accelerator, parallelism, sequence_parallel_config(args))
 
     @staticmethod
@@ -113,15 +114,13 @@ class SequenceParallelMixin:
             )
         if not is_sharded_by(model, context):
             enable_sequence_parallel(model, context)
-        if not self._peers_agree:
-            check_peers(context, inputs)
-            self._peers_agree = True
+        self._check_peers(context, inputs)
         self._batch_is_whole = False
         return contextlib.nullcontext, context.shard_batch(inputs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; the first batch, also after a resume, is compared between the ranks of a sequence."""
-        self._peers_agree = False
+        """As Trainer's; the ranks of a sequence compare their batches from the first one on, also after a resume."""
+        self._check_peers = PeerCheck()
         if self.args.world_size > 1 and not self.is_fsdp_enabled:  # type: ignore[attr-defined]
             # an evaluation marks the bare model as prepared, and accelerate would then train it without DDP
             self.model._is_accelerate_prepared = False  # type: ignore[attr-defined]
