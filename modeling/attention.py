@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention, rotate_half
 
 if TYPE_CHECKING:
     from ..sequence_parallel import SequenceParallelContext
@@ -53,7 +53,9 @@ class LinearLlama3Attention(LlamaAttention):
             )
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (proj(hidden_states).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        # by hand: Liger puts a function for [B, H, T, D] in the place of transformers' apply_rotary_pos_emb
+        cos, sin = (table.unsqueeze(2) for table in position_embeddings)
+        q, k = (x * cos + rotate_half(x) * sin for x in (q, k))
         if past_key_values is not None:
             past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
         out = self.sequence_parallel_context.softmax_attention(

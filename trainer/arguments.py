@@ -34,6 +34,14 @@ class LinearLlama3TrainingArguments(TrainingArguments):
         default="all", metadata={"help": "Count tokens, and log tokens a second."}
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel must be False (Liger has no kernels for this model and would leave it as it is), got "
+                "True; leave it out, linear layers have Triton kernels of their own"
+            )
+
 
 def sequence_parallel_config(args: TrainingArguments) -> SequenceParallelConfig:
     """The strategies that `args` names; the defaults for plain TrainingArguments (TRL's, for instance)."""

@@ -16,17 +16,18 @@ from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.trainer.__main__ import main
 
 ROOT = Path(__file__).parents[2]
-TEXTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 4) for i in range(8)]  # one to four dozen tokens
+SENTENCE = "You may add Your own copyright statement to Your modifications.\n"
+TEXTS = [f"{i}. {SENTENCE}" * (1 + i % 4) for i in range(8)]  # at most 60 tokens each
 
 
 def quickstart(folder: str) -> None:
-    """Tokenizer and training by the quickstart's own script and recipe; weights large enough to tell layers apart."""
-    sources = str(ROOT / "trainer" / "*.py")
+    """Tokenizer and training by the quickstart's own script and recipe, on a text that stays as it is; weights large
+    enough to tell layers apart."""
     train_tokenizer = runpy.run_path(str(ROOT / "scripts" / "quickstart_data.py"))["train_tokenizer"]
-    train_tokenizer(sorted((ROOT / "trainer").glob("*.py")), Path(folder) / "tokenizer")
+    train_tokenizer([ROOT / "LICENSE"], Path(folder) / "tokenizer")
     model = {"hidden_size": 32, "intermediate_size": 48, "initializer_range": 0.2, "gate_bias_init": -3.0}
     training = {"max_steps": 2, "output_dir": f"{folder}/model", "disable_tqdm": True}
-    changes = {"tokenizer": f"{folder}/tokenizer", "data.files": sources, "sequence_length": 256}
+    changes = {"tokenizer": f"{folder}/tokenizer", "data.files": str(ROOT / "LICENSE"), "sequence_length": 256}
     changes |= {f"model.{key}": value for key, value in model.items()}
     changes |= {f"training.{key}": value for key, value in training.items()}
     main([str(ROOT / "scripts/recipes/quickstart.yaml"), *(f"{key}={value}" for key, value in changes.items())])

@@ -51,6 +51,7 @@ def fine_tune(
         lr_scheduler_type="constant",
         max_grad_norm=1e9,
         gradient_checkpointing=checkpointing,
+        include_num_input_tokens_seen="all",
         logging_steps=1,
         save_strategy="no",
         report_to=[],
@@ -71,10 +72,12 @@ def fine_tune(
     return {**outcome(trainer), "eval": evaluated}
 
 
-def assert_right(runs: list[dict[str, Any]], checkpoint: Path, *, lora: bool = False) -> None:
+def assert_right(runs: list[dict[str, Any]], checkpoint: Path, batches: str, *, lora: bool = False) -> None:
     """Evaluation and training are those of documents alone."""
     model, rows = (adapted if lora else load)(checkpoint), documents(checkpoint)
+    lengths = [len(row) for row in rows]
     for run in runs:
+        assert run["tokens"] == 2 * (len(rows) * max(lengths) if batches == "padded" else sum(lengths))
         assert run["eval"] == pytest.approx(loss_alone(model, rows).item(), rel=1e-6)
     assert_documents_alone(runs, model, rows, LEARNING_RATE)
 
@@ -82,7 +85,7 @@ def assert_right(runs: list[dict[str, Any]], checkpoint: Path, *, lora: bool = F
 @pytest.mark.parametrize("batches", ["padded", "packing", "padding-free"])
 def test_sft_trainer(batches: str, checkpoint: Path, tmp_path: Path) -> None:
     runs = run_distributed(fine_tune, 1, str(checkpoint), str(tmp_path), batches)
-    assert_right(runs, checkpoint)
+    assert_right(runs, checkpoint, batches)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(saved) is LinearLlama3ForCausalLM
     assert (saved.lm_head.weight.numpy(force=True) == runs[0]["parameters"]["model.embed_tokens.weight"]).all()
@@ -97,11 +100,12 @@ def test_sequence_parallel_sft_trainer(
     batches: str, checkpointing: bool, lora: bool, checkpoint: Path, tmp_path: Path
 ) -> None:
     runs = run_distributed(fine_tune, 2, str(checkpoint), str(tmp_path), batches, True, checkpointing, lora)
-    assert_right(runs, checkpoint, lora=lora)
+    assert_right(runs, checkpoint, batches, lora=lora)
 
 
 def test_the_mixin_changes_nothing_on_one_process(checkpoint: Path, tmp_path: Path) -> None:
-    assert_right(run_distributed(fine_tune, 1, str(checkpoint), str(tmp_path), "packing", True), checkpoint)
+    runs = run_distributed(fine_tune, 1, str(checkpoint), str(tmp_path), "packing", True)
+    assert_right(runs, checkpoint, "packing")
 
 
 def refusal(checkpoint: str, folder: str) -> str:
