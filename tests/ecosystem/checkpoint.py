@@ -17,7 +17,7 @@ from linear_llama3.trainer.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 SENTENCE = "You may add Your own copyright statement to Your modifications.\n"
-TEXTS = [f"{i}. {SENTENCE}" * (1 + i % 4) for i in range(8)]  # at most 60 tokens each
+TEXTS = [f"{i}. {SENTENCE}" * n for i, n in enumerate((3, 1, 4, 1, 2, 2, 1, 4))]  # at most 60 tokens each
 
 
 def quickstart(folder: str) -> None:
@@ -57,7 +57,8 @@ def loss_alone(model: torch.nn.Module, rows: list[Tensor]) -> Tensor:
 def assert_documents_alone(
     runs: list[dict[str, Any]], model: torch.nn.Module, rows: list[Tensor], learning_rate: float
 ) -> None:
-    """Every rank's losses, gradient norms and parameters are those of gradient descent on `loss_alone` from `model`."""
+    """Every rank's losses, gradient norms and parameters are those of gradient descent on `loss_alone` from `model`,
+    which is taken along."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in parameters.items()}
     for step in range(len(runs[0]["history"])):

@@ -34,7 +34,7 @@ class ShardedSFTTrainer(SequenceParallelMixin, SFTTrainer):
 def fine_tune(
     checkpoint: str, folder: str, batches: str, sharded: bool = False, checkpointing: bool = False, lora: bool = False
 ) -> dict[str, Any]:
-    """An evaluation and two steps of gradient descent, each on all documents."""
+    """Two steps of gradient descent, each on all documents, between two evaluations."""
     reset_accelerate()
     data = Dataset.from_dict({"text": TEXTS})
     if batches == "packed before":
@@ -65,11 +65,12 @@ def fine_tune(
         eval_dataset=data,
         processing_class=tokenizer(checkpoint),
     )
-    evaluated = trainer.evaluate()["eval_loss"]
+    before = trainer.evaluate()["eval_loss"]
     trainer.train()
+    after = trainer.evaluate()["eval_loss"]
     trainer.save_model()
     reset_accelerate()
-    return {**outcome(trainer), "eval": evaluated}
+    return {**outcome(trainer), "eval": (before, after)}
 
 
 def assert_right(runs: list[dict[str, Any]], checkpoint: Path, batches: str, *, lora: bool = False) -> None:
@@ -78,8 +79,10 @@ def assert_right(runs: list[dict[str, Any]], checkpoint: Path, batches: str, *, 
     lengths = [len(row) for row in rows]
     for run in runs:
         assert run["tokens"] == 2 * (len(rows) * max(lengths) if batches == "padded" else sum(lengths))
-        assert run["eval"] == pytest.approx(loss_alone(model, rows).item(), rel=1e-6)
+        assert run["eval"][0] == pytest.approx(loss_alone(model, rows).item(), rel=1e-6)
     assert_documents_alone(runs, model, rows, LEARNING_RATE)
+    for run in runs:
+        assert run["eval"][1] == pytest.approx(loss_alone(model, rows).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("batches", ["padded", "packing", "padding-free"])
