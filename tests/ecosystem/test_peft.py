@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -55,6 +55,13 @@ def test_target_modules(target_modules: Any, expected: set[str], checkpoint: Pat
         assert own == (expected if kind == "linear_attention" else in_softmax), index
     with pytest.raises(ValueError, match="specify `target_modules`"):
         get_peft_model(load(checkpoint), LoraConfig())
+
+
+def test_prefix_tuning_is_refused(checkpoint: Path) -> None:
+    """It hands keys and values to every layer; a state holds none."""
+    model = get_peft_model(load(checkpoint), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="layer 0 is linear and keeps a state"):
+        model(documents(checkpoint)[0][None])
 
 
 def merged_by_hand(folder: Path, lora: PeftModel) -> LinearLlama3ForCausalLM:

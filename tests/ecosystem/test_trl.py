@@ -59,7 +59,7 @@ def fine_tune(
         **BATCHES[batches],
     )
     trainer = (ShardedSFTTrainer if sharded else SFTTrainer)(
-        model=(adapted if lora else load)(checkpoint),
+        model=adapted(checkpoint) if lora else checkpoint,
         args=args,
         train_dataset=data,
         eval_dataset=data,
