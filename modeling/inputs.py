@@ -82,6 +82,11 @@ def check_sharded_loss(kwargs: dict[str, Any]) -> None:
 
 def check_cache(config: LinearLlama3Config, cache: Cache) -> None:
     """`ValueError` unless a cache that the user brought has a place for every linear layer's state."""
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"past_key_values must be a transformers Cache, got a {type(cache).__name__}; "
+            "build it with DynamicCache(config=model.config), or pass no cache"
+        )
     if not config.has_softmax_layers and not isinstance(cache, CountingCache):
         raise ValueError(
             f"a model without softmax layers needs a CountingCache, got {type(cache).__name__}; "
@@ -117,7 +122,7 @@ def layer_masks(
     config: LinearLlama3Config,
     inputs_embeds: Tensor,
     attention_mask: Mask,
-    position_ids: Tensor,
+    position_ids: Tensor | None,
     past_key_values: Cache | None,
     edges: Tensor | None,
 ) -> Masks:
