@@ -79,12 +79,16 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _is_stateful = True  # a recurrent state cannot be rolled back: transformers refuses assisted decoding
     _can_compile_fullgraph = True  # with a static or a CountingCache
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": LinearLlama3DecoderLayer,
         "attentions": LinearLlama3Attention,
     }
+
+    @property
+    def _is_stateful(self) -> bool:
+        """Whether there is a recurrent state, which cannot be rolled back: transformers refuses assisted decoding."""
+        return bool(self.config.linear_layers)
 
     @property
     def supports_context_parallel(self) -> bool:
@@ -294,6 +298,7 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, LinearLlama3Generatio
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,  # whatever the config says
             **kwargs,
         )
         logits = self.lm_head(positions_to_keep(outputs.last_hidden_state, logits_to_keep))
