@@ -1,4 +1,4 @@
-"""A purely linear model on a prompt of 100,000 tokens: the same text however it is fed, in memory that does not grow."""
+"""A purely linear model on a prompt of 100,000 tokens: one text however it is fed, in memory that does not grow."""
 
 from __future__ import annotations
 
