@@ -33,7 +33,8 @@ class LinearLlama3GenerationMixin(GenerationMixin):
         if generation_config.is_assistant and self._is_stateful:
             raise ValueError(
                 "an assistant takes back tokens that were not accepted, which a recurrent state cannot, got "
-                f"assistant_model with {len(self.config.linear_layers)} linear layers; take one whose layers are all softmax"
+                f"assistant_model with {len(self.config.linear_layers)} linear layers; take one whose layers are all "
+                "softmax"
             )
         if generation_config.prefill_chunk_size is not None and model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(

@@ -144,7 +144,7 @@ def layer_masks(
         masks["full_attention"] = create_causal_mask(**arguments)
     if attention_mask is not None and inputs_embeds.shape[1] == 1:
         # transformers drops the mask of a single token, but a chunked prefill may feed padding one by one
-        masks["linear_attention"] = attention_mask[:, -1:]
+        masks["linear_attention"] = attention_mask[:, -1:].contiguous()  # one stride: compiled once
     else:
         masks["linear_attention"] = create_recurrent_attention_mask(**arguments)
     return masks
