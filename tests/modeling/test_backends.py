@@ -12,6 +12,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from linear_llama3 import LinearLlama3ForCausalLM
+from linear_llama3.modeling import inputs
+from tests.marks import needs_cxx
 from tests.modeling.test_generation import feed, generate
 from tests.modeling.tiny import MIXER_NAMES, gradients, tiny_model, tokens
 
@@ -19,7 +21,7 @@ PADDED = torch.tensor([[0] * 4 + [1] * 11, [1] * 15])
 PACKED = torch.tensor([[*range(5), *range(10)], [*range(12), *range(3)]])
 
 
-@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["eager", pytest.param("flex_attention", marks=needs_cxx)])
 @torch.no_grad()
 def test_logits(implementation: str) -> None:
     model, x = tiny_model(num_hidden_layers=2), tokens(2, 15)
@@ -53,6 +55,23 @@ def test_gradients_of_eager_and_sdpa() -> None:
         results[name] = gradients(model)
     for name, want in results["eager"].items():
         torch.testing.assert_close(results["sdpa"][name], want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+
+
+def test_masks_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all layers of a kind; masks that are given are used as they are."""
+    calls = []
+    for name in ("create_causal_mask", "create_recurrent_attention_mask"):
+        make = getattr(inputs, name)
+        monkeypatch.setattr(inputs, name, lambda make=make, **kwargs: calls.append(1) or make(**kwargs))
+    model, x = tiny_model(), tokens(2, 15)
+    logits = model(x, attention_mask=PADDED).logits
+    assert len(calls) == 2
+    embeds = model.get_input_embeddings()(x)
+    masks = model.create_masks_for_generate(model.config, embeds, PADDED, None)
+    assert masks.keys() == {"full_attention", "linear_attention"}
+    calls.clear()
+    assert torch.equal(model(x, attention_mask=masks).logits, logits)
+    assert not calls
 
 
 @pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens_q"])

@@ -13,6 +13,7 @@ from transformers import CompileConfig, StaticCache
 
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.modeling import CountingCache
+from tests.marks import needs_cxx
 from tests.modeling.test_generation import generate
 from tests.modeling.tiny import MIXER_NAMES, gradients, tiny_model, tokens
 
@@ -37,7 +38,11 @@ def make_cache(model: LinearLlama3ForCausalLM) -> Any:
 
 @pytest.mark.parametrize(
     ("mixer", "interval", "backend"),
-    [*((mixer, 2, "aot_eager") for mixer in MIXER_NAMES), ("retention", 0, "aot_eager"), ("gla", 2, "inductor")],
+    [
+        *((mixer, 2, "aot_eager") for mixer in MIXER_NAMES),
+        ("retention", 0, "aot_eager"),
+        pytest.param("gla", 2, "inductor", marks=needs_cxx),
+    ],
 )
 @torch.no_grad()
 def test_decoding_step(mixer: str, interval: int, backend: str) -> None:
@@ -52,23 +57,29 @@ def test_decoding_step(mixer: str, interval: int, backend: str) -> None:
     torch.testing.assert_close(torch.cat(logits, 1), model(x, use_cache=False).logits, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("interval", [2, 0])
-def test_generate_compiles_once(interval: int, padded: bool) -> None:
-    """As on a GPU, where `generate` compiles on its own; another prompt of the same length compiles nothing."""
+@pytest.mark.parametrize(
+    ("interval", "padding", "prefill_chunk_size", "graphs"),
+    [(2, 0, None, 1), (0, 2, None, 1), (2, 2, 4, 3), (0, 0, 4, 3)],
+)
+def test_generate_compiles_once(interval: int, padding: int, prefill_chunk_size: int | None, graphs: int) -> None:
+    """As on a GPU, where `generate` compiles on its own: the step, and of a chunked prefill the first and the later
+    chunks. Another prompt compiles nothing."""
     model = small_model("gla", interval)
+    assert model._can_compile_fullgraph
     settings = CompileConfig(fullgraph=True, mode=None, backend="aot_eager")
     settings._compile_all_devices = True
     counters.clear()
     for seed in (1, 2):
-        x = tokens(2, 6, seed=seed)
+        x = tokens(2, 12, seed=seed)
         mask = torch.ones_like(x)
-        mask[0, : 2 * padded] = 0
-        options = {"attention_mask": mask, "max_new_tokens": 6}
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            out = generate(model, x, cache_implementation="static", compile_config=settings, **options)
-        assert torch.equal(out, generate(model, x, **options))
-    assert counters["stats"]["unique_graphs"] == 1
+        mask[0, :padding] = 0
+        expected = generate(model, x, attention_mask=mask, max_new_tokens=5)
+        out = generate(
+            model, x, attention_mask=mask, max_new_tokens=5, prefill_chunk_size=prefill_chunk_size,
+            cache_implementation="static", compile_config=settings,
+        )  # fmt: skip
+        assert torch.equal(out, expected)
+        assert counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.parametrize("mixer", MIXER_NAMES)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from linear_llama3.ops import linear_attention
+from tests.marks import needs_cxx
 
 GATES = ("none", "head", "scalar", "channel")
 
@@ -54,6 +55,7 @@ def test_one_graph_for_all_lengths(gate: str) -> None:
     assert counter.frame_count == 1
 
 
+@needs_cxx
 def test_inductor_under_autocast() -> None:
     variables = inputs("channel", 70, torch.float32)
     compiled = torch.compile(linear_attention, fullgraph=True, backend="inductor")
