@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 
@@ -15,31 +16,46 @@ class CountingCache(DynamicCache):
     """A `DynamicCache` that counts tokens itself.
 
     transformers reads the number of cached tokens off a softmax layer and raises where there is none. The
-    model calls `advance` after every forward pass.
+    model calls `advance` after every forward pass. The count is a tensor, as in transformers' `StaticCache`: a
+    compiled decoding step would contain an integer as a constant.
+
+    `static` is what `cache_implementation="static"` asks for: `generate` compiles the decoding step (on GPUs).
     """
 
-    is_compileable = False  # the count is a Python integer; a compiled step would freeze it
+    is_compileable = False  # a property otherwise, which would make every `generate` compile
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PreTrainedConfig, *, static: bool = False) -> None:
         super().__init__(config=config)
-        self.num_tokens = 0
+        self.is_compileable = static
+        self.num_tokens = torch.zeros((), dtype=torch.long)
 
-    def advance(self, num_tokens: int) -> None:
-        """Count the tokens of one forward pass."""
-        self.num_tokens += num_tokens
+    def advance(self, num_tokens: int, device: torch.device) -> None:
+        """Count the tokens of one forward pass on `device`."""
+        if self.num_tokens.device != device:
+            self.num_tokens = self.num_tokens.to(device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.num_tokens)  # CUDA graphs write to it in place
+        self.num_tokens.add_(num_tokens)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far, the same for every layer."""
-        return self.num_tokens
+    def get_seq_length(self, layer_idx: int = 0) -> Tensor:  # type: ignore[override]
+        """Tokens seen so far, the same for every layer: int64 without dimensions, not changed by later passes."""
+        return self.num_tokens.clone()
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[Tensor, int]:  # type: ignore[override]
         """(key length, key offset) of a mask for the next `query_length` tokens."""
         return self.num_tokens + query_length, 0
 
     def reset(self) -> None:
         """Forget every state and the count."""
         super().reset()
-        self.num_tokens = 0
+        self.num_tokens.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raises `ValueError`: the state cannot be taken back."""
+        raise ValueError(
+            f"a recurrent state cannot forget its last tokens, got crop({tokens_to_remove}); "
+            "keep copy.deepcopy(cache) of the point to return to, or run the shorter sequence anew"
+        )
 
 
 class ShardedCache(DynamicCache):

@@ -88,6 +88,11 @@ def check_counted(kwargs: dict[str, Any]) -> None:
 
 def check_cache(config: LinearLlama3Config, cache: Cache) -> None:
     """`ValueError` unless a cache that the user brought has a place for every linear layer's state."""
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"past_key_values must be a transformers Cache, got a {type(cache).__name__}; "
+            "build it with DynamicCache(config=model.config), or pass no cache"
+        )
     if not config.has_softmax_layers and not isinstance(cache, CountingCache | ShardedCache):
         raise ValueError(
             f"a model without softmax layers needs a CountingCache, got {type(cache).__name__}; "
@@ -123,7 +128,7 @@ def layer_masks(
     config: LinearLlama3Config,
     inputs_embeds: Tensor,
     attention_mask: Mask,
-    position_ids: Tensor,
+    position_ids: Tensor | None,
     past_key_values: Cache | None,
     edges: Tensor | None,
 ) -> Masks:
@@ -150,7 +155,7 @@ def layer_masks(
         )
     if attention_mask is not None and length == 1:
         # transformers drops the mask of a single token, but a chunked prefill may feed padding one by one
-        masks["linear_attention"] = attention_mask[:, -1:]
+        masks["linear_attention"] = attention_mask[:, -1:].contiguous()  # one stride: compiled once
     else:
         masks["linear_attention"] = create_recurrent_attention_mask(**arguments)
     return masks

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -26,6 +26,7 @@ from ..sequence_parallel.packing import document_edges, restarting_positions
 from .attention import LinearLlama3Attention
 from .cache import CountingCache, ShardedCache, new_cache
 from .configuration import LinearLlama3Config
+from .generation import LinearLlama3GenerationMixin
 from .hub import staged_save
 from .inputs import (
     SWITCH_OFF,
@@ -79,11 +80,16 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _is_stateful = True  # a recurrent state cannot be rolled back: transformers refuses assisted decoding
+    _can_compile_fullgraph = True  # with a static or a CountingCache
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": LinearLlama3DecoderLayer,
         "attentions": LinearLlama3Attention,
     }
+
+    @property
+    def _is_stateful(self) -> bool:
+        """Whether there is a recurrent state, which cannot be rolled back: transformers refuses assisted decoding."""
+        return bool(self.config.linear_layers)
 
     @property
     def supports_context_parallel(self) -> bool:
@@ -203,8 +209,8 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
                 kwargs=kwargs,
             )
             edges = cu_seq_lens
-        elif past_key_values is not None and length == 1 and cu_seq_lens is None:
-            edges = None  # a decoding step
+        elif past_key_values is not None and cu_seq_lens is None and (length == 1 or isinstance(attention_mask, dict)):
+            edges = None  # a decoding step, or `generate` with its own masks, where positions jump at padding
         else:
             mask = padding_mask(self.config, attention_mask, length)
             edges = document_edges(position_ids, cu_seq_lens, mask, batch=batch, length=length)
@@ -228,7 +234,7 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
         kwargs["cu_seq_lens_q"] = edges
         hidden_states = self._run_layers(inputs_embeds, masks, position_ids, past_key_values, kwargs)
         if isinstance(past_key_values, CountingCache):
-            past_key_values.advance(length)
+            past_key_values.advance(length, inputs_embeds.device)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _run_layers(
@@ -271,7 +277,7 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
         return cache
 
 
-class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, GenerationMixin):
+class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, LinearLlama3GenerationMixin):
     """The model with a language-modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -318,6 +324,7 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,  # whatever the config says
             **kwargs,
         )
         logits = self.lm_head(positions_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -341,11 +348,12 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, GenerationMixin):
         wants_cache = generation_config.use_cache and model_kwargs.get("past_key_values") is None
         if wants_cache and not self.config.has_softmax_layers:
             implementation = generation_config.cache_implementation
-            if implementation not in (None, "dynamic"):
+            if implementation not in (None, "dynamic", "static"):
                 raise ValueError(
                     "a model without softmax layers keeps a state of fixed size, got "
-                    f"cache_implementation={implementation!r}; leave cache_implementation out"
+                    f"cache_implementation={implementation!r}; leave cache_implementation out, or give 'static' to "
+                    "compile the decoding step"
                 )
-            model_kwargs["past_key_values"] = CountingCache(self.config)
+            model_kwargs["past_key_values"] = CountingCache(self.config, static=implementation == "static")
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -62,11 +62,13 @@ def prefill(
     if length > 0:
         shards = ShardedCache(model.config, length)
         model(**context.shard_batch({"input_ids": input_ids[:, :-1]}), past_key_values=shards, logits_to_keep=1)
-        _hand_over(shards, cache, context, dst)
+        _hand_over(shards, cache, context, dst, input_ids.device)
     return cache
 
 
-def _hand_over(shards: ShardedCache, cache: DynamicCache | None, context: SequenceParallelContext, dst: int) -> None:
+def _hand_over(
+    shards: ShardedCache, cache: DynamicCache | None, context: SequenceParallelContext, dst: int, device: torch.device
+) -> None:
     """Fills the cache of rank `dst` layer by layer. A rank lets go of what it has sent."""
     where: dict[str, Any] = {"group": context.group, "layout": context.layout, "dst": dst}
     for index, layer in enumerate(shards.layers):
@@ -81,7 +83,7 @@ def _hand_over(shards: ShardedCache, cache: DynamicCache | None, context: Sequen
             if cache is not None:
                 cache.update(keys, values, index)
     if isinstance(cache, CountingCache):
-        cache.advance(shards.length)
+        cache.advance(shards.length, device)
 
 
 def _active_context(model: nn.Module) -> SequenceParallelContext:

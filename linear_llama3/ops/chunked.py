@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .chunks import Block, Chunks, chunk_size
+from .chunks import Block, Chunks, chunks_of
 from .exchange import Exchange, Link
 from .precision import without_autocast, working_dtype
 from .scores import Decay, cumulated_decay, scores, scores_backward
@@ -47,7 +47,7 @@ def chunked_linear_attention(
     """Same contract as `recurrent_linear_attention`. With `exchange` the first and the last document of a link may
     go on elsewhere, `wait` is what `send_states` gave, `boundaries` may be (0,) for a device without tokens, and the
     final states are not to be used."""
-    return _Chunked.apply(q, k, v, log_decay, initial_state, _chunks(q, k, boundaries), scale, exchange, wait)
+    return _Chunked.apply(q, k, v, log_decay, initial_state, chunks_of(q, k, boundaries), scale, exchange, wait)
 
 
 @torch.no_grad()
@@ -55,82 +55,104 @@ def send_states(
     k: Tensor, v: Tensor, log_decay: Tensor | None, *, boundaries: tuple[int, ...], exchange: Exchange
 ) -> Callable[[], Tensor]:
     """Starts sending the states of this device's links; the result waits for those that enter them."""
-    stream, chunks = _Stream(k, k, v, log_decay, 1.0), _chunks(k, k, boundaries)
+    stream, chunks = _Stream(k, k, v, log_decay, 1.0), chunks_of(k, k, boundaries)
     return exchange.start(lambda: _total_states(stream, chunks, exchange.links), reverse=False)
-
-
-def _chunks(q: Tensor, k: Tensor, boundaries: tuple[int, ...]) -> Chunks:
-    size = chunk_size(boundaries, key_dim=q.shape[-1], groups=q.shape[2] // k.shape[2])
-    return Chunks(boundaries, q.device, size=size, width=max(q.shape[0] * q.shape[2:].numel(), 1))
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        initial_state: Tensor | None,
-        chunks: Chunks,
-        scale: float,
-        exchange: Exchange | None,
-        wait: Callable[[], Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
-        stream = _Stream(q, k, v, log_decay, scale)
-        tokens_of = lru_cache(maxsize=1)(partial(_Tokens, stream))  # what a block reads is let go with it
-        inside: Iterator[Tensor] = (_inside(tokens_of(block)) for block in chunks.blocks)
-        if wait is not None:
-            inside = iter(list(inside))  # needs no state: runs while the states travel
-            initial_state = wait()  # also where no document goes on: every rank takes part
-
-        out = torch.empty(*q.shape[:3], v.shape[-1], dtype=stream.dtype, device=q.device)
-        entering = _entering(stream, initial_state, exchange)
-        state, finals = stream.zero_state(), {}
-        edges = state.new_empty(len(chunks.blocks), *state.shape)
-        for block, edge in zip(chunks.blocks, edges.unbind(), strict=True):
-            edge.copy_(state)
-            state, ended = _block_forward(tokens_of(block), next(inside), state, entering, out)
-            finals.update(ended)
-
-        ctx.save_for_backward(q, k, v, log_decay, initial_state, edges)
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None,
+        chunks: Chunks, scale: float, exchange: Exchange | None, wait: Callable[[], Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        inputs = (q, k, v, log_decay)
+        out, final, initial_state, edges = run_forward(*inputs, initial_state, chunks, scale, exchange, wait)
+        ctx.save_for_backward(*inputs, initial_state, edges)
         ctx.chunks, ctx.scale, ctx.exchange = chunks, scale, exchange
         ctx.set_materialize_grads(False)
-        return out, torch.cat([finals[n] for n in range(chunks.documents)] or [state])
+        return out, final
 
     @staticmethod
     @once_differentiable
-    @without_autocast
     def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, initial_state, edges = ctx.saved_tensors
-        chunks, exchange, gate = ctx.chunks, ctx.exchange, ctx.needs_input_grad[3]
-        assert exchange is None or d_final is None, "final states of a shard have no gradient"
-        if d_out is None:
-            d_out = q.new_zeros(()).expand(*q.shape[:3], v.shape[-1])
-        stream = _Stream(q, k, v, log_decay, ctx.scale, d_out)
-        entering, leaving = _entering(stream, initial_state, exchange), stream.per_document(d_final)
-        backwards = chunks.blocks[::-1]
-        tokens_of = lru_cache(maxsize=1)(partial(_Tokens, stream))
-        inside: Iterator[_Gradients] = (_inside_backward(tokens_of(block), gate=gate) for block in backwards)
-        if exchange is not None:
-            wait = exchange.start(lambda: _total_gradients(stream, chunks, exchange.links), reverse=True)
-            inside = iter(list(inside))
-            links = zip(exchange.links, wait(), strict=True)
-            leaving = {link.stop - 1: x for link, x in links if link.stop > link.first}
+        gate, initial = ctx.needs_input_grad[3:5]
+        gradients = run_backward(
+            ctx.saved_tensors, d_out, d_final, ctx.chunks, ctx.scale, ctx.exchange, gate=gate, initial=initial
+        )
+        return *gradients, None, None, None, None
 
-        gradients = [torch.empty_like(x) for x in (q, k, v)]
-        if gate:
-            gradients.append(stream.empty_gates())
-        d_state, d_initial = stream.zero_state(), {}
-        for block, edge in zip(backwards, edges.unbind()[::-1], strict=True):
-            states, d_states = (edge, entering), (d_state, leaving)
-            d_state, began = _block_backward(tokens_of(block), next(inside), states, d_states, gradients)
-            d_initial.update(began)
-        d_log_decay, d_start = stream.d_log_decay(gradients[3]) if gate else None, None
-        if ctx.needs_input_grad[4]:
-            d_start = torch.cat([d_initial[n] for n in range(chunks.documents)]).to(initial_state.dtype)
-        return *gradients[:3], d_log_decay, d_start, None, None, None, None
+
+def run_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    chunks: Chunks,
+    scale: float,
+    exchange: Exchange | None = None,
+    wait: Callable[[], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Out, the final states, the states that entered, and those at the left edges of the blocks."""
+    stream = _Stream(q, k, v, log_decay, scale)
+    tokens_of = lru_cache(maxsize=1)(partial(_Tokens, stream))  # what a block reads is let go with it
+    inside: Iterator[Tensor] = (_inside(tokens_of(block)) for block in chunks.blocks)
+    if wait is not None:
+        inside = iter(list(inside))  # needs no state: runs while the states travel
+        initial_state = wait()  # also where no document goes on: every rank takes part
+
+    out = torch.empty(*q.shape[:3], v.shape[-1], dtype=stream.dtype, device=q.device)
+    entering = _entering(stream, initial_state, exchange)
+    state, finals = stream.zero_state(), {}
+    edges = state.new_empty(len(chunks.blocks), *state.shape)
+    for block, edge in zip(chunks.blocks, edges.unbind(), strict=True):
+        edge.copy_(state)
+        state, ended = _block_forward(tokens_of(block), next(inside), state, entering, out)
+        finals.update(ended)
+    return out, torch.cat([finals[n] for n in range(chunks.documents)] or [state]), initial_state, edges
+
+
+@without_autocast
+def run_backward(
+    saved: Sequence[Any],
+    d_out: Tensor | None,
+    d_final: Tensor | None,
+    chunks: Chunks,
+    scale: float,
+    exchange: Exchange | None = None,
+    *,
+    gate: bool,
+    initial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of q, k, v, and, where asked for, of the log decay and of the initial state; `saved` are these
+    five and the states at the left edges of the blocks."""
+    q, k, v, log_decay, initial_state, edges = saved
+    assert exchange is None or d_final is None, "final states of a shard have no gradient"
+    if d_out is None:
+        d_out = q.new_zeros(()).expand(*q.shape[:3], v.shape[-1])
+    stream = _Stream(q, k, v, log_decay, scale, d_out)
+    entering, leaving = _entering(stream, initial_state, exchange), stream.per_document(d_final)
+    backwards = chunks.blocks[::-1]
+    tokens_of = lru_cache(maxsize=1)(partial(_Tokens, stream))
+    inside: Iterator[_Gradients] = (_inside_backward(tokens_of(block), gate=gate) for block in backwards)
+    if exchange is not None:
+        wait = exchange.start(lambda: _total_gradients(stream, chunks, exchange.links), reverse=True)
+        inside = iter(list(inside))
+        links = zip(exchange.links, wait(), strict=True)
+        leaving = {link.stop - 1: x for link, x in links if link.stop > link.first}
+
+    gradients = [torch.empty_like(x) for x in (q, k, v)]
+    if gate:
+        gradients.append(stream.empty_gates())
+    d_state, d_initial = stream.zero_state(), {}
+    for block, edge in zip(backwards, edges.unbind()[::-1], strict=True):
+        states, d_states = (edge, entering), (d_state, leaving)
+        d_state, began = _block_backward(tokens_of(block), next(inside), states, d_states, gradients)
+        d_initial.update(began)
+    d_log_decay, d_start = stream.d_log_decay(gradients[3]) if gate else None, None
+    if initial:
+        d_start = torch.cat([d_initial[n] for n in range(chunks.documents)]).to(initial_state.dtype)
+    return gradients[0], gradients[1], gradients[2], d_log_decay, d_start
 
 
 class _Stream:

@@ -97,3 +97,9 @@ class Chunks:
         filled = slots < torch.tensor(stops).unsqueeze(1)
         slots = torch.where(filled, slots, torch.tensor(starts).unsqueeze(1))
         return slots.flatten().to(self.device), filled.flatten().to(self.device)
+
+
+def chunks_of(q: Tensor, k: Tensor, boundaries: tuple[int, ...]) -> Chunks:
+    """For queries `[B, T, H_q, D_k]` and keys `[B, T, H_kv, D_k]`."""
+    size = chunk_size(boundaries, key_dim=q.shape[-1], groups=q.shape[2] // k.shape[2])
+    return Chunks(boundaries, q.device, size=size, width=max(q.shape[0] * q.shape[2:].numel(), 1))

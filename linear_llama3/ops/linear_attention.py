@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from .backends import check_backend, choose_backend
 from .bidirectional import bidirectional_linear_attention
 from .chunked import chunked_linear_attention
+from .chunked_op import compiled_linear_attention
 from .documents import check_cu_seqlens, document_edges
 from .precision import without_autocast, working_dtype
 from .recurrent import recurrent_linear_attention
@@ -84,7 +85,9 @@ def linear_attention(
         if not causal:
             attend = bidirectional_linear_attention
         else:
-            decaying = recurrent_linear_attention if backend == "recurrent" else chunked_linear_attention
+            decaying = recurrent_linear_attention
+            if backend == "chunked":
+                decaying = compiled_linear_attention if torch.compiler.is_compiling() else chunked_linear_attention
             attend = functools.partial(decaying, log_decay=log_decay)
         out, state = attend(q, k, values, scale=scale, boundaries=boundaries, initial_state=initial_state)
     out = divide_by_normalizer(out) if normalize else out

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GPT2Config, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
-from tests.modeling.tiny import tiny_config
+from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM, LinearLlama3Model
+from tests.modeling.tiny import SIZES, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -41,14 +43,37 @@ def test_defaults_are_llama_3() -> None:
     )
 
 
-def test_old_rope_fields_are_accepted() -> None:
-    scaling = {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }  # fmt: skip
-    config = tiny_config(rope_theta=10000.0, rope_scaling=scaling)
+LLAMA3_SCALING = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3_SCALING, {"type": "linear", "factor": 2.0}], ids=str)
+def test_old_rope_fields_are_accepted(scaling: dict[str, Any] | None, tmp_path: Path) -> None:
+    """Also out of a config.json; the table is that of Llama with the same fields."""
+    old = {"rope_theta": 10000.0, "rope_scaling": scaling}
+    config = tiny_config(**old)
     assert config.rope_parameters["rope_theta"] == 10000.0
-    assert config.rope_parameters["rope_type"] == "llama3"
+    assert config.rope_parameters["rope_type"] == (scaling or {}).get("rope_type", "linear" if scaling else "default")
+    saved = {**config.to_dict(), **old}
+    del saved["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    expected = LlamaRotaryEmbedding(LlamaConfig(**SIZES, **old)).inv_freq
+    for each in (config, LinearLlama3Config.from_pretrained(tmp_path)):
+        assert torch.equal(LinearLlama3Model(each).rotary_emb.inv_freq, expected)
+
+
+def test_common_attributes_can_be_given_and_set() -> None:
+    common = {
+        "hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 4, "vocab_size": 99, "use_cache": False,
+        "output_hidden_states": True, "return_dict": False, "num_labels": 3, "tie_word_embeddings": True,
+    }  # fmt: skip
+    given, changed = tiny_config(**common), tiny_config()
+    for name, value in common.items():
+        setattr(changed, name, value)
+        assert getattr(given, name) == getattr(changed, name) == value, name
+    assert given.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
 
 
 def test_json_round_trip(tmp_path: Path) -> None:

@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from linear_llama3 import LinearLlama3ForCausalLM
-from linear_llama3.modeling import CountingCache
-from tests.modeling.tiny import MIXER_NAMES, tiny_model, tokens
+from tests.modeling.tiny import MIXER_NAMES, VOCAB, tiny_model, tokens
 
 KINDS = [(mixer, 2) for mixer in MIXER_NAMES] + [(mixer, 0) for mixer in MIXER_NAMES]
 
@@ -126,12 +124,6 @@ def test_cached_generation_equals_uncached(interval: int, options: dict[str, Any
     assert torch.equal(*outputs)
 
 
-def test_static_cache() -> None:
-    model = tiny_model("gla")
-    x = tokens(2, 7)
-    assert torch.equal(generate(model, x, cache_implementation="static"), greedy(model, x, 8))
-
-
 def test_continuing_with_a_returned_cache() -> None:
     for interval in (2, 0):
         model = tiny_model("gla", full_attention_interval=interval)
@@ -148,15 +140,59 @@ def test_continuing_with_a_returned_cache() -> None:
         assert torch.equal(more, greedy(model, x, 8))
 
 
-def test_refused() -> None:
-    model = tiny_model("gla")
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-        generate(model, tokens(1, 7), prompt_lookup_num_tokens=2)
-    pure = tiny_model("gla", full_attention_interval=0)
-    with pytest.raises(ValueError, match="got cache_implementation='static'; leave cache_implementation out"):
-        generate(pure, tokens(1, 7), cache_implementation="static")
-    with pytest.raises(ValueError, match="needs a CountingCache, got DynamicCache"):
-        pure(tokens(1, 7), past_key_values=DynamicCache(config=pure.config))
-    assert isinstance(pure(tokens(1, 7)).past_key_values, CountingCache)
-    with pytest.raises(ValueError, match=r"layer 0 is linear .* build it with DynamicCache\(config=model.config\)"):
-        model(tokens(1, 7), past_key_values=DynamicCache())
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("interval", [2, 0])
+def test_inputs_embeds(interval: int, static: bool) -> None:
+    model = tiny_model("retention", full_attention_interval=interval)
+    x = tokens(2, 7)
+    embeds = model.get_input_embeddings()(x)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    expected = generate(model, x, attention_mask=mask)
+    options: dict[str, Any] = {"attention_mask": mask, "cache_implementation": "static" if static else None}
+    assert torch.equal(generate(model, x, inputs_embeds=embeds, **options), expected)
+    options |= {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(inputs_embeds=embeds, **options), expected[:, 7:])
+
+
+@pytest.mark.parametrize("interval", [2, 0])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 2}], ids=str)
+def test_a_row_alone_equals_the_row_in_a_batch(interval: int, options: dict[str, Any]) -> None:
+    """Rows end at different tokens."""
+    model = tiny_model("gla", full_attention_interval=interval)
+    x = tokens(4, 6)
+    end = greedy(model, x[:1], 8)[0, 9].item()
+    together = generate(model, x, eos_token_id=end, **options)
+    for row, ids in zip(together, x, strict=True):
+        alone = generate(model, ids[None], eos_token_id=end, **options)[0]
+        assert torch.equal(row[: len(alone)], alone)
+        assert set(row[len(alone) :].tolist()) <= {0, end}  # beam search fills up with the end when padding is 0
+
+
+def test_a_seed_fixes_the_samples() -> None:
+    model, x = tiny_model("gla"), tokens(2, 6)
+    outputs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        outputs.append(generate(model, x, do_sample=True, num_return_sequences=2, temperature=2.0))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[0][0], outputs[0][1])
+
+
+def test_beam_search_finds_the_best_continuation() -> None:
+    """As many beams as there are first tokens: the best of all pairs, here found by trying each."""
+    model, x = tiny_model("gla", full_attention_interval=2), tokens(1, 6)
+    pairs = torch.cartesian_prod(torch.arange(VOCAB), torch.arange(VOCAB))
+    with torch.no_grad():
+        scores = model(torch.cat([x.expand(len(pairs), -1), pairs], 1), use_cache=False).logits.log_softmax(-1)
+    total = scores[:, 5].gather(1, pairs[:, :1]) + scores[:, 6].gather(1, pairs[:, 1:])
+    found = generate(model, x, num_beams=VOCAB, max_new_tokens=2)
+    assert torch.equal(found[0, 6:], pairs[total.argmax()])
+
+
+def test_all_softmax_models_can_be_assisted() -> None:
+    """There is no state that could not be rolled back."""
+    model, x = tiny_model(full_attention_interval=1), tokens(1, 7).repeat(1, 2)
+    expected = greedy(model, x, 8)
+    assert torch.equal(generate(model, x, prompt_lookup_num_tokens=3), expected)
+    assert torch.equal(generate(model, x, assistant_model=tiny_model(full_attention_interval=1, seed=1)), expected)

@@ -1,0 +1,65 @@
+"""What `generate` has to know about linear layers: their masks, and what a state cannot do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
+
+from .configuration import LinearLlama3Config
+from .inputs import Masks, layer_masks
+
+
+class LinearLlama3GenerationMixin(GenerationMixin):
+    """transformers' generation; what it would refuse in misleading words is refused here."""
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: LinearLlama3Config,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Masks:
+        """transformers' hook: the masks of a static cache, made outside of the compiled step."""
+        return layer_masks(config, inputs_embeds, attention_mask, position_ids, past_key_values, edges=None)
+
+    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """transformers' hook: `ValueError` for what it would do wrong, or fail at."""
+        if generation_config.is_assistant and self._is_stateful:
+            raise ValueError(
+                "an assistant takes back tokens that were not accepted, which a recurrent state cannot, got "
+                f"assistant_model with {len(self.config.linear_layers)} linear layers; take one whose layers are all "
+                "softmax"
+            )
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                f"a chunked prefill cuts input_ids, got prefill_chunk_size={generation_config.prefill_chunk_size} with "
+                "inputs_embeds; leave prefill_chunk_size out"
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching, where every layer is softmax; transformers keeps no state for linear layers in it.
+
+        Raises `ValueError` for models with linear layers.
+        """
+        if self._is_stateful:
+            raise ValueError(
+                f"continuous batching keeps keys and values in pages, got {len(self.config.linear_layers)} linear "
+                "layers, which have a state instead; call generate() with a left-padded batch"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def _get_deprecated_gen_repo(self, generation_mode: GenerationMode, *args: Any, **kwargs: Any) -> str | None:
+        """transformers' hook for decoding that moved to the Hub; it would ask to trust code that then refuses."""
+        if generation_mode == GenerationMode.CONTRASTIVE_SEARCH and self._is_stateful:
+            raise ValueError(
+                "contrastive search takes back the candidates it drops, which a recurrent state cannot, got "
+                "penalty_alpha and top_k; leave penalty_alpha out, or search with num_beams"
+            )
+        return super()._get_deprecated_gen_repo(generation_mode, *args, **kwargs)

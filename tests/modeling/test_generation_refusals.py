@@ -1,0 +1,88 @@
+"""What a recurrent state cannot do is refused in words that say so, not in wrong text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache, StaticCache
+
+from linear_llama3 import LinearLlama3ForCausalLM
+from linear_llama3.modeling import CountingCache
+from tests.modeling.test_generation import generate, greedy
+from tests.modeling.tiny import SIZES, tiny_model, tokens
+
+
+@pytest.fixture(params=[2, 0], ids=["hybrid", "pure"])
+def model(request: pytest.FixtureRequest) -> LinearLlama3ForCausalLM:
+    return tiny_model("gla", full_attention_interval=request.param)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_lookup_num_tokens": 2}, "assisted generation is not supported with stateful models"),
+        ({"assistant_model": "itself"}, "assisted generation is not supported with stateful models"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search takes back .* a recurrent state cannot"),
+        ({"cache_implementation": "paged"}, r"continuous batching .* got \d linear layers, .* left-padded batch"),
+        ({"prefill_chunk_size": 3, "inputs_embeds": torch.zeros(1, 7, 32)}, "a chunked prefill cuts input_ids"),
+    ],
+    ids=["prompt lookup", "assisted", "contrastive", "continuous batching", "embeddings in chunks"],
+)
+def test_decoding(model: LinearLlama3ForCausalLM, options: dict[str, Any], message: str) -> None:
+    if "assistant_model" in options:
+        options = {"assistant_model": model}
+    with pytest.raises(ValueError, match=message):
+        generate(model, tokens(1, 7), **options)
+    assert generate(model, tokens(1, 7)).shape == (1, 15)  # the model is as before
+
+
+def test_generate_batch(model: LinearLlama3ForCausalLM) -> None:
+    with pytest.raises(ValueError, match="continuous batching keeps keys and values in pages"):
+        model.generate_batch([[3, 4, 5]])
+
+
+def test_as_an_assistant(model: LinearLlama3ForCausalLM) -> None:
+    llama = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    with pytest.raises(ValueError, match=r"got assistant_model with \d linear layers; take one whose layers are all"):
+        generate(llama, tokens(1, 7), assistant_model=model)
+
+
+def test_quantized_cache(model: LinearLlama3ForCausalLM) -> None:
+    message = "only supported for models with only full attention layers|keeps a state of fixed size"
+    for config in ({}, {"backend": "hqq"}):
+        with pytest.raises(ValueError, match=message):
+            generate(model, tokens(1, 7), cache_implementation="quantized", cache_config=config)
+    with pytest.raises(ValueError, match="only supported for models with only full attention layers"):
+        QuantizedCache("quanto", model.config)
+
+
+def test_crop(model: LinearLlama3ForCausalLM) -> None:
+    """transformers' words for a hybrid's cache, ours for that of a purely linear model; the cache is unharmed."""
+    x = tokens(1, 12)
+    cache = model(x[:, :7]).past_key_values
+    refusal: tuple[type[Exception], str] = (RuntimeError, "does not track past states")
+    if isinstance(cache, CountingCache):
+        refusal = ValueError, r"cannot forget its last tokens, got crop\(-2\); keep copy.deepcopy\(cache\)"
+    with pytest.raises(refusal[0], match=refusal[1]):
+        cache.crop(-2)
+    rest = model(x[:, 7:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, model(x).logits[:, 7:], rtol=1e-3, atol=1e-3)
+
+
+def test_caches_without_a_place_for_the_state() -> None:
+    pure, hybrid = tiny_model("gla", full_attention_interval=0), tiny_model("gla")
+    x = tokens(1, 7)
+    for cache in (DynamicCache(config=pure.config), StaticCache(config=pure.config, max_cache_len=9)):
+        with pytest.raises(ValueError, match=f"needs a CountingCache, got {type(cache).__name__}"):
+            pure(x, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"layer 0 is linear .* build it with DynamicCache\(config=model.config\)"):
+        hybrid(x, past_key_values=DynamicCache())
+    for model in (pure, hybrid):
+        with pytest.raises(ValueError, match=r"must be a transformers Cache, got a tuple; .* or pass no cache"):
+            model(x, past_key_values=((torch.zeros(1, 2, 3, 8),) * 2,) * 4)
+    for implementation in ("quantized", "offloaded", "offloaded_static"):
+        with pytest.raises(ValueError, match=f"got cache_implementation='{implementation}'; .* or give 'static'"):
+            generate(pure, x, cache_implementation=implementation)
+    assert torch.equal(generate(pure, x, past_key_values=CountingCache(pure.config)), greedy(pure, x, 8))
