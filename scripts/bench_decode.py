@@ -2,14 +2,15 @@
 
     python scripts/bench_decode.py [--positions 1000 100000] [--models NAME ...] [--out FILE.json]
 
-The context is real: it is fed to the model, in pieces where all layers are linear. Then single tokens are decoded,
-in turns behind the short and the long one, so that a noisy machine slows both; medians, and the ratio of the two.
-Softmax layers take minutes over 100,000 tokens.
+The context is real: it is fed to the model, in pieces where all layers are linear. Then single tokens are decoded on
+one thread, in random turns behind the short and the long one, so that a noisy machine slows both; medians, and the
+ratio of the two. Softmax layers take minutes over 100,000 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from pathlib import Path
@@ -45,12 +46,17 @@ def cache_bytes(cache: Cache) -> int:
 
 def step_seconds(model: PreTrainedModel, caches: list[Cache], repeats: int) -> list[float]:
     """Median seconds of a step with each cache, taken in turns."""
-    token, times = random_ids(1), [[] for _ in caches]  # type: ignore[var-annotated]
+    token, turns = random_ids(1), list(range(len(caches)))
+    times: list[list[float]] = [[] for _ in caches]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for _ in range(repeats + 3):  # the first warm up
-        for cache, seconds in zip(caches, times, strict=True):
+        random.shuffle(turns)
+        for turn in turns:
             start = time.perf_counter()
-            model(token, past_key_values=cache, use_cache=True)
-            seconds.append(time.perf_counter() - start)
+            model(token, past_key_values=caches[turn], use_cache=True)
+            times[turn].append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
     return [statistics.median(seconds[3:]) for seconds in times]
 
 
