@@ -213,7 +213,11 @@ class LinearLlama3Config(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Like `PreTrainedConfig.from_dict`; `ValueError` if the dictionary is another model's."""
+        """Like `PreTrainedConfig.from_dict`; changes are checked, and `full_attention_interval` moves softmax layers.
+
+        Raises:
+            ValueError: another model's dictionary, or changes that do not fit the rest.
+        """
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
@@ -221,7 +225,10 @@ class LinearLlama3Config(PreTrainedConfig):
                 "own class or AutoModelForCausalLM, or, to start from Llama weights, pass "
                 "config=LinearLlama3Config(...) to LinearLlama3ForCausalLM.from_pretrained"
             )
-        return super().from_dict(config_dict, **kwargs)
+        changes = {name: kwargs.pop(name) for name in LinearLlama3Config.__annotations__ if name in kwargs}
+        if "full_attention_interval" in changes:
+            changes.setdefault("layer_types", None)
+        return super().from_dict(config_dict | changes, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Like `PreTrainedConfig.save_pretrained`, with the shim that finds the package (hub.py)."""

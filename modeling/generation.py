@@ -1,4 +1,4 @@
-"""What `generate` has to know about linear layers: their masks, and what a state cannot do."""
+"""What `generate` has to know about linear layers: their cache and masks, and what a state cannot do."""
 
 from __future__ import annotations
 
@@ -9,12 +9,32 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
+from .cache import CountingCache
 from .configuration import LinearLlama3Config
-from .inputs import Masks, layer_masks
+from .inputs import SWITCH_OFF, Masks, layer_masks
 
 
 class LinearLlama3GenerationMixin(GenerationMixin):
     """transformers' generation; what it would refuse in misleading words is refused here."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """transformers' hook: refuses to generate from a shard, gives a pure linear model its cache."""
+        if self.base_model.sequence_parallel_context is not None:
+            raise ValueError(f"one rank's shard cannot generate, got generate() under a context; {SWITCH_OFF}")
+        wants_cache = generation_config.use_cache and model_kwargs.get("past_key_values") is None
+        if wants_cache and not self.config.has_softmax_layers:
+            implementation = generation_config.cache_implementation
+            if implementation not in (None, "dynamic", "static"):
+                raise ValueError(
+                    "a model without softmax layers keeps a state of fixed size, got "
+                    f"cache_implementation={implementation!r}; leave cache_implementation out, or give 'static' to "
+                    "compile the decoding step"
+                )
+            model_kwargs["past_key_values"] = CountingCache(self.config, static=implementation == "static")
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(

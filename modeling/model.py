@@ -29,7 +29,6 @@ from .configuration import LinearLlama3Config
 from .generation import LinearLlama3GenerationMixin
 from .hub import staged_save
 from .inputs import (
-    SWITCH_OFF,
     Mask,
     Masks,
     check_cache,
@@ -338,22 +337,3 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, LinearLlama3Generatio
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """transformers' hook: refuses to generate from a shard, gives a pure linear model its cache."""
-        if self.model.sequence_parallel_context is not None:
-            raise ValueError(f"one rank's shard cannot generate, got generate() under a context; {SWITCH_OFF}")
-        wants_cache = generation_config.use_cache and model_kwargs.get("past_key_values") is None
-        if wants_cache and not self.config.has_softmax_layers:
-            implementation = generation_config.cache_implementation
-            if implementation not in (None, "dynamic", "static"):
-                raise ValueError(
-                    "a model without softmax layers keeps a state of fixed size, got "
-                    f"cache_implementation={implementation!r}; leave cache_implementation out, or give 'static' to "
-                    "compile the decoding step"
-                )
-            model_kwargs["past_key_values"] = CountingCache(self.config, static=implementation == "static")
-            return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

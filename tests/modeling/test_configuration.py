@@ -105,6 +105,23 @@ def test_wrong_values(fields: dict[str, Any], message: str) -> None:
         tiny_config(**fields)
 
 
+def test_changes_of_a_saved_config_fit_together(tmp_path: Path) -> None:
+    """transformers sets them on the finished config, where layer_types would silently win over the interval."""
+    LinearLlama3Config(num_hidden_layers=4, full_attention_interval=4).save_pretrained(tmp_path)
+    linear, full = "linear_attention", "full_attention"
+    changed, unused = LinearLlama3Config.from_pretrained(
+        tmp_path, full_attention_interval=2, other=1, return_unused_kwargs=True
+    )
+    assert changed.layer_types == [linear, full] * 2 and unused == {"other": 1}
+    for layer_types, expected in ((None, [linear] * 4), ([full] * 4, [full] * 4)):
+        changed = AutoConfig.from_pretrained(tmp_path, full_attention_interval=0, layer_types=layer_types)
+        assert changed.layer_types == expected
+    changed = LinearLlama3Config.from_pretrained(tmp_path, num_hidden_layers=8, layer_types=None)
+    assert changed.layer_types == ([linear] * 3 + [full]) * 2
+    with pytest.raises(ValueError, match="one entry for each of num_hidden_layers=8 layers, got 4"):
+        LinearLlama3Config.from_pretrained(tmp_path, num_hidden_layers=8)
+
+
 def test_wrong_type() -> None:
     with pytest.raises(StrictDataclassError, match="linear_output_gate"):
         tiny_config(linear_output_gate="yes")
