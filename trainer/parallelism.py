@@ -116,7 +116,7 @@ def attach(
 def sequence_groups(mesh: DeviceMesh) -> list[list[int]]:
     """The global ranks of every sequence-parallel group."""
     axis = (mesh.mesh_dim_names or ()).index("cp")
-    return mesh.mesh.movedim(axis, -1).flatten(0, -2).tolist()
+    return mesh.mesh.movedim(axis, -1).reshape(-1, mesh.shape[axis]).tolist()
 
 
 def warn_across_nodes(groups: list[list[int]]) -> None:

@@ -39,7 +39,7 @@ class SpeedMeter(TrainerCallback):
         self._start = self._step_end = now
         self._tokens, self._flops = state.num_input_tokens_seen, state.total_flos
         per_device = flops / args.world_size / seconds
-        speed = {"tflops_per_device": round(per_device / 1e12, 4)}
+        speed = {"tflops_per_device": float(f"{per_device / 1e12:.4g}")}
         if args.include_num_input_tokens_seen != "no":
             speed["tokens_per_second"] = round(tokens / seconds, 1)
         if (peak := peak_flops(args.device)) is not None:
