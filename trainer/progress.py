@@ -17,6 +17,10 @@ class SpeedMeter(TrainerCallback):
     Waiting for data is part of it. Its values of the first entry include what happens once, as compiling kernels.
     """
 
+    def __init__(self) -> None:
+        self._start = self._step_end = 0.0
+        self._tokens, self._flops = 0, 0.0
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._start = self._step_end = time.perf_counter()
         self._tokens, self._flops = state.num_input_tokens_seen, state.total_flos

@@ -1,4 +1,4 @@
-"""FLOPs against torch's counter, with linear attention computed as the recurrence, and against the formula for Llama."""
+"""FLOPs against torch's counter, with linear attention as the recurrence, and against the formula for Llama."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_adapters_count() -> None:
 
 
 def test_llamas_formula() -> None:
-    """6 N + 12 L H D T for a token where every query sees every key (PaLM, appendix B); half of the second if causal."""
+    """6 N + 12 L H D T for a token where every query sees every key (PaLM, appendix B); half the second if causal."""
     config = LinearLlama3Config.from_preset("llama-3.1-8b-pure", full_attention_interval=1)
     with torch.device("meta"):
         model = LinearLlama3ForCausalLM(config)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -108,7 +107,7 @@ def test_the_plot_shows_all_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_card_can_be_run_again(tmp_path: Path) -> None:
-    """The recipe in the card is the recipe with the launch's changes, without secrets; a user's file is not replaced."""
+    """The recipe in the card is the recipe with the launch's changes, without secrets; a user's file stays."""
     data = {"dataset": "json", "arguments": {"data_files": "x.jsonl", "token": "hf_secret"}}
     path = recipe_with(tmp_path, data=data)
     path.write_text(path.read_text().replace("max_steps: 2", "max_steps: 2\n  hub_token: hf_secret"))
