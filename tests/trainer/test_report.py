@@ -26,10 +26,8 @@ def test_speed_without_evaluations_and_saves(tmp_path: Path, monkeypatch: pytest
     times = iter([100.0, 103.0, 133.0, 153.0, 154.0, 154.0, 155.0])
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(times))
     monkeypatch.setattr(progress, "peak_flops", lambda device: 1e12)
-    args, control = (
-        TrainingArguments(str(tmp_path), use_cpu=True, include_num_input_tokens_seen="all"),
-        TrainerControl(),
-    )
+    args = TrainingArguments(str(tmp_path), use_cpu=True, include_num_input_tokens_seen="all")
+    control = TrainerControl()
     state, meter = TrainerState(num_input_tokens_seen=1000, total_flos=5e12), SpeedMeter()
     meter.on_train_begin(args, state, control)  # at 100, after a resume
     meter.on_step_end(args, state, control)  # 103
