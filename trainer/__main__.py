@@ -87,13 +87,12 @@ def write_report(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
     """Plot and model card beside the weights."""
     folder, state = Path(trainer.args.output_dir), trainer.state
     batch = trainer.get_total_train_batch_size(trainer.args)
-    speeds = [entry["train_tokens_per_second"] for entry in state.log_history if "train_tokens_per_second" in entry]
     facts = {
         "processes": _grid(trainer),
         "optimizer steps": state.global_step,
         "tokens a step": f"{batch * recipe.sequence_length:,}",
         "tokens": f"{state.num_input_tokens_seen:,}",
-        "tokens a second": f"{speeds[-1]:,.0f}" if speeds else "not logged",
+        "FLOPs": f"{state.total_flos:.3g}",
     }
     plot_loss(state.log_history, folder / PLOT_NAME)
     write_model_card(folder, trainer.model, recipe, state.log_history, facts)

@@ -9,6 +9,7 @@ case its hook that would shard softmax attention (`_prepare_cp`) passes everythi
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,9 +18,12 @@ from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed import DeviceMesh
 
 from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext
 from ..sequence_parallel.collectives import fingerprints
+
+logger = logging.getLogger(__name__)
 
 TESTED = "transformers 5.17 to 5.23 and accelerate 1.15"
 _REFUSED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
@@ -104,7 +108,28 @@ def attach(
             f"{parallelism.cp_size} after {state.parallelism_config.cp_size}"
         )
     accelerator._prepare_cp = lambda *objects: objects
+    if accelerator.is_main_process:
+        warn_across_nodes(sequence_groups(state.device_mesh))
     return SequenceParallelContext(state.device_mesh["cp"].get_group(), config)
+
+
+def sequence_groups(mesh: DeviceMesh) -> list[list[int]]:
+    """The global ranks of every sequence-parallel group."""
+    axis = (mesh.mesh_dim_names or ()).index("cp")
+    return mesh.mesh.movedim(axis, -1).reshape(-1, mesh.shape[axis]).tolist()
+
+
+def warn_across_nodes(groups: list[list[int]]) -> None:
+    """A warning if a group's exchange leaves a node; known where LOCAL_WORLD_SIZE is, so to torchrun and accelerate."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # torchrun numbers the ranks of a node in a row
+    across = [group for group in groups if per_node and len({rank // per_node for rank in group}) > 1]
+    if across:
+        logger.warning(
+            "%d of %d sequence-parallel groups cross nodes of %d processes, the first with the ranks %s: softmax "
+            "layers then exchange keys and values over the slower links between nodes; where memory allows, choose a "
+            "degree that divides %d",
+            len(across), len(groups), per_node, across[0], per_node,
+        )  # fmt: skip
 
 
 def require(owner: object, name: str) -> None:

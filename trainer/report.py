@@ -1,14 +1,20 @@
-"""What a run leaves beside its weights: the loss as a plot, and a model card."""
+"""What a run leaves beside its weights: curves as a plot, the recipe that was used, and a model card."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import platform
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import accelerate
 import torch
 import transformers
+import yaml
 from transformers import PreTrainedModel
 
 from ..modeling.hub import CARD_NAME, RUN_CARD, SAVED_CARDS, replaceable
@@ -16,26 +22,86 @@ from ..modeling.model_card import model_card
 from .recipe import Recipe
 
 PLOT_NAME = "loss.png"
+RECIPE_NAME = "recipe.yaml"
+RECIPE_MARK = "# What a run of linear_llama3 was trained with; replaced by the next run into this folder."
+SECRETS = {"hub_token", "token", "storage_options"}  # keys of a recipe that a card, which is shared, leaves out
 
 
 def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
-    """Loss, gradient norm and tokens a second of `trainer.state.log_history` as a PNG."""
+    """Loss, also of evaluations, gradient norm and tokens a second of `trainer.state.log_history` as a PNG."""
     from matplotlib.figure import Figure  # slow to import; a figure without pyplot needs no display
 
-    panels = (("loss", "loss"), ("grad_norm", "gradient norm"), ("train_tokens_per_second", "tokens a second"))
+    panels = (("loss", "loss"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens a second"))
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        axes.plot(*zip(*points, strict=True) if points else ((), ()), linewidth=1.5)
-        axes.set(xlabel="step", title=label)
+        for name, style in ((key, "-"), (f"eval_{key}", "o--")):
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            if points or name == key:
+                axes.plot(*zip(*points, strict=True) if points else ((), ()), style, linewidth=1.5, label=name)
+        axes.set(xlabel="step", title=label, **({"ylim": (0, None)} if key == "tokens_per_second" else {}))
+        if len(axes.lines) > 1:
+            axes.legend(frameon=False)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def speed(history: list[dict[str, Any]]) -> dict[str, str]:
+    """Medians over the log entries, for the table of the training: the first ones hold what happens but once."""
+
+    def middle(key: str) -> float | None:
+        values = [entry[key] for entry in history if key in entry]
+        return median(values) if values else None
+
+    tokens, flops, mfu = middle("tokens_per_second"), middle("tflops_per_device"), middle("mfu")
+    return {
+        "tokens a second": "not logged" if tokens is None else f"{tokens:,.0f}",
+        "TFLOP/s of the model, per device": "not logged" if flops is None else f"{flops:,.4g}",
+        "MFU": "unknown (no peak known for this device)" if mfu is None else f"{mfu:.1%} of the bfloat16 peak",
+    }
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The whole recipe with the changes of the launch as YAML, without what must stay secret."""
+
+    def shown(content: Any) -> Any:
+        if not isinstance(content, Mapping):
+            return content
+        return {key: shown(value) for key, value in content.items() if key not in SECRETS}
+
+    text = yaml.safe_dump(shown(dataclasses.asdict(recipe)), sort_keys=False, allow_unicode=True)
+    return f"{RECIPE_MARK}\n{text}"
+
+
+def launch_command(environment: Mapping[str, str] = os.environ) -> str:
+    """What starts this run again, on every node: the processes of the launch and accelerate's choices."""
+    choices = {
+        name: value
+        for name, value in sorted(environment.items())
+        if name.startswith(("FSDP_", "PARALLELISM_CONFIG_"))
+        or (name.startswith("ACCELERATE_") and value.lower() not in ("", "no", "false", "default"))
+    }
+    world, local = (int(environment.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    local = local if world % local == 0 else world
+    nodes = world // local
+    launcher = "python" if world == 1 else f"torchrun --nproc_per_node {local}"
+    if nodes > 1:
+        launcher += f" --nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint $FIRST_NODE:29500"
+    variables = "".join(f"{name}={shlex.quote(value)} " for name, value in choices.items())
+    return f"{variables}{launcher} -m linear_llama3.trainer {RECIPE_NAME}"
+
+
+def hardware() -> str:
+    """The devices of the launch."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        return f"{processes} x {torch.cuda.get_device_name()}"
+    return f"{processes} x CPU ({platform.machine()}, {os.cpu_count()} cores, shared by the processes of a machine)"
 
 
 def write_model_card(
     folder: Path, model: PreTrainedModel, recipe: Recipe, history: list[dict[str, Any]], facts: dict[str, Any]
 ) -> None:
-    """`README.md` with what is known of the run, unless the folder has one of the user's.
+    """`recipe.yaml`, and `README.md` with what is known of the run, unless the folder has ones of the user's.
 
     Args:
         facts: further rows of the table of the training.
@@ -45,10 +111,13 @@ def write_model_card(
         "data": recipe.data.dataset or recipe.data.files,
         "first and last logged loss": f"{losses[0]:.4f}, {losses[-1]:.4f}" if losses else "not logged",
         **facts,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
+        **speed(history),
+        "hardware": hardware(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"accelerate {accelerate.__version__}",
     }
+    if replaceable(folder / RECIPE_NAME, RECIPE_MARK):
+        (folder / RECIPE_NAME).write_text(recipe_text(recipe), encoding="utf-8")
     if replaceable(folder / CARD_NAME, RUN_CARD, *SAVED_CARDS):
         card = model_card(
             model,
@@ -58,6 +127,8 @@ def write_model_card(
             sequence_length=f"{recipe.sequence_length:,}",
             training=training,
             plot=PLOT_NAME,
+            recipe=recipe_text(recipe),
+            command=launch_command(),
             limits="Not evaluated beyond the training loss.",
         )
         card.save(folder / CARD_NAME)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 from transformers.utils import logging
 
 from ..modeling import LinearLlama3PreTrainedModel
@@ -24,8 +24,10 @@ from ..modeling.model_card import add_card
 from ..sequence_parallel import SequenceParallelContext, enable_sequence_parallel, unshard
 from ..sequence_parallel.collectives import all_reduce
 from .arguments import sequence_parallel_config
+from .flops import batch_flops
 from .memory import peak_memory
 from .parallelism import PeerCheck, attach, hidden_parallelism, is_sharded_by, require, resolve_parallelism, uses_fsdp
+from .progress import ProgressBar, SpeedMeter
 
 logger = logging.get_logger(__name__)
 
@@ -161,6 +163,14 @@ class SequenceParallelMixin:
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """Trainer's hook: this process's share of a batch's FLOPs, forward and backward, as flops.py counts them."""
+        context = self.sequence_parallel_context
+        model: nn.Module = self.model  # type: ignore[attr-defined]
+        ours = any(isinstance(module, LinearLlama3PreTrainedModel) for module in model.modules())
+        flops = batch_flops(model, inputs).training if ours else super().floating_point_ops(inputs)  # type: ignore[misc]
+        return flops / (1 if context is None else context.world_size)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -194,9 +204,17 @@ class SequenceParallelMixin:
 class LinearLlama3Trainer(SequenceParallelMixin, Trainer):
     """transformers' Trainer with sequence parallelism: launch it on several processes, nothing else changes."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.speed_meter = SpeedMeter()
+        self.add_callback(self.speed_meter)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ProgressBar)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer's, with this process's peak memory beside the loss."""
-        if "loss" in logs:
+        """As Trainer's, with speed (`SpeedMeter.read`) and this process's peak memory beside the loss."""
+        if "loss" in logs and self.is_in_train:
+            logs |= self.speed_meter.read(self.args, self.state)
             logs["peak_memory_gib"] = round(peak_memory() / 2**30, 3)
         super().log(logs, start_time)
 

@@ -97,6 +97,7 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
         "history": [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log],
         "parameters": parameters,
         "tokens": trainer.state.num_input_tokens_seen,
+        "flops": trainer.state.total_flos,
     }
 
 
@@ -106,6 +107,7 @@ def assert_same(run: dict[str, Any], one: dict[str, Any], where: Any) -> None:
     for name, expected in one["parameters"].items():
         assert abs(run["parameters"][name] - expected).max() < 2e-5, (where, name)
     assert run["tokens"] == one["tokens"], where
+    assert run["flops"] == pytest.approx(one["flops"], rel=1e-6), where
 
 
 def train(world: int, degree: int, packed: bool, checkpointing: bool, folder: str, **choices: str) -> dict[str, Any]:

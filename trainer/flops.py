@@ -1,0 +1,165 @@
+"""How many floating-point operations a model needs, and what share of the device's it gets (MFU).
+
+Counted, as in PaLM (arXiv:2204.02311, appendix B), is what the model's definition needs, whoever computes it and how.
+A multiply-add is two. Forward, for every token:
+
+    projections, MLP, head  2 for every weight
+    softmax attention       4 head_dim H_q for every key that a query sees: in a causal document of T tokens (T + 1) / 2
+                            of them on average, in a bidirectional one T
+    linear attention        2 F C (H_kv + H_q) with states of F features by C columns (D_k by D_v, a normaliser's column
+                            included): each kv head's is written, each query head reads. That is the recurrence; the
+                            products inside chunks, (F + C) H_q (n + 1) with chunks of n tokens, are not counted
+    learned feature maps    2 D_k^2 H with a matrix per head (Hedgehog)
+
+The backward pass takes twice as many, but for the gradients of weights that have none (LoRA's base). Not counted: what
+goes element by element (norms, rotary embedding, gates, decays, the softmax itself, polynomial feature maps), the
+embedding, the optimizer, and whatever is computed again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modeling.attention import LinearLlama3Attention
+from ..modeling.mixers import LearnedFeatureMap, LinearAttention
+from ..sequence_parallel.packing import document_edges
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Flops:
+    """Of one forward pass, by part; and what a training step makes of them."""
+
+    projections: int = 0
+    mlp: int = 0
+    head: int = 0
+    feature_maps: int = 0
+    softmax_attention: int = 0
+    linear_attention: int = 0
+    frozen: int = 0  # of gradients that the backward pass leaves out
+
+    @property
+    def forward(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self) if field.name != "frozen")
+
+    @property
+    def training(self) -> int:
+        """Forward and backward: what MFU counts."""
+        return 3 * self.forward - self.frozen
+
+    @property
+    def recomputed(self) -> int:
+        """What gradient checkpointing computes again; HFU counts it on top of `training`."""
+        return self.forward - self.head
+
+
+def count_flops(model: nn.Module, tokens: int, pairs: int) -> Flops:
+    """FLOPs of a model of this package, with any head or PEFT's adapters; it may be on the meta device.
+
+    Args:
+        tokens: of the batch, padding included.
+        pairs: of a query and a key that it sees (`attention_pairs`).
+    """
+    flops = Flops()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "original_module" not in name:  # PEFT trains a copy of that one
+            part = "mlp" if ".mlp." in name else "projections" if ".self_attn." in name else "head"
+            work = 2 * tokens * module.in_features * module.out_features
+            setattr(flops, part, getattr(flops, part) + work)
+            flops.frozen += 0 if module.weight.requires_grad else work
+        elif isinstance(module, LearnedFeatureMap):
+            matrices = [p for p in module.parameters() if p.dim() > 1]  # vectors scale, element by element
+            flops.feature_maps += sum(2 * tokens * p.numel() for p in matrices)
+            flops.frozen += sum(2 * tokens * p.numel() for p in matrices if not p.requires_grad)
+        elif isinstance(module, LinearAttention):
+            kv_heads, features, columns = module.config.linear_state_shape
+            flops.linear_attention += 2 * tokens * features * columns * (kv_heads + module.num_heads)
+        elif isinstance(module, LinearLlama3Attention):
+            flops.softmax_attention += 4 * pairs * module.head_dim * module.config.num_attention_heads
+    return flops
+
+
+def attention_pairs(lengths: Iterable[int], *, causal: bool = True) -> int:
+    """Pairs of a query and a key in documents of these lengths."""
+    return sum(length * (length + 1) // 2 if causal else length**2 for length in lengths)
+
+
+def batch_flops(model: nn.Module, batch: Mapping[str, Any]) -> Flops:
+    """FLOPs of a batch as the loader gives it, documents told apart as the model does."""
+    inputs = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
+    rows, length = inputs.shape[:2]
+    edges, mask = batch.get("cu_seq_lens_q", batch.get("cu_seq_lens_k")), batch.get("attention_mask")
+    edges = document_edges(batch.get("position_ids"), edges, mask, batch=rows, length=length)
+    lengths = [length] * rows if edges is None else edges.diff().tolist()
+    causal = getattr(model.config, "is_causal", True)
+    return count_flops(model, rows * length, attention_pairs(lengths, causal=causal))
+
+
+PEAKS: dict[tuple[str, ...], float] = {
+    ("A100",): 312e12,
+    ("A800",): 312e12,
+    ("H100", "PCIe"): 756e12,
+    ("H100", "NVL"): 835e12,
+    ("H100",): 989e12,
+    ("H800",): 989e12,
+    ("H200", "NVL"): 835e12,
+    ("H200",): 989e12,
+    ("GH200",): 989e12,
+    ("B200",): 2250e12,
+    ("GB200",): 2500e12,
+    ("L40S",): 362e12,
+    ("4090",): 165.2e12,
+    ("5090",): 209.5e12,
+    ("3090",): 71e12,
+}
+"""Words of a GPU's name, the more particular first -> dense bfloat16 FLOP/s with float32 sums: NVIDIA's data sheets
+and white papers (half of what they say with sparsity)."""
+
+_OTHER_CHIPS = {"MIG", "Laptop", "D", "Max-Q", "Ti"}  # same number in the name, another or a part of the chip
+
+
+def known_peak(name: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a GPU by `torch.cuda.get_device_name()`, None if the table has none."""
+    words = set(name.replace("-", " ").split()) | set(name.split())
+    if words & _OTHER_CHIPS:
+        return None
+    return next((peak for key, peak in PEAKS.items() if words.issuperset(key)), None)
+
+
+@lru_cache
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 FLOP/s of a device: the data sheet's, else those of a matrix product on it; None if not a GPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    if (peak := known_peak(name)) is None:
+        peak = measured_peak(device)
+        logger.warning("no data sheet for %s: MFU is of %.0f TFLOP/s, measured by a matrix product", name, peak / 1e12)
+    return peak
+
+
+def measured_peak(device: torch.device, *, size: int = 8192, repeats: int = 20) -> float:
+    """FLOP/s of a bfloat16 matrix product, the fastest of `repeats`."""
+    x = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    best = float("inf")
+    for _ in range(repeats):
+        _synchronize(device)
+        start = time.perf_counter()
+        x @ x
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,184 @@
+"""A needle in a haystack: does the model find one fact in a long text, wherever it stands?
+
+A number hidden at some depth of generated text is asked for at its end. The answer counts if each of its tokens has the
+highest logit behind the ones before it, which is to say, if greedy generation gives it.
+
+    torchrun --nproc_per_node 8 -m linear_llama3.trainer.needle MODEL --lengths 4096 131072 --output runs/evaluation
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..sequence_parallel.context import IGNORE_INDEX
+from .evaluation import load_for_evaluation, score_tokens, sum_over_ranks
+
+NAME = "needle"
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+WORDS = (
+    ("The old", "A quiet", "The tall", "Every young", "A patient", "The small"),
+    ("farmer", "river", "teacher", "garden", "captain", "library", "horse", "baker"),
+    ("remembers", "follows", "describes", "crosses", "paints", "measures"),
+    ("the bridge", "a letter", "the morning", "some apples", "the valley", "two clocks"),
+    ("before dinner", "in the rain", "with great care", "without a word", "near the sea", "every spring"),
+)
+CITIES = ("Lisbon", "Nairobi", "Kyoto", "Quito", "Tbilisi", "Oslo", "Hanoi", "Dakar", "Lima", "Riga")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Haystack:
+    """Tokens, of which the last ones are the answer."""
+
+    tokens: list[int]
+    answer: int  # how many
+
+
+Generator = Callable[[int, float, random.Random], Haystack]
+"""(length, depth from 0 to 1, source of randomness) -> a haystack of at most `length` tokens."""
+
+
+def text_haystack(tokenizer: PreTrainedTokenizerBase) -> Generator:
+    """Plain sentences with "The secret number of Oslo is 4071623." among them, and the same again at the end."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def generate(length: int, depth: float, source: random.Random) -> Haystack:
+        asked = encode(f" The secret number of {source.choice(CITIES)} is")
+        answer = encode(f" {source.randrange(10**6, 10**7)}")  # encoded alone, so that both times it is the same tokens
+        needle = [*asked, *answer, *encode(".")]
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        room = _room(length, len(start) + len(needle) + len(asked) + len(answer))
+        sentences: list[list[int]] = []
+        while room >= 0:
+            sentences.append(encode(f" {' '.join(source.choice(words) for words in WORDS)}."))
+            room -= len(sentences[-1])
+        sentences.pop()
+        at = round(depth * len(sentences))
+        hay = [token for sentence in [*sentences[:at], needle, *sentences[at:]] for token in sentence]
+        return Haystack(tokens=[*start, *hay, *asked, *answer], answer=len(answer))
+
+    return generate
+
+
+def token_haystack(vocab_size: int, answer: int = 1) -> Generator:
+    """Random tokens with (marker, key, value ...) among them, and the same again at the end: for models that were
+    trained on token ids. The marker is the last token of the vocabulary and stands nowhere else; a guess is right with
+    a chance of 1 / (vocab_size - 1) for each token of the answer."""
+    if vocab_size < 3 or answer < 1:
+        raise ValueError(
+            "a haystack of tokens needs a marker, two further tokens and an answer, got "
+            f"vocab_size={vocab_size} and answer={answer}"
+        )
+
+    def generate(length: int, depth: float, source: random.Random) -> Haystack:
+        needle = [vocab_size - 1, *(source.randrange(vocab_size - 1) for _ in range(1 + answer))]
+        hay = [source.randrange(vocab_size - 1) for _ in range(_room(length, 2 * len(needle)))]
+        at = round(depth * len(hay))
+        return Haystack(tokens=[*hay[:at], *needle, *hay[at:], *needle], answer=answer)
+
+    return generate
+
+
+def _room(length: int, needed: int) -> int:
+    if length < needed:
+        raise ValueError(f"a haystack of {length} tokens must hold the needle and the question, got {needed} for them")
+    return length - needed
+
+
+def needle_accuracy(
+    model: nn.Module,
+    generate: Generator,
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float] = DEPTHS,
+    samples: int = 8,
+    seed: int = 0,
+) -> list[dict[str, float]]:
+    """The share of needles that the model finds, for every length and depth.
+
+    A model under a sequence-parallel context reads every haystack together with the other ranks.
+
+    Returns:
+        `length`, `depth`, `accuracy`, and `loss`, the mean over the tokens of the answers; the same on every rank.
+    """
+    source, device = random.Random(seed), next(model.parameters()).device
+    cells = [(length, depth) for length in lengths for depth in depths]
+    found = torch.zeros(len(cells), samples, 3, dtype=torch.float64, device=device)  # right tokens, loss, tokens
+    for cell, (length, depth) in enumerate(cells):
+        for sample in range(samples):
+            hay = generate(length, depth, source)
+            ids = torch.tensor([hay.tokens], device=device)
+            labels = torch.full_like(ids, IGNORE_INDEX)
+            labels[:, -hay.answer :] = ids[:, -hay.answer :]
+            scores = score_tokens(model, {"input_ids": ids, "labels": labels})
+            counts: list[Any] = [scores.correct.sum(), scores.loss.double().sum(), scores.correct.numel()]
+            found[cell, sample] = torch.stack([torch.as_tensor(x, device=device).double() for x in counts])
+    right, loss, tokens = sum_over_ranks(model, found).cpu().unbind(-1)
+    return [
+        {
+            "length": length,
+            "depth": depth,
+            "accuracy": (right[cell] == tokens[cell]).double().mean().item(),
+            "loss": (loss[cell].sum() / tokens[cell].sum()).item(),
+        }
+        for cell, (length, depth) in enumerate(cells)
+    ]
+
+
+def plot_needle(cells: list[dict[str, float]], path: Path) -> None:
+    """A heat map of the accuracy over length and depth as a PNG."""
+    from matplotlib.figure import Figure
+
+    lengths, depths = (sorted({cell[key] for cell in cells}) for key in ("length", "depth"))
+    accuracy = {(cell["length"], cell["depth"]): cell["accuracy"] for cell in cells}
+    figure = Figure(figsize=(2 + 0.8 * len(lengths), 1.6 + 0.5 * len(depths)), layout="constrained")
+    axes = figure.subplots()
+    grid = [[accuracy[length, depth] for length in lengths] for depth in depths]
+    image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    for row, values in enumerate(grid):
+        for column, value in enumerate(values):
+            axes.text(column, row, f"{value:.0%}", ha="center", va="center")
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set(xlabel="tokens", ylabel="depth of the needle")
+    figure.colorbar(image, label="found")
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m linear_llama3.trainer.needle", description=__doc__)
+    parser.add_argument("model", help="folder or Hub name")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--depths", type=float, nargs="+", default=list(DEPTHS))
+    parser.add_argument("--samples", type=int, default=8, help="needles for every length and depth")
+    parser.add_argument("--tokens", action="store_true", help="random tokens in place of English text")
+    parser.add_argument("--output", type=Path, default=Path("."), help=f"folder of {NAME}.json and {NAME}.png")
+    args = parser.parse_args(arguments)
+    model, tokenizer, writes = load_for_evaluation(args.model)
+    generate = token_haystack(model.config.vocab_size) if args.tokens else text_haystack(tokenizer)
+    cells = needle_accuracy(model, generate, lengths=args.lengths, depths=args.depths, samples=args.samples)
+    if writes:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / f"{NAME}.json").write_text(json.dumps(cells, indent=1))
+        plot_needle(cells, args.output / f"{NAME}.png")
+        for cell in cells:
+            print("{length:>9,} tokens, depth {depth:4.0%}: {accuracy:4.0%} found, loss {loss:.3f}".format(**cell))
+
+
+if __name__ == "__main__":
+    from .__main__ import leave
+
+    main()
+    leave()

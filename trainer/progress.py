@@ -1,0 +1,80 @@
+"""What a run shows while it goes: speed for the log entries (and so for every tracker), and one progress bar."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
+
+from .flops import peak_flops
+
+
+class SpeedMeter(TrainerCallback):
+    """Tokens and FLOPs a second between two log entries, without the time of evaluations and saves.
+
+    Waiting for data is part of it. Its values of the first entry include what happens once, as compiling kernels.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._step_end = 0.0
+        self._tokens, self._flops = 0, 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._start = self._step_end = time.perf_counter()
+        self._tokens, self._flops = state.num_input_tokens_seen, state.total_flos
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._step_end = time.perf_counter()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()  # nothing but evaluations and saves lies between the step's end and here
+        self._start, self._step_end = self._start + now - self._step_end, now
+
+    on_save = on_evaluate
+
+    def read(self, args: TrainingArguments, state: TrainerState) -> dict[str, float]:
+        """`tokens_per_second` of all devices (where tokens are counted), `tflops_per_device`, and `mfu` where the
+        device's peak is known, since the last reading; then starts anew."""
+        now = time.perf_counter()
+        seconds = now - self._start
+        tokens, flops = state.num_input_tokens_seen - self._tokens, state.total_flos - self._flops
+        self._start = self._step_end = now
+        self._tokens, self._flops = state.num_input_tokens_seen, state.total_flos
+        per_device = flops / args.world_size / seconds
+        speed = {"tflops_per_device": float(f"{per_device / 1e12:.4g}")}
+        if args.include_num_input_tokens_seen != "no":
+            speed["tokens_per_second"] = round(tokens / seconds, 1)
+        if (peak := peak_flops(args.device)) is not None:
+            speed["mfu"] = round(per_device / peak, 4)
+        return speed
+
+
+class ProgressBar(ProgressCallback):
+    """Trainer's bar on the first process, with loss, speed and memory; its lines too where no terminal shows a bar."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is not None and logs is not None and "loss" in logs:
+            self.training_bar.set_postfix_str(summary(logs))
+            if sys.stderr.isatty():
+                return
+        super().on_log(args, state, control, logs=logs, **kwargs)
+
+
+def summary(logs: dict[str, Any]) -> str:
+    """A log entry in one short line."""
+    parts = {
+        "loss": "loss {:.4f}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "mfu": "MFU {:.1%}",
+        "peak_memory_gib": "{:.1f} GiB",
+    }
+    return ", ".join(form.format(logs[key]) for key, form in parts.items() if key in logs)
