@@ -35,8 +35,8 @@ class LinearLlama3Attention(LlamaAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """`hidden_states` `[B, T, hidden]` -> (the same shape, attention weights or None).
 
-        `exchange_cache` is for linear layers. Raises `ValueError` for dropout under a context: ranks would
-        drop different weights than one device.
+        `exchange_cache`: as in `sequence_parallel.softmax_attention`. Raises `ValueError` for dropout under a
+        context: ranks would drop different weights than one device.
         """
         if self.sequence_parallel_context is None:
             return super().forward(
@@ -59,6 +59,7 @@ class LinearLlama3Attention(LlamaAttention):
         if past_key_values is not None:
             past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
         out = self.sequence_parallel_context.softmax_attention(
-            q.to(v.dtype), k.to(v.dtype), v, scale=self.scaling, cu_seqlens=cu_seq_lens_q, causal=self.is_causal
-        )
+            q.to(v.dtype), k.to(v.dtype), v,
+            scale=self.scaling, cu_seqlens=cu_seq_lens_q, causal=self.is_causal, exchange_cache=exchange_cache,
+        )  # fmt: skip
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None

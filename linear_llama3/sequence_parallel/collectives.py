@@ -87,23 +87,40 @@ def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Pending:
     return Pending(result, dist.all_to_all_single(result, x, group=group, async_op=True), x)
 
 
+Collective = Callable[[Tensor, dist.ProcessGroup], Pending]
+
+
 def self_adjoint(
-    collective: Callable[[Tensor, dist.ProcessGroup], Pending], x: Tensor, group: dist.ProcessGroup
+    collective: Collective,
+    x: Tensor,
+    group: dist.ProcessGroup,
+    *,
+    cache: dict[str, Any] | None = None,
+    key: str = "received",
 ) -> Tensor:
-    """What an all_reduce or all_to_all of `x` gives, differentiable: these linear maps are their own gradients."""
-    return _SelfAdjoint.apply(x, collective, group)
+    """What an all_reduce or all_to_all of `x` gives, differentiable: these linear maps are their own gradients.
+
+    What `cache` has under `key` is taken for the result; where there is nothing yet, the result is put there.
+    """
+    return _SelfAdjoint.apply(x, collective, group, cache, key)
 
 
 class _SelfAdjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, collective: Callable[..., Pending], group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, collective: Collective, group: dist.ProcessGroup, cache: dict[str, Any] | None, key: str
+    ) -> Tensor:
         ctx.collective, ctx.group = collective, group
-        return collective(x, group).wait()
+        if cache is None:
+            return collective(x, group).wait()
+        if key not in cache:
+            cache[key] = collective(x, group).wait()
+        return cache[key].detach()  # autograd makes what is returned part of its graph
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.collective(grad, ctx.group).wait(), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.collective(grad, ctx.group).wait(), None, None, None, None
 
 
 @lru_cache(maxsize=64)  # asked once for every group

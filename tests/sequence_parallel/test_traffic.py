@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES, SOFTMAX_STRATEGIES, shard
 from linear_llama3.sequence_parallel import linear_attention as sharded_linear
@@ -105,3 +108,33 @@ def one_rank(strategy: str) -> Counter[str]:
 @pytest.mark.parametrize("strategy", [*LINEAR_STRATEGIES, *SOFTMAX_STRATEGIES])
 def test_one_rank_sends_nothing(strategy: str) -> None:
     assert run_distributed(one_rank, 1, strategy) == [Counter()]
+
+
+def checkpointed(strategy: str, reentrant: bool) -> tuple[Counter[str], bool]:
+    """Messages of this rank under gradient checkpointing, and whether out and gradients are those without it."""
+    linear, where = strategy in LINEAR_STRATEGIES, {"group": dist.group.WORLD, "layout": "zigzag"}
+    op, sizes = (sharded_linear, LINEAR) if linear else (sharded_softmax, SOFTMAX)
+    heads = {"q": ("q_heads", "key_dim"), "k": ("kv_heads", "key_dim"), "v": ("kv_heads", "value_dim")}
+    whole = [torch.rand(sizes["batch"], 61, *(sizes[x] for x in shape)) for shape in heads.values()]
+    local = [shard(x, **where).requires_grad_() for x in whole]
+    runs, traffic = [], Traffic()
+    for checkpointing in (False, True):
+        attention = partial(op, strategy=strategy, length=61, exchange_cache={} if checkpointing else None, **where)
+        with traffic if checkpointing else nullcontext():
+            out = checkpoint(attention, *local, use_reentrant=reentrant) if checkpointing else attention(*local)
+            out.square().sum().backward()
+        runs.append([out, *(x.grad for x in local)])
+        for x in local:
+            x.grad = None
+    return traffic.messages, all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("strategy", [*LINEAR_STRATEGIES, *SOFTMAX_STRATEGIES])
+def test_recomputation_repeats_no_exchange(strategy: str, reentrant: bool) -> None:
+    """But for K and V of LASP-2H, which would take the memory of the whole sequence in every layer, and RSA."""
+    repeated = {"lasp2h": Counter(all_gather=1), "rsa": Counter(send=2 * 3)}.get(strategy, Counter())
+    results = run_distributed(checkpointed, 4, strategy, reentrant)
+    assert all(same for _, same in results)
+    most = max((messages for messages, _ in results), key=lambda messages: messages.total())
+    assert most == MESSAGES[strategy] + repeated

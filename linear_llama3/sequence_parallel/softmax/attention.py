@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -54,6 +55,7 @@ def softmax_attention(
     sliding_window: int | None = None,
     causal: bool = True,
     length: int | None = None,
+    exchange_cache: dict[str, Any] | None = None,
 ) -> Tensor:
     """Softmax attention of the whole sequence, local shards in and out.
 
@@ -70,6 +72,9 @@ def softmax_attention(
         sliding_window: w lets a token see itself and the w - 1 before it.
         causal: False lets every token see all of its document.
         length: true length of the whole sequence, where its tail is padding; its outputs are 0.
+        exchange_cache: an empty dict that lives as long as this layer's forward pass and its recomputation under
+            gradient checkpointing: what the recomputation needs of an exchange, the output or with "ulysses" what was
+            received, is kept there. "lasp2h" gathers K and V once more for its backward pass, "rsa" does all again.
 
     Returns:
         out `[B, C, H_q, D_v]` in the dtype of v.
@@ -89,7 +94,7 @@ def softmax_attention(
     else:
         if strategy == "auto":
             strategy = choose_softmax(sizes_of(q, v, part, group), log=part.rank == 0)
-        setting = Setting(group=group, part=part, scale=scale, visibility=visibility)
+        setting = Setting(group=group, part=part, scale=scale, visibility=visibility, exchange_cache=exchange_cache)
         out = get_softmax_strategy(strategy)(q, k, v, setting)
     return F.pad(out, (0, 0, 0, 0, 0, padding)).to(v.dtype)
 

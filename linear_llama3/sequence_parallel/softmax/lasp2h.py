@@ -6,6 +6,8 @@ are on their way, and then only with those of the gathered keys that its queries
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,23 +22,23 @@ from .strategy import Gradients, Kept, Setting, differentiable, split
 
 def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Kept]:
     part, visibility, key_dim = setting.part, setting.visibility, k.shape[-1]
-    own = torch.cat([k, v], dim=-1)  # H_kv heads: not expanded under GQA
-    pending = all_gather(F.pad(own, (0, 0, 0, 0, 0, part.local - part.tokens)), setting.group)
+    wait = _start_gather(k, v, setting)
     block = BlockAttention(q, part.spans, value_dim=v.shape[-1], scale=setting.scale, visibility=visibility)
     block.add(k, v, part.spans)  # needs no other rank: runs while K and V travel
 
-    gathered = in_order(pending.wait().movedim(0, 1), part.layout, dim=1)  # [B, W * C, H_kv, D + D_v]
-    spans = _visible_spans(part, visibility)
-    remote = [gathered[:, a:b].clone() for a, b in spans]  # the rest of the buffer is freed
-    del gathered
-    for span, keys_values in zip(spans, remote, strict=True):
+    remote = wait()
+    for span, keys_values in zip(_visible_spans(part, visibility), remote, strict=True):
         block.add(*split(keys_values, key_dim), [span])
     out, lse = block.result()
+    if setting.exchange_cache is not None:  # of every layer the whole sequence's: gathered again instead of kept
+        return out, (out, lse)
     return out, (out, lse, *remote)
 
 
 def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Kept, setting: Setting) -> Gradients:
     out, lse, *remote = kept
+    if setting.exchange_cache is not None:
+        remote = _start_gather(k, v, setting)()
     part, visibility, key_dim = setting.part, setting.visibility, k.shape[-1]
     block = BlockAttentionBackward(q, part.spans, out, lse, d_out, scale=setting.scale, visibility=visibility)
     # of every rank's K and V, in the order of the sequence
@@ -49,6 +51,19 @@ def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Kept, setting
     block.add(k, v, part.spans, *split(own, key_dim))
     d_k, d_v = split(own + pending.wait()[:, : part.tokens], key_dim)
     return block.result(), d_k, d_v
+
+
+def _start_gather(k: Tensor, v: Tensor, setting: Setting) -> Callable[[], list[Tensor]]:
+    """K and V are sent; the result waits for those of the others, `_visible_spans` of them, [B, n, H_kv, D + D_v]."""
+    part, visibility = setting.part, setting.visibility
+    own = torch.cat([k, v], dim=-1)  # H_kv heads: not expanded under GQA
+    pending = all_gather(F.pad(own, (0, 0, 0, 0, 0, part.local - part.tokens)), setting.group)
+
+    def wait() -> list[Tensor]:
+        gathered = in_order(pending.wait().movedim(0, 1), part.layout, dim=1)  # [B, W * C, H_kv, D + D_v]
+        return [gathered[:, a:b].clone() for a, b in _visible_spans(part, visibility)]  # the rest of it is freed
+
+    return wait
 
 
 def _visible_spans(part: Part, visibility: Visibility) -> list[Span]:

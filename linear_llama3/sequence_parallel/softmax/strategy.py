@@ -28,6 +28,7 @@ class Setting:
     part: Part  # which tokens this rank and the others hold
     scale: float
     visibility: Visibility  # the mask, in global positions
+    exchange_cache: dict[str, Any] | None = None  # see `softmax_attention`
 
 
 class SoftmaxStrategy(Protocol):
@@ -64,7 +65,13 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, setting: Setting, forward: Forward, backward: Backward
     ) -> Tensor:
-        out, kept = forward(q, k, v, setting)
+        cache = setting.exchange_cache
+        if cache:  # filled by the pass that is recomputed
+            out, kept = cache["out"].detach(), cache["kept"]
+        else:
+            out, kept = forward(q, k, v, setting)
+            if cache is not None:  # detached: autograd makes `out` part of its graph
+                cache["out"], cache["kept"] = out.detach(), tuple(x.detach() for x in kept)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.setting, ctx.run_backward = setting, backward
         return out

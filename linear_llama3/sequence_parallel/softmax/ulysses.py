@@ -29,15 +29,20 @@ def ulysses(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Tensor:
     # [B, C, W, the features of a rank's heads]: one message for q, k and v
     message = torch.cat([x.unflatten(2, (ranks, -1)).flatten(3) for x in (q, k, v)], dim=-1)
     message = F.pad(message, (0, 0, 0, 0, 0, part.local - tokens))
-    received = self_adjoint(all_to_all, message.movedim(2, 0), setting.group)  # [W, B, C, features]: all tokens
+    received = _exchange(message.movedim(2, 0), setting, "of a rank's heads")  # [W, B, C, features]: all tokens
     whole = in_order(received.movedim(0, 1), part.layout, dim=1)[:, : part.documents[-1]]
     sizes = [x.shape[2] // ranks * x.shape[3] for x in (q, k, v)]
     q, k, v = (x.unflatten(2, (-1, dim)) for x, dim in zip(whole.split(sizes, dim=-1), dims, strict=True))
 
     out = softmax_attention(q, k, v, scale=setting.scale, visibility=setting.visibility)  # [B, T, H_q / W, D_v]
     out = F.pad(out.to(v.dtype), (0, 0, 0, 0, 0, ranks * part.local - out.shape[1]))
-    received = self_adjoint(all_to_all, by_rank(out, part.layout, ranks, dim=1).movedim(1, 0), setting.group)
+    received = _exchange(by_rank(out, part.layout, ranks, dim=1).movedim(1, 0), setting, "of a rank's tokens")
     return received.movedim(0, 2).flatten(2, 3)[:, :tokens]  # [B, C, W, H_q / W, D_v]: the ranks' heads in order
+
+
+def _exchange(message: Tensor, setting: Setting, what: str) -> Tensor:
+    """An all-to-all, remembered for a recomputation."""
+    return self_adjoint(all_to_all, message, setting.group, cache=setting.exchange_cache, key=what)
 
 
 def check_heads(q_heads: int, kv_heads: int, ranks: int) -> int:
