@@ -7,13 +7,37 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import LinearAttentionLayer
 
 if TYPE_CHECKING:
     from .configuration import LinearLlama3Config
 
 
-class CountingCache(DynamicCache):
-    """A `DynamicCache` that counts tokens itself.
+class StateCache(DynamicCache):
+    """A `DynamicCache` some of whose layers keep a recurrent state."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raises `ValueError`, before any layer has changed: the state cannot be taken back."""
+        raise ValueError(
+            f"a recurrent state cannot forget its last tokens, got crop({tokens_to_remove}); "
+            "keep copy.deepcopy(cache) of the point to return to, or run the shorter sequence anew"
+        )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, side by side."""
+        self.batch_select_indices(torch.arange(self._rows()).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """The rows of these indices, in their order."""
+        self.reorder_cache(indices)  # type: ignore[arg-type]
+
+    def _rows(self) -> int:
+        states = (layer.recurrent_states[0] for layer in self.layers if isinstance(layer, LinearAttentionLayer))
+        return next(states).shape[0]
+
+
+class CountingCache(StateCache):
+    """A `StateCache` that counts tokens itself.
 
     transformers reads the number of cached tokens off a softmax layer and raises where there is none. The
     model calls `advance` after every forward pass. The count is a tensor, as in transformers' `StaticCache`: a
@@ -50,13 +74,6 @@ class CountingCache(DynamicCache):
         super().reset()
         self.num_tokens.zero_()
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Raises `ValueError`: the state cannot be taken back."""
-        raise ValueError(
-            f"a recurrent state cannot forget its last tokens, got crop({tokens_to_remove}); "
-            "keep copy.deepcopy(cache) of the point to return to, or run the shorter sequence anew"
-        )
-
 
 class ShardedCache(DynamicCache):
     """One rank's part of the cache of a prompt that is spread over several ranks, while `prefill` makes it.
@@ -75,10 +92,16 @@ class ShardedCache(DynamicCache):
 
 def new_cache(config: LinearLlama3Config) -> DynamicCache:
     """An empty cache for every kind of model."""
-    return DynamicCache(config=config) if config.has_softmax_layers else CountingCache(config)
+    if not config.has_softmax_layers:
+        return CountingCache(config)
+    return StateCache(config=config) if config.linear_layers else DynamicCache(config=config)
 
 
 def keep_state(cache: Cache, state: Tensor, layer_idx: int) -> None:
     """Puts the state of a linear layer, `[B, H_kv, D_k, D_v (+ 1)]`, in its place."""
-    cache.update_recurrent_state(state, layer_idx)
-    cache.layers[layer_idx].has_previous_state[0] = True  # transformers sets it only where there is a convolution
+    layer = cache.layers[layer_idx]
+    if state.requires_grad or (layer.has_previous_state[0] and layer.recurrent_states[0].requires_grad):
+        layer.recurrent_states[0], layer.is_recurrent_states_initialized[0] = state, True  # autograd needs the old one
+    else:
+        cache.update_recurrent_state(state, layer_idx)
+    layer.has_previous_state[0] = True  # transformers sets it only where there is a convolution

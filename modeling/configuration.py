@@ -14,6 +14,16 @@ from ..ops.feature_maps import FEATURE_MAPS
 from .hub import AUTO_MAP, write_shim
 from .mixers import MIXERS
 
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "linear_num_key_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+)
 LAYER_TYPES = ("linear_attention", "full_attention")
 
 
@@ -81,6 +91,9 @@ class LinearLlama3Config(PreTrainedConfig):
     gate_bias_init: float = 6.0
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in SIZES:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
@@ -127,6 +140,12 @@ class LinearLlama3Config(PreTrainedConfig):
                 "linear_use_rope=False or make them equal"
             )
         mixer = MIXERS[self.linear_attention_type]
+        if mixer.normalize and not FEATURE_MAPS[self.feature_map].non_negative:
+            able = sorted(name for name, feature_map in FEATURE_MAPS.items() if feature_map.non_negative)
+            raise ValueError(
+                f"{self.linear_attention_type!r} divides by the sum of the weights, which must not be negative, got "
+                f"linear_feature_map={self.linear_feature_map!r}; set it to one of {able}"
+            )
         if not self.is_causal and self.linear_layers and (mixer.learned_decay or mixer.constant_log_decay):
             without = sorted(n for n, m in MIXERS.items() if not (m.learned_decay or m.constant_log_decay))
             raise ValueError(
@@ -207,7 +226,7 @@ class LinearLlama3Config(PreTrainedConfig):
         from .presets import preset_fields  # here: `python -m` runs that module after this one
 
         for field in overrides:
-            if not hasattr(cls, field):
+            if not hasattr(cls, field) or callable(getattr(cls, field)):
                 raise ValueError(f"a preset takes the fields of {cls.__name__}, got {field!r}; see its documentation")
         return cls(**preset_fields(name, overrides))
 

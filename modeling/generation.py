@@ -9,7 +9,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
-from .cache import CountingCache
+from .cache import CountingCache, new_cache
 from .configuration import LinearLlama3Config
 from .inputs import SWITCH_OFF, Masks, layer_masks
 
@@ -20,12 +20,12 @@ class LinearLlama3GenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """transformers' hook: refuses to generate from a shard, gives a pure linear model its cache."""
+        """transformers' hook: refuses to generate from a shard, gives a model with linear layers its cache."""
         if self.base_model.sequence_parallel_context is not None:
             raise ValueError(f"one rank's shard cannot generate, got generate() under a context; {SWITCH_OFF}")
         wants_cache = generation_config.use_cache and model_kwargs.get("past_key_values") is None
+        implementation = generation_config.cache_implementation
         if wants_cache and not self.config.has_softmax_layers:
-            implementation = generation_config.cache_implementation
             if implementation not in (None, "dynamic", "static"):
                 raise ValueError(
                     "a model without softmax layers keeps a state of fixed size, got "
@@ -33,8 +33,10 @@ class LinearLlama3GenerationMixin(GenerationMixin):
                     "compile the decoding step"
                 )
             model_kwargs["past_key_values"] = CountingCache(self.config, static=implementation == "static")
-            return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        elif wants_cache and implementation in (None, "dynamic"):
+            model_kwargs["past_key_values"] = new_cache(self.config)
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(
@@ -60,6 +62,13 @@ class LinearLlama3GenerationMixin(GenerationMixin):
             raise ValueError(
                 f"a chunked prefill cuts input_ids, got prefill_chunk_size={generation_config.prefill_chunk_size} with "
                 "inputs_embeds; leave prefill_chunk_size out"
+            )
+        cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
+        seen = 0 if cache is None or embeds is not None else int(cache.get_seq_length())
+        if seen and seen >= input_ids.shape[1]:
+            raise ValueError(
+                "generate() asks for the logits of the prompt's last token, which must not be in the cache yet, got a "
+                f"cache of {seen} tokens for a prompt of {input_ids.shape[1]}; make it of input_ids[:, :-1]"
             )
         return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
 

@@ -57,6 +57,7 @@ class LinearLlama3ForMaskedLM(LinearLlama3PreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,  # whatever the config says
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)
@@ -72,12 +73,14 @@ class LinearLlama3ForSequenceClassification(GenericForSequenceClassification, Li
     """Classes of a sequence, from its last token that is not padding."""
 
     needs_whole_sequences = True
+    accepts_loss_kwargs = False  # for Trainer: the loss is a mean, whatever num_items_in_batch says
 
 
 class LinearLlama3ForTokenClassification(GenericForTokenClassification, LinearLlama3PreTrainedModel):
     """Classes of tokens."""
 
     needs_whole_sequences = True
+    accepts_loss_kwargs = False  # as above
 
 
 class LinearLlama3ForQuestionAnswering(GenericForQuestionAnswering, LinearLlama3PreTrainedModel):

@@ -18,6 +18,7 @@ from ..ops import linear_attention
 from ..ops.decays import lightning_log_decay, retention_log_decay
 from ..ops.feature_maps import FEATURE_MAPS
 from ..ops.precision import working_dtype
+from .buffers import ExactBuffers
 from .cache import ShardedCache, keep_state
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Mixer:
     feature_map: str = "identity"
     key_head_dim: int | None = None  # channels of a head before the feature map; None: the config's head_dim
     constant_log_decay: Callable[[int, int, int], Tensor] | None = None  # (heads, layer, layers) -> [H_kv]
-    learned_decay: bool = False  # per token, head and key channel
+    learned_decay: bool = False  # per token, head and feature of the keys
     use_rope: bool = False
     normalize: bool = False  # divide by the sum of the weights; without it, an RMSNorm per head keeps the scale
     output_gate: str = "silu"  # activation of the gate on the output
@@ -76,7 +77,7 @@ class LearnedFeatureMap(nn.Module):
         return FEATURE_MAPS[self.name](x, **dict(self.named_parameters()))
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(ExactBuffers):
     """The attention of a linear layer, in the place and with the projections of Llama's softmax attention.
 
     `q, k` pass through feature map and rotary embedding, the state decays as the mixer says, the output is normalised
@@ -107,26 +108,21 @@ class LinearAttention(nn.Module):
             self.o_norm = LlamaRMSNorm(self.value_dim, eps=config.rms_norm_eps)
         if mixer.learned_decay:
             self.decay_down_proj = nn.Linear(hidden, DECAY_RANK, bias=False)
-            self.decay_up_proj = nn.Linear(DECAY_RANK, self.num_kv_heads * self.key_dim, bias=False)
+            features = self.num_kv_heads * config.linear_state_shape[1]
+            self.decay_up_proj = nn.Linear(DECAY_RANK, features, bias=False)
             # not the projection's own bias: transformers lets only the owner of a parameter initialise it
-            self.decay_bias = nn.Parameter(torch.full((self.num_kv_heads * self.key_dim,), config.gate_bias_init))
+            self.decay_bias = nn.Parameter(torch.full((features,), config.gate_bias_init))
         if config.linear_output_gate:
             self.g_proj = nn.Linear(hidden, heads * self.value_dim, bias=False)
             self.gate_activation = ACT2FN[mixer.output_gate]
         if mixer.constant_log_decay is not None:
+            # exact, as a rounded decay is another model
             self.log_decay = nn.Buffer(self.constant_log_decay(), persistent=False)
 
     def constant_log_decay(self) -> Tensor:
         """Value of the decay buffer, `[H_kv]` float32; asked for again after a build on the meta device."""
         assert self.mixer.constant_log_decay is not None
         return self.mixer.constant_log_decay(self.num_kv_heads, self.layer_idx, self.config.num_hidden_layers)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearAttention:
-        super()._apply(fn, recurse)
-        # .half() and .bfloat16() cast every buffer, and a rounded decay is another model
-        if self.mixer.constant_log_decay is not None and self.log_decay.dtype != torch.float32:
-            self.log_decay = nn.Buffer(self.constant_log_decay().to(self.log_decay.device), persistent=False)
-        return self
 
     def forward(
         self,
@@ -198,14 +194,14 @@ class LinearAttention(nn.Module):
         return x * cos + rotate_half(x) * sin
 
     def _log_decay(self, x: Tensor) -> Tensor | None:
-        """None, `[H_kv]` or `[B, T, H_kv, D_k]`, at least float32."""
+        """None, `[H_kv]` or, for every feature, `[B, T, H_kv, D_k]`, at least float32."""
         if self.mixer.constant_log_decay is not None:
             return self.log_decay
         if not self.mixer.learned_decay:
             return None
         gate = self.decay_up_proj(self.decay_down_proj(x)) + self.decay_bias
         gate = gate.to(working_dtype(gate))
-        return (F.logsigmoid(gate) / DECAY_TEMPERATURE).view(*x.shape[:2], self.num_kv_heads, self.key_dim)
+        return (F.logsigmoid(gate) / DECAY_TEMPERATURE).view(*x.shape[:2], self.num_kv_heads, -1)
 
     def _attend_cached(
         self, q: Tensor, *, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Cache | None, **kind: Any

@@ -18,12 +18,13 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from ..sequence_parallel.packing import document_edges, restarting_positions
 from .attention import LinearLlama3Attention
+from .buffers import LinearLlama3RotaryEmbedding
 from .cache import CountingCache, ShardedCache, new_cache
 from .configuration import LinearLlama3Config
 from .generation import LinearLlama3GenerationMixin
@@ -39,12 +40,15 @@ from .inputs import (
     positions_to_keep,
 )
 from .mixers import LearnedFeatureMap, LinearAttention
-from .model_card import add_card
+from .model_card import add_card, provenance
 
 if TYPE_CHECKING:
     from ..sequence_parallel import SequenceParallelContext
 
 logger = logging.get_logger(__name__)
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+"""Keywords of `from_pretrained` that say where a file of a repository is."""
 
 
 class LinearLlama3DecoderLayer(GradientCheckpointingLayer):
@@ -73,6 +77,7 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     model_tags = ["linear_llama3", "linear-attention"]  # noqa: RUF012
     supports_gradient_checkpointing = True
+    provenance: dict[str, Any] | None = None  # what `from_pretrained` knows of it; see model_card.provenance
     _no_split_modules = ["LinearLlama3DecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
@@ -109,6 +114,16 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
         elif isinstance(module, LearnedFeatureMap):
             for name, value in module.initial().items():
                 init.copy_(getattr(module, name), value)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
+        """Like `PreTrainedModel.from_pretrained`; remembers the licence of what was loaded, for the next card."""
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if pretrained_model_name_or_path is not None:
+            model.provenance = provenance(str(pretrained_model_name_or_path), **hub)
+        return loaded
 
     def save_pretrained(
         self,
@@ -153,7 +168,7 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
             [LinearLlama3DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
+        self.rotary_emb = LinearLlama3RotaryEmbedding(config)  # type: ignore[arg-type]
         self.gradient_checkpointing = False
         self.sequence_parallel_context: SequenceParallelContext | None = None
         self.post_init()

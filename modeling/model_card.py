@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from .hub import AUTO_CLASSES, CARD_NAME, NOTICE_NAME, SAVED_CARD, SAVED_CARDS, final_folder, replaceable
 
@@ -40,7 +41,9 @@ def model_card(
     """
     config, classes = model.config, {kind.__name__ for kind in type(model).__mro__}
     auto_class = next((auto for auto, name in AUTO_CLASSES.items() if name in classes), "AutoModel")
-    origin = provenance(config.name_or_path)
+    origin = _origin(model)
+    if origin.get("base_model") == repo_id:  # pushed back to where it came from
+        del origin["base_model"]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=PIPELINE_TAGS[auto_class],
@@ -75,29 +78,55 @@ def add_card(model: PreTrainedModel, folder: Path, repo_id: str) -> None:
             model_card(model, repo_id=repo_id).save(card)
         else:
             shutil.copyfile(own, card)
-    notice = llama_notice(provenance(model.config.name_or_path).get("license"))
+    notice = llama_notice(_origin(model).get("license"))
     if notice is not None and not (final_folder(folder) / NOTICE_NAME).exists():
         (folder / NOTICE_NAME).write_text(notice + "\n", encoding="utf-8")
 
 
-def provenance(source: str) -> dict[str, Any]:
+def _origin(model: PreTrainedModel) -> dict[str, Any]:
+    if model.provenance is not None:
+        return dict(model.provenance)
+    return provenance(model.config.name_or_path, local_files_only=True)
+
+
+def provenance(source: str, **hub: Any) -> dict[str, Any]:
     """`base_model` and `license` for the card of a model that was loaded from `source`, "" if it was not loaded.
 
-    A folder's own card tells both. Without one, names are taken at their word: Llama's licences demand that what
-    derives from it is named Llama.
+    The card of the folder or repository tells the licence, a folder's its base model too. Without one, names are taken
+    at their word: Llama's licences demand that what derives from it is named Llama.
+
+    Args:
+        hub: options of `from_pretrained` that say where a repository's card is: `revision`, `cache_dir`, ...
     """
-    folder = Path(source)
-    origin: dict[str, Any] = {}
-    if source and folder.is_dir():
-        known = _metadata(folder / CARD_NAME)
-        origin = {key: known[key] for key in ("base_model", "license", "license_name", "license_link") if key in known}
-        if re.fullmatch(r"(Meta-)?Llama-3(\.\d)?-\d+B(-Instruct)?", folder.name):
-            origin.setdefault("base_model", f"meta-llama/{folder.name}")
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):  # on the Hub
+    folder, on_hub = Path(source), re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
+    if not source or not (folder.is_dir() or on_hub):
+        return _named(folder)
+    card = folder / CARD_NAME if folder.is_dir() else _card_on_hub(source, **hub)
+    known = {} if card is None else _metadata(card)
+    origin: dict[str, Any] = {key: known[key] for key in ("license", "license_name", "license_link") if key in known}
+    if not folder.is_dir():
         origin["base_model"] = source
-    if version := re.match(r"(?:Meta-)?Llama-(3(?:\.\d)?)-", folder.name):
-        origin.setdefault("license", f"llama{version[1]}")
-    return origin
+    elif "base_model" in known:
+        origin["base_model"] = known["base_model"]
+    elif re.fullmatch(r"(Meta-)?Llama-3(\.\d)?-\d+B(-Instruct)?", folder.name):
+        origin["base_model"] = f"meta-llama/{folder.name}"
+    return _named(folder) | origin
+
+
+def _named(folder: Path) -> dict[str, Any]:
+    version = re.match(r"(?:Meta-)?Llama-(3(?:\.\d)?)-", folder.name)
+    return {"license": f"llama{version[1]}"} if version else {}
+
+
+def _card_on_hub(repo_id: str, **hub: Any) -> Path | None:
+    try:
+        found = cached_file(
+            repo_id, CARD_NAME, **hub, _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+    except OSError:  # no such repository: the weights came from elsewhere
+        return None
+    return None if found is None else Path(found)
 
 
 def _metadata(card: Path) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from .precision import working_dtype
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureMap:
-    """A map, how many features it makes of D channels, and what it learns."""
+    """A map, how many features it makes of D channels, what it learns, and whether weights are at least 0."""
 
     function: Callable[..., Tensor]  # (x [..., H, D], **parameters) -> [..., H, size(D)]
     size: Callable[[int], int]
     parameters: Callable[[int, int], dict[str, Tensor]]  # (H, D) -> initial values
+    non_negative: bool = True  # phi(q) . phi(k) >= 0: their sum can be divided by
 
     def __call__(self, x: Tensor, **parameters: Tensor) -> Tensor:
         return self.function(x, **parameters)
@@ -73,13 +74,15 @@ def _nothing(heads: int, dim: int) -> dict[str, Tensor]:
     return {}
 
 
-def _fixed(function: Callable[[Tensor], Tensor], size: Callable[[int], int] = _same) -> FeatureMap:
-    return FeatureMap(function=function, size=size, parameters=_nothing)
+def _fixed(
+    function: Callable[[Tensor], Tensor], size: Callable[[int], int] = _same, *, non_negative: bool = True
+) -> FeatureMap:
+    return FeatureMap(function=function, size=size, parameters=_nothing, non_negative=non_negative)
 
 
 FEATURE_MAPS: dict[str, FeatureMap] = {
-    "identity": _fixed(identity),
-    "silu": _fixed(F.silu),  # of Lightning Attention (MiniMax-01, arXiv:2501.08313)
+    "identity": _fixed(identity, non_negative=False),
+    "silu": _fixed(F.silu, non_negative=False),  # of Lightning Attention (MiniMax-01, arXiv:2501.08313)
     "elu_plus_one": _fixed(elu_plus_one),
     "taylor": _fixed(taylor, size=lambda dim: 1 + dim + dim * (dim + 1) // 2),
     "rebased": FeatureMap(

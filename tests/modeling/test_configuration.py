@@ -90,6 +90,8 @@ def test_json_round_trip(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"linear_attention_type": "mamba"}, "linear_attention_type must be one of .*gla.*, got 'mamba'"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1, got 0"),
+        ({"linear_key_head_dim": 0}, "linear_key_head_dim must be at least 1, got 0"),
         ({"linear_feature_map": "cosine"}, "linear_feature_map must be one of .*silu.*, got 'cosine'"),
         ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads, got 4 and 3"),
         ({"linear_num_key_value_heads": 3}, "must be a multiple of linear_num_key_value_heads, got 4 and 3"),

@@ -10,10 +10,10 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
 from torch import nn
-from transformers import DynamicCache
 
 from linear_llama3 import LinearLlama3ForCausalLM, LinearLlama3Model
 from linear_llama3.modeling import CountingCache
+from linear_llama3.modeling.cache import StateCache
 from tests.distributed import run_distributed
 from tests.modeling.test_generation import feed, generate
 from tests.modeling.tiny import MIXER_NAMES, tiny_config, tiny_model, tokens
@@ -104,7 +104,7 @@ def test_a_copied_cache_is_a_point_to_return_to(interval: int) -> None:
     model, x = tiny_model("gla", full_attention_interval=interval), tokens(1, 12)
     _, cache = feed(model, x, [7])
     twin = copy.deepcopy(cache)
-    assert type(twin) is (DynamicCache if interval else CountingCache)
+    assert type(twin) is (StateCache if interval else CountingCache)
     model(tokens(1, 3, seed=5), past_key_values=cache)
     torch.testing.assert_close(
         model(x[:, 7:], past_key_values=twin).logits, model(x).logits[:, 7:], rtol=1e-3, atol=1e-3

@@ -64,6 +64,12 @@ def test_reset_and_reorder(interval: int) -> None:
     cache.reorder_cache(torch.tensor([1, 0]))
     swapped = model(x[:, 6:].flip(0), past_key_values=cache).logits.flip(0)
     torch.testing.assert_close(swapped, model(x).logits[:, 6:], rtol=1e-3, atol=1e-3)
+    _, cache = feed(model, x, [6])
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(2)
+    twice = model(x[1:].expand(2, -1)[:, 6:], past_key_values=cache).logits
+    torch.testing.assert_close(twice, model(x).logits[1:, 6:].expand(2, -1, -1), rtol=1e-3, atol=1e-3)
+    _, cache = feed(model, x, [6])
     if interval == 0:  # resetting a DynamicCache keeps the length of its softmax layers
         cache.reset()
         assert cache.get_seq_length() == 0

@@ -59,16 +59,30 @@ def test_quantized_cache(model: LinearLlama3ForCausalLM) -> None:
 
 
 def test_crop(model: LinearLlama3ForCausalLM) -> None:
-    """transformers' words for a hybrid's cache, ours for that of a purely linear model; the cache is unharmed."""
-    x = tokens(1, 12)
-    cache = model(x[:, :7]).past_key_values
-    refusal: tuple[type[Exception], str] = (RuntimeError, "does not track past states")
-    if isinstance(cache, CountingCache):
-        refusal = ValueError, r"cannot forget its last tokens, got crop\(-2\); keep copy.deepcopy\(cache\)"
-    with pytest.raises(refusal[0], match=refusal[1]):
-        cache.crop(-2)
-    rest = model(x[:, 7:], past_key_values=cache).logits
-    torch.testing.assert_close(rest, model(x).logits[:, 7:], rtol=1e-3, atol=1e-3)
+    """The cache is unharmed, whichever kind of layer is first, and also the one that `generate` made."""
+    types = model.config.layer_types
+    for layers in (types, types[::-1]):
+        model = tiny_model("gla", layer_types=layers)
+        x = tokens(1, 12)
+        generated = model.generate(x[:, :6], max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+        for cache in (model(x[:, :7]).past_key_values, generated.past_key_values):
+            with pytest.raises(ValueError, match=r"cannot forget its last tokens, got crop\(-2\); keep copy.deepcopy"):
+                cache.crop(-2)
+        rest = model(x[:, 7:], past_key_values=model(x[:, :7]).past_key_values).logits
+        cache = model(x[:, :7]).past_key_values
+        with pytest.raises(ValueError, match="cannot forget"):
+            cache.crop(-2)
+        assert torch.equal(model(x[:, 7:], past_key_values=cache).logits, rest)
+
+
+def test_a_cache_of_the_whole_prompt(model: LinearLlama3ForCausalLM) -> None:
+    """transformers would feed the prompt a second time."""
+    x = tokens(2, 7)
+    for given in (x, torch.cat([x, x[:, :1]], 1)):
+        with pytest.raises(ValueError, match=rf"got a cache of {given.shape[1]} tokens for a prompt of 7; make it of"):
+            generate(model, x, past_key_values=model(given, use_cache=True).past_key_values)
+    cache = model(x[:, :-1], use_cache=True).past_key_values
+    assert torch.equal(generate(model, x, past_key_values=cache), generate(model, x))
 
 
 def test_caches_without_a_place_for_the_state() -> None:

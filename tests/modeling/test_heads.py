@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    Trainer,
+    TrainingArguments,
 )
 
 from linear_llama3 import (
@@ -58,20 +60,66 @@ def test_auto_classes(kind: str, tmp_path: Path) -> None:
         assert not isinstance(a, Tensor) or torch.equal(a, b)
 
 
+class Rows(torch.utils.data.Dataset):
+    """Four rows with labels for every head."""
+
+    def __init__(self, kind: str) -> None:
+        x = tokens(4, 9)
+        targets: dict[str, dict[str, Tensor]] = {
+            "classes": {"labels": x[:, 4] % 3},
+            "tokens": {"labels": x % 3},
+            "answers": {"start_positions": x[:, 0] % 9, "end_positions": x[:, 1] % 9},
+            "masks": {"labels": x.masked_fill(x % 3 > 0, -100)},
+        }
+        self.columns = {"input_ids": x, **targets[kind]}
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        return {name: column[row] for name, column in self.columns.items()}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_accumulated_batches_are_one_batch(kind: str, tmp_path: Path) -> None:
+    """transformers' generic heads would let Trainer sum the means of the batches."""
+    found = []
+    for batch in (4, 2, 1):
+        torch.manual_seed(0)
+        config = bidirectional() if kind == "masks" else tiny_config("gla", num_labels=3, classifier_dropout=0.0)
+        args = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=4 // batch, max_steps=1,
+            learning_rate=0.1, optim="sgd", max_grad_norm=1e9, logging_steps=1, report_to=[], use_cpu=True,
+            save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(HEADS[kind][1](config), args, train_dataset=Rows(kind))
+        trainer.train()
+        found.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-4)
+
+
+def test_a_tied_masked_lm_and_tuples(tmp_path: Path) -> None:
+    model = masked_lm(tie_word_embeddings=True, return_dict=False)
+    out = model(tokens(2, 9), labels=tokens(2, 9))
+    assert isinstance(out, tuple) and torch.equal(out[1], model(tokens(2, 9), return_dict=True).logits)
+    model.save_pretrained(tmp_path)
+    again = LinearLlama3ForMaskedLM.from_pretrained(tmp_path)
+    for each in (model, again):
+        assert each.lm_head.weight is each.model.embed_tokens.weight
+    again.resize_token_embeddings(70)
+    assert again.lm_head.weight is again.model.embed_tokens.weight and again.lm_head.weight.shape == (70, 32)
+
+
 @pytest.mark.parametrize("kind", ["classes", "tokens", "answers"])
 def test_heads_learn(kind: str) -> None:
     torch.manual_seed(0)
-    model = HEADS[kind][1](tiny_config("basic", num_labels=3)).train()
-    x = tokens(6, 9)
-    targets: dict[str, Any] = {
-        "classes": {"labels": x[:, 4] % 3},
-        "tokens": {"labels": x % 3},
-        "answers": {"start_positions": x[:, 0] % 9, "end_positions": x[:, 1] % 9},
-    }[kind]
+    model = HEADS[kind][1](tiny_config("basic", num_labels=3, classifier_dropout=0.0)).train()
+    batch = Rows(kind).columns
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     losses = []
     for _ in range(40):
-        loss = model(x, **targets).loss
+        loss = model(**batch).loss
         loss.backward()
         assert all(p.grad is not None for p in model.parameters())
         optimizer.step()

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 import linear_llama3
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
 from linear_llama3.modeling.hub import AUTO_CLASSES, AUTO_MAP, RUN_CARD, SAVED_CARD, SHIM
-from linear_llama3.modeling.model_card import PIPELINE_TAGS, provenance
+from linear_llama3.modeling.model_card import PIPELINE_TAGS, model_card, provenance
 from tests.modeling.tiny import SIZES, tiny_config, tiny_model, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,7 +219,7 @@ def test_origin_of_weights_by_folder(name: str, card: str | None, origin: dict[s
 
 
 def test_llama_licence_is_handed_on(tmp_path: Path) -> None:
-    """From Llama's folder to ours, and from ours to the next."""
+    """From Llama's folder to ours, from ours to the next, and over the Hub; also when the source is gone."""
     llama = LlamaForCausalLM(LlamaConfig(**SIZES))
     llama.save_pretrained(tmp_path / "Llama-3.2-1B")
     converted = LinearLlama3ForCausalLM.from_pretrained(tmp_path / "Llama-3.2-1B", config=tiny_config("gla"))
@@ -231,6 +231,15 @@ def test_llama_licence_is_handed_on(tmp_path: Path) -> None:
         assert "Built with Llama. Llama 3.2 is licensed under the Llama 3.2 Community License" in card.text
         notice = (tmp_path / name / "NOTICE").read_text()
         assert notice.endswith("Copyright © Meta Platforms, Inc. All Rights Reserved.\n")
+    hub = tmp_path / "hub" / "models--me--converted"  # the same from a repository
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(tmp_path / "converted", hub / "snapshots" / ("a" * 40))
+    again = LinearLlama3ForCausalLM.from_pretrained("me/converted", cache_dir=tmp_path / "hub")
+    shutil.rmtree(tmp_path / "hub")
+    for repo_id, base_model in (("me/again", "me/converted"), ("me/converted", None)):
+        card = model_card(again, repo_id=repo_id)
+        assert card.data.license == "llama3.2" and card.data.base_model == base_model and "Built with" in card.text
     (tmp_path / "next" / "NOTICE").write_text("mine")
     converted.save_pretrained(tmp_path / "next")
     assert (tmp_path / "next" / "NOTICE").read_text() == "mine"

@@ -143,33 +143,51 @@ def test_without_output_gate() -> None:
     torch.testing.assert_close(layer(x, position_embeddings=(cos, sin))[0], expected, rtol=2e-5, atol=2e-6)
 
 
+def fading(layer: LinearAttention, mixer: str, x: Tensor, features: int) -> Tensor:
+    """The factor of every token, head and feature, `[T, H_kv, features]`."""
+    factor = torch.ones(x.shape[1], 2, features, dtype=x.dtype)
+    if mixer == "gla":
+        gate = (layer.decay_up_proj(layer.decay_down_proj(x)) + layer.decay_bias).sigmoid() ** (1 / 16)
+        return gate.view(*factor.shape)
+    if mixer == "retention":
+        return factor * (1 - 2.0 ** (-5 - torch.arange(2.0, dtype=x.dtype))).view(2, 1)
+    return factor * layer.log_decay.double().exp().view(2, 1) if mixer == "lightning" else factor
+
+
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
 @pytest.mark.parametrize("name", FEATURE_MAPS)
-def test_feature_maps_by_name(name: str) -> None:
-    """Of any mixer: here one that rotates what the map gives, and does not normalise its output."""
-    rope = name not in ("taylor", "rebased")
-    layer = make_layer(
-        "retention", linear_feature_map=name, linear_use_rope=rope, linear_output_gate=False, linear_output_norm=False,
-        linear_key_head_dim=4 if name == "hedgehog" else 8,
-    )  # fmt: skip
+def test_feature_maps_by_name(name: str, mixer: str) -> None:
+    """Of any mixer: outputs are those of the recurrence over the features, without RMSNorm; everything learns."""
+    normalize, rope = mixer in ("based", "rebased"), mixer == "retention" and name not in ("taylor", "rebased")
+    fields: dict[str, Any] = {"linear_use_rope": rope, "linear_output_gate": False, "linear_output_norm": False}
+    fields |= {"linear_feature_map": name, "linear_key_head_dim": 4 if name == "hedgehog" else 8}
+    if normalize and name in ("identity", "silu"):  # the weights have both signs, and their sum may be 0
+        with pytest.raises(ValueError, match=f"must not be negative, got linear_feature_map='{name}'; set it to one"):
+            make_layer(mixer, **fields)
+        return
+    layer = make_layer(mixer, **fields)
     assert not hasattr(layer, "o_norm")
     x = torch.randn(1, 9, 32, dtype=torch.float64)
     table = rotary_table(9, 8)
     maps = dict(layer.q_feature_map.named_parameters()), dict(layer.k_feature_map.named_parameters())
     q = FEATURE_MAPS[name](layer.q_proj(x).view(1, 9, 4, -1), **maps[0])
     k = FEATURE_MAPS[name](layer.k_proj(x).view(1, 9, 2, -1), **maps[1])
-    assert q.shape[-1] == k.shape[-1] == layer.config.linear_state_shape[1]
+    features = layer.config.linear_state_shape[1]
+    assert q.shape[-1] == k.shape[-1] == features
     if rope:
         q, k = rotate(q, *table), rotate(k, *table)
-    v = layer.v_proj(x).view(1, 9, 2, -1)
-    outputs = []
-    for head in range(4):
-        decay = (1 - 2.0 ** (-5 - head // 2)) ** (torch.arange(9)[:, None] - torch.arange(9)).tril().double()
-        scores = (q[0, :, head] @ k[0, :, head // 2].T * decay).tril() / math.sqrt(q.shape[-1])
-        outputs.append(scores @ v[0, :, head // 2])
-    expected = layer.o_proj(torch.cat(outputs, -1)[None])
+    v, factor = layer.v_proj(x).view(1, 9, 2, -1), fading(layer, mixer, x, features)
+    state, outputs = torch.zeros(2, features, 9, dtype=x.dtype), []
+    for t in range(9):
+        ones = torch.cat([v[0, t], torch.ones(2, 1, dtype=x.dtype)], -1)
+        state = factor[t, :, :, None] * state + k[0, t, :, :, None] * ones[:, None]
+        read = torch.einsum("hk,hkv->hv", q[0, t], state.repeat_interleave(2, dim=0))
+        outputs.append(read[:, :-1] / (read[:, -1:] if normalize else math.sqrt(features)))
+    expected = layer.o_proj(torch.stack(outputs).view(1, 9, -1))
     out = layer(x, position_embeddings=table)[0]
-    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
-    out.sum().backward()
+    bound = 2e-3 if name == "rebased" and normalize else 2e-5
+    torch.testing.assert_close(out, expected, rtol=bound, atol=bound)
+    out.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
 
 
@@ -194,13 +212,14 @@ def test_padding_with_a_map_that_is_positive_at_zero() -> None:
 
 
 @pytest.mark.parametrize("mixer", ["lightning", "retention"])
-def test_casts_do_not_round_the_decay(mixer: str) -> None:
+def test_casts_do_not_round_constants(mixer: str) -> None:
+    """Neither the decay nor the rotary frequencies."""
     model = tiny_model(mixer)
-    exact = model.model.layers[0].self_attn.log_decay.clone()
+    exact = {name: x.clone() for name, x in model.named_buffers()}
+    assert {"log_decay", "inv_freq", "original_inv_freq"} == {name.split(".")[-1] for name in exact}
     for cast in (model.bfloat16, model.half, model.double, model.float):
-        decay = cast().model.layers[0].self_attn.log_decay
-        assert decay.dtype == torch.float32
-        assert torch.equal(decay, exact)
+        for name, x in cast().named_buffers():
+            assert x.dtype == torch.float32 and torch.equal(x, exact[name]), name
 
 
 @pytest.mark.parametrize("mixer", ["basic", "lightning", "retention"])  # a decay per channel turns with the rotation

@@ -75,6 +75,17 @@ def test_counts(shape: str, mixer: str) -> None:
     assert config.vocab_size == VOCABULARY and config.linear_attention_type == mixer
 
 
+def test_what_the_sizes_do_not_tell() -> None:
+    """Beside Meta's shapes, which are compared whole: initial scale, rotary base, lengths, and Llama 3's tokens."""
+    for name in SHAPES.keys() - PUBLISHED.keys():
+        config = LinearLlama3Config.from_preset(name)
+        longest = 16384 if name == "linear-llama3-1b" else 131072
+        assert config.initializer_range == 0.008 and config.max_position_embeddings == longest, name
+        assert config.rope_parameters == {"rope_type": "default", "rope_theta": 500000.0}, name
+        assert (config.rms_norm_eps, config.hidden_act) == (1e-5, "silu")
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (128000, 128001, None)
+
+
 @pytest.mark.parametrize(("ratio", "interval"), [("pure", 0), ("hybrid-1-8", 8), ("hybrid-1-4", 4), ("hybrid-1-2", 2)])
 def test_the_papers_ratios(ratio: str, interval: int) -> None:
     config = LinearLlama3Config.from_preset(f"linear-llama3-1b-gla-{ratio}")

@@ -82,3 +82,23 @@ def test_loss_without_labels_to_predict() -> None:
         model(x, labels=x, num_items_in_batch=8).loss,
         F.cross_entropy(model(x).logits[0, :-1], x[0, 1:], reduction="sum") / 8,
     )
+
+
+@pytest.mark.parametrize("interval", [2, 0])
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+def test_gradients_flow_back_through_a_cache(mixer: str, interval: int) -> None:
+    """Three passes that hand on their cache have the gradients of one; a fourth, without gradients, goes on."""
+    x, found = tokens(2, 12), []
+    for pieces in ([12], [5, 1, 6]):
+        model, cache, start = tiny_model(mixer, full_attention_interval=interval), None, 0
+        losses = []
+        for length in pieces:
+            out = model(x[:, start : start + length], past_key_values=cache, use_cache=True)
+            cache, start = out.past_key_values, start + length
+            losses.append(out.logits.log_softmax(-1)[..., 7].sum())
+        torch.stack(losses).sum().backward()
+        with torch.no_grad():
+            after = model(tokens(2, 3), past_key_values=cache).logits
+        found.append({**gradients(model), "after": after})
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
