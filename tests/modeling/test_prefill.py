@@ -208,7 +208,7 @@ def ways_to_go_on() -> list[bool] | None:
             if (past := cache()) is None:
                 continue
             if copies > 1:
-                past.reorder_cache(torch.arange(2).repeat_interleave(copies))
+                past.batch_repeat_interleave(copies)
             texts = []
             for given in ({"past_key_values": past}, {}):
                 torch.manual_seed(0)
