@@ -103,7 +103,9 @@ def launch(arguments: list[str], processes: int, *, gpu: bool) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode  # a negative one is a signal's
-        print(f"error: process {rank} of {processes} ended with exit code {code}; its message is above", file=sys.stderr)
+        print(
+            f"error: process {rank} of {processes} ended with exit code {code}; its message is above", file=sys.stderr
+        )
         raise SystemExit(code) from None
     except SignalException as signal:
         raise SystemExit(128 + signal.sigval) from None

@@ -187,7 +187,9 @@ def _builder(files: list[Path]) -> str:
         builders.setdefault(BUILDERS.get(suffix, "text"), path)
     if len(builders) > 1:
         found = ", ".join(f"{builder} ({path})" for builder, path in builders.items())
-        raise ValueError(f"data.files must be of one kind, got {found}; name them by a pattern such as 'folder/*.jsonl'")
+        raise ValueError(
+            f"data.files must be of one kind, got {found}; name them by a pattern such as 'folder/*.jsonl'"
+        )
     return next(iter(builders))
 
 

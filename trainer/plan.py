@@ -142,7 +142,9 @@ def _exchange(plan: Plan) -> list[str]:
         name = getattr(plan.recipe.sequence_parallel, kind)
         chosen = best if name == "auto" else name
         if chosen not in costs:
-            raise ValueError(f"{chosen} cannot divide the heads of the {kind} layers among {plan.ranks} ranks; use {best}")
+            raise ValueError(
+                f"{chosen} cannot divide the heads of the {kind} layers among {plan.ranks} ranks; use {best}"
+            )
         sent = layers * (costs[chosen].forward + costs[chosen].backward) / 2**20
         estimates = ", ".join(f"{other} {1e3 * cost.seconds:.3g}" for other, cost in costs.items())
         lines += [

@@ -93,7 +93,9 @@ def _conversation(messages: Messages, prompt: int, tools: Any, tokenizer: PreTra
     these, a turn is what the conversation up to and with it adds to the prompt that asks for it.
     """
     if tokenizer.chat_template is None:
-        raise ValueError("conversations need a chat template, the tokenizer has none; name a file in data.chat_template")
+        raise ValueError(
+            "conversations need a chat template, the tokenizer has none; name a file in data.chat_template"
+        )
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     tools = json.loads(tools) if isinstance(tools, str) else tools
     template = tokenizer.get_chat_template(tools=tools)
