@@ -5,18 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
-from accelerate.commands.launch import launch_command, launch_command_parser
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from .modeling.presets import catalogue, table
-from .trainer import __main__ as trainer
-from .trainer.plan import describe, plan
-from .trainer.recipe import Recipe, load_recipe
+if TYPE_CHECKING:
+    from .trainer.recipe import Recipe
 
 SHUTDOWN_SECONDS = 300  # for a checkpoint after SIGTERM; torch would kill the processes after 30
 
@@ -39,24 +34,28 @@ def train(
     ] = False,
 ) -> None:
     """Train a recipe, on all visible GPUs or as many processes as it says."""
+    from .trainer.recipe import load_recipe
+
     arguments = [str(recipe), *(changes or [])]
-    if "WORLD_SIZE" in os.environ:  # torchrun or accelerate has started this process beside others
-        _run(arguments)
+    if "WORLD_SIZE" in os.environ and not dry_run:  # torchrun or accelerate has started this process beside others
+        become_trainer(arguments)
     try:
         loaded = load_recipe(recipe, arguments[1:])
         gpu, processes = number_of_processes(loaded, planned=dry_run)
         if dry_run:
-            print(describe(plan(loaded, processes, gpu=gpu)))
+            from .trainer.dry_run import dry_run as described
+
+            print(described(loaded, processes, gpu=gpu))
             return
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     if not gpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    if processes == 1:
-        if gpu:  # of several visible ones, Trainer would use all by DataParallel
-            os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        _run(arguments)
-    launch(arguments, processes, gpu=gpu)
+    if processes > 1:
+        launch(arguments, processes, gpu=gpu)
+    if gpu:  # of several visible ones, Trainer would use all by DataParallel
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    become_trainer(arguments)
 
 
 @app.command()
@@ -64,6 +63,8 @@ def presets(
     names: Annotated[list[str] | None, typer.Argument(metavar="PRESET", help="All, unless named.")] = None,
 ) -> None:
     """List named models with their layers, parameters and sizes of states."""
+    from .modeling.presets import catalogue, table
+
     try:
         print(table(names or catalogue()))
     except ValueError as error:
@@ -76,7 +77,7 @@ def number_of_processes(recipe: Recipe, *, planned: bool = False) -> tuple[bool,
     Args:
         planned: for a machine with as many GPUs as the recipe says.
     """
-    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    devices = torch.accelerator.device_count()
     gpu = not recipe.training.get("use_cpu", False) and (devices > 0 or planned)
     if recipe.processes == "auto":
         return gpu, max(devices, 1) if gpu else 1
@@ -92,6 +93,10 @@ def number_of_processes(recipe: Recipe, *, planned: bool = False) -> tuple[bool,
 def launch(arguments: list[str], processes: int, *, gpu: bool) -> None:
     """`accelerate launch` on this machine; does not return. SIGTERM and Ctrl-C go on to all processes, and the first
     failure's exit code is this one's."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
     flags = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(processes), "--main_process_port", "0"]
     flags += ["--mixed_precision", "no", "--dynamo_backend", "no", "--gpu_ids", "all"]  # the recipe's are the Trainer's
@@ -112,10 +117,9 @@ def launch(arguments: list[str], processes: int, *, gpu: bool) -> None:
     raise SystemExit(0)
 
 
-def _run(arguments: list[str]) -> None:
-    trainer.main(arguments)
-    trainer.leave()
-    raise SystemExit(0)
+def become_trainer(arguments: list[str]) -> None:
+    """Goes on as a process of `linear_llama3.trainer`; does not return."""
+    os.execv(sys.executable, [sys.executable, "-m", "linear_llama3.trainer", *arguments])
 
 
 if __name__ == "__main__":

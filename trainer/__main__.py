@@ -13,11 +13,10 @@ from datasets import IterableDataset
 from transformers import default_data_collator, set_seed
 
 from ..modeling.hub import CARD_NAME
-from .arguments import LinearLlama3TrainingArguments
 from .build import build_model, load_tokenizer
 from .data import training_rows
 from .packing import collate_whole
-from .parallelism import resolve_parallelism
+from .parallelism import describe_grid, local_tokens
 from .recipe import Recipe, load_recipe
 from .report import PLOT_NAME, plot_loss, write_model_card
 from .trainer import LinearLlama3Trainer
@@ -49,7 +48,7 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
     set_seed(args.seed)
     tokenizer = load_tokenizer(recipe)
     with args.main_process_first(desc="preparing the data"):  # the others read its cache
-        rows = training_rows(recipe.data, tokenizer, recipe.sequence_length, rows_of_a_step(args))
+        rows = training_rows(recipe.data, tokenizer, recipe.sequence_length)
     collator = default_data_collator
     if recipe.data.packing == "none":
         collator = functools.partial(collate_whole, padding=tokenizer.pad_token_id or 0)
@@ -65,30 +64,19 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
     return trainer
 
 
-def rows_of_a_step(args: LinearLlama3TrainingArguments) -> int:
-    """Rows that all processes together see in an optimizer step."""
-    grid = resolve_parallelism(args.parallelism_config, args.sequence_parallel_size, args.world_size)
-    replicas = args.world_size // (1 if grid is None else grid.cp_size)
-    return args.train_batch_size * args.gradient_accumulation_steps * replicas
-
-
 def describe(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
     """Says once what is trained on which grid of processes."""
     if not trainer.is_world_process_zero():
         return
     length, context, rows = recipe.sequence_length, trainer.sequence_parallel_context, trainer.train_dataset
-    trained = trainer.get_num_trainable_parameters()
-    total = sum(parameter.numel() for parameter in trainer.model.parameters())
+    total, trained = trainer.model.num_parameters(), trainer.get_num_trainable_parameters()
     parameters = f"{total / 1e6:.1f}M parameters" + (f", {trained / 1e6:.2f}M trained" if trained < total else "")
     number = "a stream of" if isinstance(rows, IterableDataset) else len(rows)
-    print(f"{parameters}, {number} rows of {length} tokens")
-    if context is None:
-        print(f"{trainer.args.world_size} data-parallel processes, whole rows each")
-        return
-    print(f"{_grid(trainer)}, {-(-length // context.world_size)} tokens of every row each:")
-    for first in range(0, trainer.args.world_size, context.world_size):
-        print(f"  rows of replica {first // context.world_size}: ranks {first} to {first + context.world_size - 1}")
-    print(f"linear layers {context.config.linear}, softmax layers {context.config.softmax}, layout {context.layout}")
+    print(f"{parameters}, {number} rows of {'up to ' if recipe.data.packing == 'none' else ''}{length} tokens")
+    ranks, layout = (1, "contiguous") if context is None else (context.world_size, context.layout)
+    print(describe_grid(trainer.args.world_size, ranks, local_tokens(length, ranks, layout)))
+    if context is not None:
+        print(f"linear layers {context.config.linear}, softmax layers {context.config.softmax}, layout {context.layout}")
 
 
 def save(trainer: LinearLlama3Trainer) -> None:

@@ -38,15 +38,18 @@ def build_model(
         weights: False makes all weights anew (on the meta device, to see what there would be).
     """
     config = build_config(recipe, tokenizer)
-    if (name := recipe.model.get("name_or_path")) is None or not weights:
+    if (name := recipe.model.get("name_or_path")) is None:
         model = LinearLlama3ForCausalLM._from_config(config)
     else:
         # the optimizer's steps are below the resolution of bfloat16; frozen weights stay as they are
         dtype = recipe.model.get("dtype", "float32" if recipe.lora is None else "auto")
-        try:
-            model = LinearLlama3ForCausalLM.from_pretrained(name, config=config, dtype=dtype)
-        except OSError as error:
-            raise ValueError(_no_model(name, error)) from error
+        if weights:
+            try:
+                model = LinearLlama3ForCausalLM.from_pretrained(name, config=config, dtype=dtype)
+            except OSError as error:
+                raise ValueError(_no_model(name, error)) from error
+        else:
+            model = LinearLlama3ForCausalLM._from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
     if recipe.lora is None:
         return model
     adapters = recipe.lora_config()

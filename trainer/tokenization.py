@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from bisect import bisect_left
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..sequence_parallel.context import IGNORE_INDEX
+from .documents import DocumentError
 
 Messages = list[dict[str, Any]]
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -30,8 +33,11 @@ def tokenize(
 
     Text and completions are closed by the end-of-sequence token, conversations by their template.
 
+    Args:
+        indices: of the documents in the data.
+
     Raises:
-        ValueError: a document that is not what its column says, with its number (the first is 0).
+        DocumentError: a ValueError; a document that is not what its column says.
     """
     if "text" in batch:
         return {"input_ids": _tokenize_texts(batch["text"], indices, tokenizer)}
@@ -39,8 +45,9 @@ def tokenize(
     for index, *values in zip(indices, *batch.values(), strict=True):
         try:
             ids, labels = _tokenize_example(dict(zip(batch, values, strict=True)), tokenizer)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"document {index} of the data: {error}") from error
+        except (ValueError, TypeError, KeyError, IndexError, TemplateError) as error:
+            text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise DocumentError(index, text) from error
         tokens["input_ids"].append(ids)
         tokens["labels"].append(labels)
     return tokens
@@ -49,8 +56,9 @@ def tokenize(
 def _tokenize_texts(texts: list[Any], indices: list[int], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     for index, text in zip(indices, texts, strict=True):
         if not isinstance(text, str):
-            raise ValueError(f"document {index} of the data must be text, got {text!r}; mend it or take it out")
-    return [_closed(ids, tokenizer) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+            raise DocumentError(index, f"a document must be text, got {text!r}; mend it or take it out")
+    ids = tokenizer(texts, verbose=False)["input_ids"]
+    return [_closed(document, tokenizer) if text else [] for document, text in zip(ids, texts, strict=True)]
 
 
 def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -65,8 +73,10 @@ def _tokenize_example(example: dict[str, Any], tokenizer: PreTrainedTokenizerBas
         prompt, text = example["prompt"], example["prompt"] + example["completion"]
         learnt = Learnt(text, [(len(prompt), len(text))])
         ids, labels = _labels(learnt, tokenizer, add_special_tokens=True)
-        closed = _closed(ids, tokenizer)
-        return closed, [*labels, *closed[len(ids) :]]
+        if tokenizer.eos_token_id is None:
+            return ids, labels
+        ids = _closed(ids, tokenizer)
+        return ids, [*labels[: len(ids) - 1], ids[-1]]
     else:
         messages = [*example["prompt"], *example["completion"]]
         learnt = _conversation(messages, len(example["prompt"]), example.get("tools"), tokenizer)
@@ -74,12 +84,15 @@ def _tokenize_example(example: dict[str, Any], tokenizer: PreTrainedTokenizerBas
 
 
 def _labels(learnt: Learnt, tokenizer: PreTrainedTokenizerBase, **options: Any) -> tuple[list[int], list[int]]:
-    """A token is a target if its last character is in a span (the first one may have been trimmed off its offsets)."""
+    """A token is a target if one of its characters is in a span."""
+    if not tokenizer.is_fast:
+        raise ValueError(f"labels need a fast tokenizer, which knows its tokens' characters, got {type(tokenizer)}")
     encoded = tokenizer(learnt.text, return_offsets_mapping=True, verbose=False, **options)
     starts, stops = [start for start, _ in learnt.spans], [stop for _, stop in learnt.spans]
     labels = []
-    for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        span = bisect_left(stops, end)  # the first that does not end before the token
+    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        first = min(start + 1, end)  # of spaces, some tokenizers give only the end
+        span = bisect_left(stops, first)  # the first that does not end before the token
         labels.append(token if span < len(stops) and starts[span] < end else IGNORE_INDEX)
     if all(label == IGNORE_INDEX for label in labels):
         raise ValueError("there must be an assistant's turn or a completion to learn, got none; take it out")
@@ -96,7 +109,9 @@ def _conversation(messages: Messages, prompt: int, tools: Any, tokenizer: PreTra
         raise ValueError(
             "conversations need a chat template, the tokenizer has none; name a file in data.chat_template"
         )
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    if not messages or any("role" not in message for message in messages):
+        raise ValueError(f"messages must each have a role and a content, got {reprlib.repr(messages)}; mend them")
+    messages = _without_none(messages)
     tools = json.loads(tools) if isinstance(tools, str) else tools
     template = tokenizer.get_chat_template(tools=tools)
 
@@ -120,6 +135,15 @@ def _conversation(messages: Messages, prompt: int, tools: Any, tokenizer: PreTra
     if not learnt.text.startswith(asked):
         raise ValueError(_rewritten(prompt - 1))
     return Learnt(learnt.text, [span for span in learnt.spans if span[0] >= len(asked)])
+
+
+def _without_none(value: Any) -> Any:
+    """Arrow gives every struct of a column all keys that one of them has."""
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def _turns(messages: Messages, render: Any) -> Learnt:
