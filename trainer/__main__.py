@@ -76,7 +76,9 @@ def describe(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
     ranks, layout = (1, "contiguous") if context is None else (context.world_size, context.layout)
     print(describe_grid(trainer.args.world_size, ranks, local_tokens(length, ranks, layout)))
     if context is not None:
-        print(f"linear layers {context.config.linear}, softmax layers {context.config.softmax}, layout {context.layout}")
+        print(
+            f"linear layers {context.config.linear}, softmax layers {context.config.softmax}, layout {context.layout}"
+        )
 
 
 def save(trainer: LinearLlama3Trainer) -> None:

@@ -1,6 +1,6 @@
 """The rows that a recipe trains on: documents (documents.py) -> tokens (tokenization.py) -> rows (packing.py).
 
-The order is that of the data, whatever the number of processes; the Trainer shuffles the rows of stored data by its seed.
+The order is that of the data, whatever the number of processes; the Trainer shuffles stored rows by its seed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .tokenization import tokenize
 
 BATCH = 100  # documents that are tokenized together
 CODE = hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in (tokenization, packing))).hexdigest()
-"""Of what makes rows from documents: part of the cache's key, where `datasets` would look at the functions' names only."""
+"""Of what makes rows of documents: a part of the cache's key, for which `datasets` looks at names of functions only."""
 
 
 def training_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset | IterableDataset:

@@ -9,7 +9,7 @@ import contextlib
 import glob
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,8 @@ def _place(data: DataRecipe, index: int) -> str:
         return str(files[index]) if data.arguments.get("sample_by", "document") == "document" else f"document {index}"
     for path in files:
         if builder == "parquet":
-            rows, word = range(pyarrow.parquet.ParquetFile(path).metadata.num_rows), "row"
+            rows: Sequence[int] = range(pyarrow.parquet.ParquetFile(path).metadata.num_rows)
+            word = "row"
         else:
             lines = [(number, line) for number, line in _lines(path) if line.strip()]
             if lines and lines[0][1].startswith(b"["):
@@ -190,7 +191,9 @@ def _json_fault(path: Path) -> str | None:
         try:
             value = json.loads(line) if line.strip() else {}
         except json.JSONDecodeError as error:
-            return f", line {number + error.lineno - 1} is no JSON: {error.msg} (column {error.colno}); mend or remove it"
+            return (
+                f", line {number + error.lineno - 1} is no JSON: {error.msg} (column {error.colno}); mend or remove it"
+            )
         except UnicodeDecodeError as error:
             return f", line {number} is not UTF-8: {error}; mend or remove it"
         if not isinstance(value, dict) and (number > 1 or not isinstance(value, list)):
@@ -219,8 +222,8 @@ def _parquet_fault(path: Path) -> str | None:
             file.read_row_group(group)
         except (OSError, ValueError) as error:
             return (
-                f", row group {group} of {file.num_row_groups} is corrupt: {str(error).strip()}; write the file anew or "
-                "take it out of data.files"
+                f", row group {group} of {file.num_row_groups} is corrupt: {str(error).strip()}; write the file anew "
+                "or take it out of data.files"
             )
     return None if file.metadata.num_rows else " is empty; take it out of data.files"
 

@@ -16,6 +16,7 @@ from ..sequence_parallel import LAYOUTS, SequenceParallelContext
 from ..sequence_parallel.costs import Sizes, choose_linear, choose_softmax, linear_costs, softmax_costs
 from .arguments import LinearLlama3TrainingArguments
 from .build import build_model, load_tokenizer
+from .flops import attention_pairs, count_flops
 from .parallelism import describe_grid, local_tokens, resolve_parallelism
 from .recipe import Recipe
 
@@ -100,7 +101,7 @@ def dry_run(recipe: Recipe, processes: int, *, gpu: bool) -> str:
     context.settle(model)
     ranks = 1 if grid is None else grid.cp_size
     run = DryRun(recipe=recipe, model=model, processes=processes, ranks=ranks, layout=context.layout, gpu=gpu)
-    return "\n".join([*_model(run), *_step(run), *_exchange(run)])
+    return "\n".join([*_model(run), *_step(run), *_flops(run), *_exchange(run)])
 
 
 def _model(run: DryRun) -> list[str]:
@@ -113,10 +114,18 @@ def _model(run: DryRun) -> list[str]:
 def _step(run: DryRun) -> list[str]:
     length, accumulation = run.recipe.sequence_length, run.setting("gradient_accumulation_steps")
     return [
-        f"step        {run.step_rows * length:,} tokens: {run.replicas} replicas x {accumulation} accumulated batches x "
-        f"{run.rows} rows x {length:,}",
-        f"grid        {describe_grid(run.processes, run.ranks, run.local_tokens)}",
-        f"devices     {'GPUs' if run.gpu else 'CPU'}",
+        f"step        {run.step_rows * length:,} tokens: {run.replicas} replicas x {accumulation} accumulated "
+        f"batches x {run.rows} rows x {length:,}",
+        f"grid        {'GPUs' if run.gpu else 'CPU'}: {describe_grid(run.processes, run.ranks, run.local_tokens)}",
+    ]
+
+
+def _flops(run: DryRun) -> list[str]:
+    length = run.recipe.sequence_length
+    flops = count_flops(run.model, run.step_rows * length, attention_pairs([length] * run.step_rows))
+    return [
+        f"FLOPs       {flops.training:.4g} a step, {flops.training / run.processes:.4g} of them on each device, for "
+        "rows of one document (softmax layers need less for shorter ones)"
     ]
 
 
