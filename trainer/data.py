@@ -90,7 +90,7 @@ def _streamed_rows(
     with explained(data):
         for row in pack(tokenized(), **choices):
             empty = False
-            yield row
+            yield {name: column.tolist() for name, column in row.items()}  # as stored rows are read
     if empty:
         raise DataError(_nothing(choices["length"], tokens))
 

@@ -57,6 +57,8 @@ def load_documents(data: DataRecipe) -> Dataset | IterableDataset:
             builder = _builder(files)
             if builder == "text":
                 arguments = {"sample_by": "document", **arguments}
+            if builder == "json" and data.streaming:
+                _check_lines(files)
             documents = load_dataset(builder, data_files={data.split: [str(path) for path in files]}, **arguments)
         names = documents.column_names or list(next(iter(documents)))
         return _select(documents, names, data)
@@ -68,7 +70,7 @@ def _select(documents: Any, names: list[str], data: DataRecipe) -> Any:
         if data.text_column not in names:
             hint = "; format: chat reads conversations" if {"messages", "prompt"} & set(names) else ""
             raise DataError(
-                f"text_column must be a column of {data.dataset or data.files}, one of {names}, "
+                f"text_column must be one of {names}, the columns of {data.dataset or data.files}, "
                 f"got {data.text_column!r}{hint}"
             )
         documents = documents.select_columns([data.text_column])
@@ -114,6 +116,17 @@ def _builder(files: list[Path]) -> str:
     return next(iter(builders))
 
 
+def _check_lines(files: list[Path]) -> None:
+    """A stream of a JSON list can give other values than it holds: datasets 5.2 leaves mixed types encoded."""
+    for path in files:
+        with fsspec.open(path, "rb", compression="infer") as file:
+            if file.read(1) == b"[":
+                raise DataError(
+                    f"data.streaming needs a JSON object in every line, got the list {path}; write it in lines, or "
+                    "leave streaming out"
+                )
+
+
 @contextlib.contextmanager
 def explained(data: DataRecipe) -> Iterator[None]:
     """DataError with the place and the remedy for whatever goes wrong with the documents."""
@@ -129,7 +142,7 @@ def explained(data: DataRecipe) -> Iterator[None]:
             raise DataError(f"{place}: {ours.message}") from error
         if ours is not None:
             raise ours from error
-        text = f"{type(causes[-1]).__name__}: {causes[-1]}".strip()
+        text = f"{type(causes[-1]).__name__}: {_text(causes[-1])}"
         if data.dataset is None:
             message = _fault(data) or f"data.files {data.files} cannot be read: {text}"
         else:
@@ -138,6 +151,10 @@ def explained(data: DataRecipe) -> Iterator[None]:
                 "(a private one also needs `hf auth login`), or name local files in data.files"
             )
         raise DataError(message) from error
+
+
+def _text(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -216,14 +233,14 @@ def _parquet_fault(path: Path) -> str | None:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
-        return f" is no whole Parquet file: {str(error).strip()}; write it anew or take it out of data.files"
+        return f" is no whole Parquet file: {_text(error)}; write it anew or take it out of data.files"
     for group in range(file.num_row_groups):
         try:
             file.read_row_group(group)
         except (OSError, ValueError) as error:
             return (
-                f", row group {group} of {file.num_row_groups} is corrupt: {str(error).strip()}; write the file anew "
-                "or take it out of data.files"
+                f", row group {group} of {file.num_row_groups} is corrupt: {_text(error)}; write the file anew or "
+                "take it out of data.files"
             )
     return None if file.metadata.num_rows else " is empty; take it out of data.files"
 

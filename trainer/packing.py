@@ -48,11 +48,6 @@ def pack(
             yield _row(row, length if packing != "none" else 0, padding)
 
 
-def empty_row(length: int, padding: int) -> dict[str, Any]:
-    """A row without labels."""
-    return _row([], length, padding)
-
-
 def collate_whole(rows: Sequence[Mapping[str, Any]], padding: int) -> dict[str, torch.Tensor]:
     """A batch `[B, T]` of rows that are a document each, filled up on the right to the longest."""
     length = max(len(row["input_ids"]) for row in rows)
