@@ -20,6 +20,8 @@ from .flops import attention_pairs, count_flops
 from .parallelism import describe_grid, local_tokens, resolve_parallelism
 from .recipe import Recipe
 
+SENT_AGAIN = ("lasp2h", "rsa")  # by a layer that is computed again in the backward pass
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DryRun:
@@ -57,6 +59,11 @@ class DryRun:
         """A field of the section `training`, or its default; TrainingArguments itself would ask for the device."""
         fields = {f.name: f.default for f in dataclasses.fields(LinearLlama3TrainingArguments)}
         return self.recipe.training.get(name, fields[name])
+
+    @property
+    def recomputes(self) -> bool:
+        """Layers in the backward pass; releases before 5.23 know the old name only."""
+        return any(self.recipe.training.get(f"{name}_checkpointing") for name in ("gradient", "activation"))
 
     @property
     def half(self) -> bool:
@@ -151,7 +158,8 @@ def _exchange(run: DryRun) -> list[str]:
             raise ValueError(
                 f"{chosen} cannot divide the heads of the {kind} layers among {run.ranks} ranks; use {best}"
             )
-        sent = layers * (costs[chosen].forward + costs[chosen].backward) / 2**20
+        forward = costs[chosen].forward * (2 if run.recomputes and chosen in SENT_AGAIN else 1)
+        sent = layers * (forward + costs[chosen].backward) / 2**20
         estimates = ", ".join(f"{other} {1e3 * cost.seconds:.3g}" for other, cost in costs.items())
         lines += [
             f"{kind:<12}{chosen}{' (auto)' if name == 'auto' else ''}: a rank sends {sent:,.2f} MiB in {layers} layers "
