@@ -56,9 +56,9 @@ def training_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase, length: 
             features=Features({name: List(Value("int32")) for name in columns}),
             desc="Tokenizing",
         )
-    if next(_stored_rows(tokens, choices, CODE), None) is None:
+    if next(_stored_rows(tokens, choices), None) is None:
         raise DataError(_nothing(length, sum(len(document["input_ids"]) for document in tokens)))
-    arguments = {"documents": tokens, "choices": choices, "code": CODE}
+    arguments = {"documents": tokens, "choices": choices}
     return Dataset.from_generator(_stored_rows, gen_kwargs=arguments, features=ROW_FEATURES)
 
 
@@ -68,7 +68,7 @@ def _tokenize(
     return tokenize(batch, indices, tokenizer=tokenizer)
 
 
-def _stored_rows(documents: Dataset, choices: dict[str, Any], code: str) -> Iterator[dict[str, Any]]:
+def _stored_rows(documents: Dataset, choices: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield from pack(documents.with_format("numpy"), **choices)
 
 

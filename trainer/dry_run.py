@@ -162,7 +162,7 @@ def _exchange(run: DryRun) -> list[str]:
         sent = layers * (forward + costs[chosen].backward) / 2**20
         estimates = ", ".join(f"{other} {1e3 * cost.seconds:.3g}" for other, cost in costs.items())
         lines += [
-            f"{kind:<12}{chosen}{' (auto)' if name == 'auto' else ''}: a rank sends {sent:,.2f} MiB in {layers} layers "
+            f"{kind:<12}{chosen}{' (auto)' if name == 'auto' else ''}: a rank sends {sent:,.3f} MiB in {layers} layers "
             "of a batch, forward and backward",
             f'            "auto" takes {best}; estimated ms a layer: {estimates}',
         ]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 from huggingface_hub import ModelCard
@@ -160,6 +161,26 @@ def test_models_that_are_refused(model: dict[str, Any], message: str, tmp_path: 
     recipe = load_recipe(recipe_with(tmp_path, model=model))
     with pytest.raises(ValueError, match=message):
         build_model(recipe, write_tokenizer(tmp_path / "tokenizer"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([], torch.float32),
+        (["lora={r: 2}"], torch.bfloat16),
+        (["model.dtype=bfloat16"], torch.bfloat16),
+        (["lora={r: 2}", "model.dtype=float16"], torch.float16),
+    ],
+    ids=str,
+)
+def test_the_precision_of_loaded_weights(changes: list[str], expected: torch.dtype, tmp_path: Path) -> None:
+    """Trained weights are float32, since steps are below the resolution of bfloat16; frozen ones stay as they are."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    build_model(load_recipe(recipe_with(tmp_path)), tokenizer).bfloat16().save_pretrained(tmp_path / "model")
+    recipe = load_recipe(recipe_with(tmp_path, model={"name_or_path": str(tmp_path / "model")}), changes)
+    for weights in (True, False):
+        parameters = build_model(recipe, tokenizer, weights=weights).named_parameters()
+        assert {p.dtype for name, p in parameters if "lora_" not in name} == {expected}
 
 
 def test_a_preset_in_a_recipe(tmp_path: Path) -> None:

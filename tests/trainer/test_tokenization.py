@@ -110,6 +110,8 @@ def test_the_masks_of_transformers(trim: bool, pairs: PreTrainedTokenizerBase) -
         {"role": "assistant", "content": text},
     ]
     ids, labels = one(pairs, messages=messages)
+    _, spaces = one(pairs, prompt="may", completion=" add  ")
+    assert pairs.decode([i for i in spaces if i != -100]) == " add  <|end|>"
     pairs.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)  # which transformers' own masks need
     expected = pairs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     assert ids == expected["input_ids"] and len(ids) < sum(len(m["content"]) for m in messages)
