@@ -119,7 +119,7 @@ def test_bytes_that_a_rank_sends(changes: list[str], tmp_path: Path) -> None:
     assert [int(layers) for _, layers in kinds] == ([2] if "model.full_attention_interval=0" in changes else [1, 1])
     counted = run_distributed(sent, 2, str(path), changes)
     mean = sum(mib for mib, _ in counted) / 2
-    assert sum(float(mib) for mib, _ in kinds) == pytest.approx(mean, abs=0.001), text
+    assert sum(float(mib) for mib, _ in kinds) == pytest.approx(mean, abs=0.00051 * len(kinds)), text
     assert number(r"processes, ([\d,]+) tokens", text) == counted[0][1]
 
 
