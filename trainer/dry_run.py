@@ -131,8 +131,8 @@ def _flops(run: DryRun) -> list[str]:
     length = run.recipe.sequence_length
     flops = count_flops(run.model, run.step_rows * length, attention_pairs([length] * run.step_rows))
     return [
-        f"FLOPs       {flops.training:.4g} a step, {flops.training / run.processes:.4g} of them on each device, for "
-        "rows of one document (softmax layers need less for shorter ones)"
+        f"FLOPs       {flops.training:.4g} a step, {flops.training / run.processes:.4g} on each device "
+        "(softmax layers: for rows of one document)"
     ]
 
 
