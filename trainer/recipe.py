@@ -49,9 +49,9 @@ class DataRecipe:
 
     - `files`: folders, patterns or names of JSON lines (.jsonl, .json), Parquet (.parquet) or text (all others, one
       document per file). `arguments` are further ones of `datasets.load_dataset`: name, revision, on_bad_files, ...
-    - `format`: "text" reads `text_column`, between the special tokens of the tokenizer. "chat" reads `messages` through the tokenizer's chat template (or that of
-      the file `chat_template`), with a loss on the assistant's turns, or `prompt` and `completion` (strings, or
-      messages as well), with a loss on the completion.
+    - `format`: "text" reads `text_column`, between the tokenizer's special tokens. "chat" reads `messages` through the
+      tokenizer's chat template (or that of the file `chat_template`), with a loss on the assistant's turns, or `prompt`
+      and `completion` (strings, or messages as well), with a loss on the completion.
     - `streaming`: nothing is stored; documents are read, tokenized and packed while the model trains.
     - `packing`: "wrapped" lays documents end to end and cuts at the end of a row, "best_fit" fills rows with whole
       documents, "none" makes every document a row. Attention never crosses the edge of a document.
