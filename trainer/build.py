@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..modeling import LinearLlama3Config, LinearLlama3ForCausalLM
@@ -49,7 +50,9 @@ def build_model(
             except OSError as error:
                 raise ValueError(_no_model(name, error)) from error
         else:
-            model = LinearLlama3ForCausalLM._from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
+            model = LinearLlama3ForCausalLM._from_config(
+                config, dtype=config.dtype if dtype == "auto" else getattr(torch, dtype)
+            )
     if recipe.lora is None:
         return model
     adapters = recipe.lora_config()
