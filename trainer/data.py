@@ -65,6 +65,7 @@ def training_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase, length: 
 def _tokenize(
     batch: dict[str, list[Any]], indices: list[int], *, tokenizer: PreTrainedTokenizerBase, code: str
 ) -> dict[str, list[list[int]]]:
+    """`code` is there for the cache's key."""
     return tokenize(batch, indices, tokenizer=tokenizer)
 
 
