@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, default_data_collator, set_seed
+from transformers import default_data_collator, set_seed
 
 from linear_llama3.trainer import SequenceParallelAccelerator
-from linear_llama3.trainer.__main__ import build_model, leave
-from linear_llama3.trainer.data import load_documents, pack_documents
+from linear_llama3.trainer.__main__ import leave
+from linear_llama3.trainer.build import build_model, load_tokenizer
+from linear_llama3.trainer.data import training_rows
 from linear_llama3.trainer.recipe import load_recipe
 
 
@@ -25,9 +26,9 @@ def main() -> None:
     accelerator = SequenceParallelAccelerator(
         cpu=bool(recipe.training.get("use_cpu")), sequence_parallel_config=recipe.sequence_parallel.config()
     )
-    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+    tokenizer = load_tokenizer(recipe)
     with accelerator.main_process_first():
-        rows = pack_documents(load_documents(recipe.data), tokenizer, recipe.sequence_length)
+        rows = training_rows(recipe.data, tokenizer, recipe.sequence_length)
     set_seed(0)
     loader = torch.utils.data.DataLoader(rows.with_format("torch").select(range(1)), collate_fn=default_data_collator)
     model, loader = accelerator.prepare(build_model(recipe, tokenizer), loader)

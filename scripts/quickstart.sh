@@ -22,7 +22,7 @@ python scripts/compare_loss.py scripts/recipes/quickstart.yaml "$@"
 two_processes scripts/compare_loss.py scripts/recipes/quickstart.yaml "$@"
 
 echo "== 3. Training on two processes"
-two_processes -m linear_llama3.trainer scripts/recipes/quickstart.yaml "$@"
+linear-llama3 train scripts/recipes/quickstart.yaml "$@"
 
 echo "== 4. A new process loads the checkpoint through the Auto classes and writes Python"
 python scripts/quickstart_generate.py runs/quickstart/model

@@ -1,7 +1,9 @@
-"""Gathers Python's standard library as long documents and trains a tokenizer: quickstart_data.py FOLDER"""
+"""Python's standard library as long documents and as conversations, and a tokenizer: quickstart_data.py FOLDER"""
 
 from __future__ import annotations
 
+import ast
+import json
 import shutil
 import sys
 import sysconfig
@@ -12,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 VOCABULARY = 4096
 LONG = 30_000  # bytes, about one row of the quickstart
+TURNS = 3  # questions in a conversation
 
 
 def gather(folder: Path) -> list[Path]:
@@ -26,6 +29,23 @@ def gather(folder: Path) -> list[Path]:
             text = source.read_text(encoding="utf-8", errors="replace")
             (folder / ("-".join(name.parts) + ".txt")).write_text(text, encoding="utf-8")
     return sorted(folder.iterdir())
+
+
+def write_chats(files: list[Path], path: Path) -> int:
+    """Conversations about what functions do, answered by their documentation; returns how many."""
+    chats = []
+    for source in files:
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and ast.get_docstring(node)]
+        for first in range(0, len(functions), TURNS):
+            messages = []
+            for function in functions[first : first + TURNS]:
+                question = f"What does {function.name}({ast.unparse(function.args)}) do?"
+                messages.append({"role": "user", "content": question})
+                messages.append({"role": "assistant", "content": ast.get_docstring(function)})
+            chats.append({"messages": messages})
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
+    return len(chats)
 
 
 def train_tokenizer(files: list[Path], folder: Path) -> None:
@@ -52,8 +72,9 @@ def main() -> None:
     folder = Path(sys.argv[1])
     files = gather(folder / "corpus")
     train_tokenizer(files, folder / "tokenizer")
+    chats = write_chats(files, folder / "chats.jsonl")
     size = sum(path.stat().st_size for path in files)
-    print(f"{len(files)} documents, {size / 1e6:.1f} MB, {VOCABULARY} tokens in the vocabulary")
+    print(f"{len(files)} documents, {size / 1e6:.1f} MB, {chats} conversations, {VOCABULARY} tokens in the vocabulary")
 
 
 if __name__ == "__main__":

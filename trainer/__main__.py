@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, default_data_collator, set_seed
+from datasets import IterableDataset
+from transformers import default_data_collator, set_seed
 
-from ..modeling import LinearLlama3ForCausalLM
 from ..modeling.hub import CARD_NAME
-from .data import load_documents, pack_documents
+from .build import build_model, load_tokenizer
+from .data import training_rows
+from .packing import collate_whole
+from .parallelism import describe_grid, local_tokens
 from .recipe import Recipe, load_recipe
 from .report import PLOT_NAME, plot_loss, write_model_card
 from .trainer import LinearLlama3Trainer
@@ -42,15 +46,18 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
     """Everything that the recipe names, ready to train."""
     args = recipe.training_arguments()
     set_seed(args.seed)
-    tokenizer = _load_tokenizer(recipe.tokenizer)
+    tokenizer = load_tokenizer(recipe)
     with args.main_process_first(desc="preparing the data"):  # the others read its cache
-        rows = pack_documents(load_documents(recipe.data), tokenizer, recipe.sequence_length)
+        rows = training_rows(recipe.data, tokenizer, recipe.sequence_length)
+    collator = default_data_collator
+    if recipe.data.packing == "none":
+        collator = functools.partial(collate_whole, padding=tokenizer.pad_token_id or 0)
     trainer = LinearLlama3Trainer(
         model=build_model(recipe, tokenizer),
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
-        data_collator=default_data_collator,
+        data_collator=collator,
     )
     if trainer.sequence_parallel_context is not None:
         trainer.sequence_parallel_context.settle(trainer.model)
@@ -61,17 +68,17 @@ def describe(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
     """Says once what is trained on which grid of processes."""
     if not trainer.is_world_process_zero():
         return
-    length, context = recipe.sequence_length, trainer.sequence_parallel_context
-    print(
-        f"{trainer.model.num_parameters() / 1e6:.1f}M parameters, {len(trainer.train_dataset)} rows of {length} tokens"
-    )
-    if context is None:
-        print(f"{trainer.args.world_size} data-parallel processes, whole rows each")
-        return
-    print(f"{_grid(trainer)}, {-(-length // context.world_size)} tokens of every row each:")
-    for first in range(0, trainer.args.world_size, context.world_size):
-        print(f"  rows of replica {first // context.world_size}: ranks {first} to {first + context.world_size - 1}")
-    print(f"linear layers {context.config.linear}, softmax layers {context.config.softmax}, layout {context.layout}")
+    length, context, rows = recipe.sequence_length, trainer.sequence_parallel_context, trainer.train_dataset
+    total, trained = trainer.model.num_parameters(), trainer.get_num_trainable_parameters()
+    parameters = f"{total / 1e6:.1f}M parameters" + (f", {trained / 1e6:.2f}M trained" if trained < total else "")
+    number = "a stream of" if isinstance(rows, IterableDataset) else len(rows)
+    print(f"{parameters}, {number} rows of {'up to ' if recipe.data.packing == 'none' else ''}{length} tokens")
+    ranks, layout = (1, "contiguous") if context is None else (context.world_size, context.layout)
+    print(describe_grid(trainer.args.world_size, ranks, local_tokens(length, ranks, layout)))
+    if context is not None:
+        print(
+            f"linear layers {context.config.linear}, softmax layers {context.config.softmax}, layout {context.layout}"
+        )
 
 
 def save(trainer: LinearLlama3Trainer) -> None:
@@ -94,40 +101,17 @@ def write_report(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
         "tokens": f"{state.num_input_tokens_seen:,}",
         "FLOPs": f"{state.total_flos:.3g}",
     }
+    model = trainer.model
+    if recipe.lora is not None:
+        facts["trained"] = f"LoRA adapters, {trainer.get_num_trainable_parameters() / 1e6:.2f}M parameters"
+        model = model.get_base_model()
     plot_loss(state.log_history, folder / PLOT_NAME)
-    write_model_card(folder, trainer.model, recipe, state.log_history, facts)
+    write_model_card(folder, model, recipe, state.log_history, facts)
 
 
 def _grid(trainer: LinearLlama3Trainer) -> str:
     ranks = 1 if trainer.sequence_parallel_context is None else trainer.sequence_parallel_context.world_size
     return f"{trainer.args.world_size // ranks} data-parallel x {ranks} sequence-parallel processes"
-
-
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LinearLlama3ForCausalLM:
-    """The recipe's model, from weights or anew with the tokenizer's vocabulary."""
-    if (name := recipe.model.get("name_or_path")) is not None:
-        try:
-            model = LinearLlama3ForCausalLM.from_pretrained(name)
-        except OSError as error:
-            raise ValueError(
-                f"name_or_path must be a folder or a Hub name with weights, got {name!r}: {error}"
-            ) from error
-    else:
-        special = {token: getattr(tokenizer, token) for token in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        model = LinearLlama3ForCausalLM(recipe.model_config(vocab_size=len(tokenizer), **special))
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"the model must have an embedding for each of the tokenizer's {len(tokenizer)} tokens, got vocab_size = "
-            f"{model.config.vocab_size}; use the model's own tokenizer, or leave vocab_size out"
-        )
-    return model
-
-
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer must be a folder or a Hub name with a tokenizer, got {name!r}: {error}") from error
 
 
 def leave() -> None:

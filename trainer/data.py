@@ -1,90 +1,111 @@
-"""From documents to rows of tokens, through the `datasets` library."""
+"""The rows that a recipe trains on: documents (documents.py) -> tokens (tokenization.py) -> rows (packing.py).
+
+The order is that of the data, whatever the number of processes; the Trainer shuffles stored rows by its seed.
+"""
 
 from __future__ import annotations
 
-import glob
+import hashlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from ..sequence_parallel.context import IGNORE_INDEX
+from . import packing, tokenization
+from .documents import DataError, explained, load_documents
+from .packing import ROW_FEATURES, pack
 from .recipe import DataRecipe
+from .tokenization import tokenize
+
+BATCH = 100  # documents that are tokenized together
+CODE = hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in (tokenization, packing))).hexdigest()
+"""Of what makes rows of documents: a part of the cache's key, for which `datasets` looks at names of functions only."""
 
 
-def load_documents(data: DataRecipe) -> Dataset:
-    """A dataset whose column "text" holds one document per row."""
-    if data.dataset is not None:
-        documents = load_dataset(data.dataset, split=data.split, **data.arguments)
-        if not isinstance(documents, Dataset):
-            raise ValueError(
-                f"data must load as one dataset with an index, got {type(documents).__name__} for "
-                f"{data.dataset!r}; leave streaming out"
-            )
-        if data.text_column not in documents.column_names:
-            raise ValueError(
-                f"text_column must be a column of {data.dataset}, one of {documents.column_names}, "
-                f"got {data.text_column!r}"
-            )
-        return documents.select_columns([data.text_column]).rename_column(data.text_column, "text")
-    assert data.files is not None
-    names = [data.files] if isinstance(data.files, str) else data.files
-    files = [str(path) for name in names for path in _expand(name)]
-    return load_dataset("text", data_files=files, sample_by="document", split="train", encoding_errors="replace")
+def training_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset | IterableDataset:
+    """Rows of at most `length` tokens: `input_ids`, `labels`, and `position_ids` that restart at every document.
 
+    Stored rows, and the tokens that they are made of, are in the cache of `datasets`.
 
-def _expand(name: str) -> list[Path]:
-    """A file, all files below a folder, or the files that match a pattern; sorted."""
-    path = Path(name)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-    elif path.is_file():
-        files = [path]
-    else:
-        files = sorted(Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file())
-    if not files:
-        raise ValueError(f"data.files must name files, folders or patterns with files, got {name!r}: none found")
-    return files
-
-
-def pack_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
-    """Rows of `length` tokens: `input_ids`, `labels`, and `position_ids` that restart at every document.
-
-    Documents follow each other in their order, each closed by the end-of-sequence token. What does not fit a row
-    continues in the next one as a document of its own, and the last tokens, too few for a row, are left out. The
-    first token of a document is nobody's target.
+    Raises:
+        DataError: a ValueError; data that is not there, cannot be read, is not what the recipe says, or fills no row.
+            A stream raises it when it gets there.
     """
+    documents = load_documents(data)
+    choices = {
+        "length": length,
+        "packing": data.packing,
+        "long_documents": data.long_documents,
+        "padding": tokenizer.pad_token_id or 0,
+    }
+    if isinstance(documents, IterableDataset):
+        arguments = {"documents": documents, "choices": choices, "data": data, "tokenizer": tokenizer}
+        return IterableDataset.from_generator(_streamed_rows, gen_kwargs=arguments, features=ROW_FEATURES)
+    columns = ("input_ids",) if data.format == "text" else ("input_ids", "labels")
+    with explained(data):
+        tokens = documents.map(
+            _tokenize,
+            fn_kwargs={"tokenizer": tokenizer, "code": CODE},
+            with_indices=True,
+            batched=True,
+            batch_size=BATCH,
+            remove_columns=documents.column_names,
+            features=Features({name: List(Value("int32")) for name in columns}),
+            desc="Tokenizing",
+        )
+    if next(_stored_rows(tokens, choices), None) is None:
+        raise DataError(_nothing(length, sum(len(document["input_ids"]) for document in tokens)))
+    arguments = {"documents": tokens, "choices": choices}
+    return Dataset.from_generator(_stored_rows, gen_kwargs=arguments, features=ROW_FEATURES)
 
-    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        closing = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        ids = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        return {"input_ids": [document + closing for document in ids]}
 
-    tokens = documents.map(tokenize, batched=True, batch_size=100, remove_columns=["text"], desc="Tokenizing")
-    total = 0
-    for document in tokens:
-        total += len(document["input_ids"])
-        if total >= length:
-            return Dataset.from_generator(_rows, gen_kwargs={"documents": tokens, "length": length})
-    raise ValueError(
-        f"the data must fill at least one row of sequence_length = {length} tokens, got {total} tokens; "
+def _tokenize(
+    batch: dict[str, list[Any]], indices: list[int], *, tokenizer: PreTrainedTokenizerBase, code: str
+) -> dict[str, list[list[int]]]:
+    """`code` is there for the cache's key."""
+    return tokenize(batch, indices, tokenizer=tokenizer)
+
+
+def _stored_rows(documents: Dataset, choices: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield from pack(documents.with_format("numpy"), **choices)
+
+
+def _streamed_rows(
+    documents: IterableDataset, choices: dict[str, Any], data: DataRecipe, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict[str, Any]]:
+    tokens = 0
+
+    def tokenized() -> Iterator[dict[str, Any]]:
+        nonlocal tokens
+        for batch, indices in _batches(documents):
+            columns = tokenize(batch, indices, tokenizer=tokenizer)
+            for values in zip(*columns.values(), strict=True):
+                document = dict(zip(columns, values, strict=True))
+                tokens += len(document["input_ids"])
+                yield document
+
+    empty = True
+    with explained(data):
+        for row in pack(tokenized(), **choices):
+            empty = False
+            yield {name: column.tolist() for name, column in row.items()}  # as stored rows are read
+    if empty:
+        raise DataError(_nothing(choices["length"], tokens))
+
+
+def _batches(documents: IterableDataset) -> Iterator[tuple[dict[str, list], list[int]]]:
+    """Columns of `BATCH` documents and their numbers."""
+    stream, first = iter(documents), 0
+    while batch := list(islice(stream, BATCH)):
+        yield {name: [row[name] for row in batch] for name in batch[0]}, list(range(first, first + len(batch)))
+        first += len(batch)
+
+
+def _nothing(length: int, tokens: int) -> str:
+    return (
+        f"the data must fill at least one row of sequence_length = {length} tokens, got {tokens} tokens; "
         "add documents or shorten sequence_length"
     )
-
-
-def _rows(documents: Dataset, length: int) -> Iterator[dict[str, Any]]:
-    ids: list[int] = []
-    positions: list[int] = []
-    for document in documents:
-        tokens, start = document["input_ids"], 0
-        while start < len(tokens):
-            piece = tokens[start : start + length - len(ids)]
-            start += len(piece)
-            ids += piece
-            positions += range(len(piece))
-            if len(ids) == length:
-                labels = [IGNORE_INDEX if p == 0 else i for i, p in zip(ids, positions, strict=True)]
-                yield {"input_ids": ids, "labels": labels, "position_ids": positions}
-                ids, positions = [], []

@@ -28,7 +28,7 @@ from ..sequence_parallel import SequenceParallelContext, enable_sequence_paralle
 from ..sequence_parallel.collectives import all_reduce
 from ..sequence_parallel.context import IGNORE_INDEX
 from .accelerator import SequenceParallelAccelerator
-from .data import load_documents, pack_documents
+from .data import training_rows
 from .parallelism import check_peers
 from .recipe import DataRecipe
 
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("."), help=f"folder of {NAME}.json and {NAME}.png")
     args = parser.parse_args(arguments)
     model, tokenizer, writes = load_for_evaluation(args.model)
-    rows = pack_documents(load_documents(DataRecipe(files=args.files)), tokenizer, args.length).with_format("torch")
+    rows = training_rows(DataRecipe(files=args.files), tokenizer, args.length).with_format("torch")
     rows = rows.select(range(min(args.rows, len(rows))))
     batches = ({key: x[None].to(model.device) for key, x in row.items()} for row in rows)
     buckets = loss_by_context(model, batches)

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed import DeviceMesh
 
-from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext
+from ..sequence_parallel import LAYOUTS, SequenceParallelConfig, SequenceParallelContext
 from ..sequence_parallel.collectives import fingerprints
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,22 @@ def resolve_parallelism(given: ParallelismConfig | None, size: int | str, proces
             f"{given.dp_replicate_size} x dp_shard {given.dp_shard_size} x cp {degree}; leave the dp sizes out"
         )
     return ParallelismConfig(cp_size=degree, dp_shard_size=processes // degree)
+
+
+def local_tokens(length: int, ranks: int, layout: str) -> int:
+    """Of a row, on each of the ranks that share it, padding included."""
+    return LAYOUTS[layout].padded(length, ranks) // ranks if ranks > 1 else length
+
+
+def describe_grid(processes: int, ranks: int, tokens: int) -> str:
+    """For the terminal: which processes share a sequence, and how many tokens of it each one has."""
+    lines = [
+        f"{processes // ranks} data-parallel x {ranks} sequence-parallel processes, {tokens:,} tokens of every row each"
+    ]
+    for first in range(0, processes, ranks):
+        members = f"rank {first}" if ranks == 1 else f"ranks {first} to {first + ranks - 1}"
+        lines.append(f"  rows of replica {first // ranks}: {members}")
+    return "\n".join(lines)
 
 
 def uses_fsdp(plugin: object, *, cpu: bool) -> bool:

@@ -6,6 +6,8 @@ tokenizer: runs/tokenizer
 data: {files: corpus/}                       # files, folders, patterns; or {dataset: name, split: train}
 sequence_length: 8192
 sequence_parallel: {size: auto, linear: lasp2, softmax: lasp2h, layout: auto}
+lora: {r: 16, lora_alpha: 32}                # adapters in place of all weights: any field of PEFT's LoraConfig
+processes: auto                              # of `linear-llama3 train`: all GPUs, or one process on the CPU
 training: {output_dir: runs/out, max_steps: 100, learning_rate: 1e-3}         # any TrainingArguments field
 
 A launch can change values of the file: `RECIPE.yaml sequence_parallel.softmax=ring training.max_steps=10`.
@@ -20,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
@@ -29,19 +31,44 @@ from ..modeling import LinearLlama3Config
 from ..sequence_parallel import SequenceParallelConfig
 from .arguments import LinearLlama3TrainingArguments
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+LOADED_MODEL: dict[str, Any] = {
+    "name_or_path": str,
+    "dtype": Literal["float32", "bfloat16", "float16"],
+    "rope_parameters": dict,
+}
+"""What the section `model` may say of weights to start from, and its types. `dtype` is that of the weights in memory:
+float32, or under `lora`, where they stay as they are, what they were saved in."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataRecipe:
-    """Local text (`files`: one document per file) or a dataset of the `datasets` library, one of both.
+    """Documents: local `files` or a `dataset` of the `datasets` library, one of both; and how they become rows.
 
-    `arguments` are further ones of `datasets.load_dataset`: name, revision, data_dir, ...
+    - `files`: folders, patterns or names of JSON lines (.jsonl, .json), Parquet (.parquet) or text (all others, one
+      document per file). `arguments` are further ones of `datasets.load_dataset`: name, revision, on_bad_files, ...
+    - `format`: "text" reads `text_column`, between the tokenizer's special tokens. "chat" reads `messages` through the
+      tokenizer's chat template (or that of the file `chat_template`), with a loss on the assistant's turns, or `prompt`
+      and `completion` (strings, or messages as well), with a loss on the completion.
+    - `streaming`: nothing is stored; documents are read, tokenized and packed while the model trains.
+    - `packing`: "wrapped" lays documents end to end and cuts at the end of a row, "best_fit" fills rows with whole
+      documents, "none" makes every document a row. Attention never crosses the edge of a document.
+    - `long_documents`: what is beyond `sequence_length` tokens of a document: "continue" makes it a document of its
+      own, "cut" leaves it out.
     """
 
     files: str | list[str] | None = None
     dataset: str | None = None
     split: str = "train"
     arguments: dict[str, Any] = field(default_factory=dict)
+    format: Literal["text", "chat"] = "text"
     text_column: str = "text"
+    chat_template: str | None = None
+    streaming: bool = False
+    packing: Literal["wrapped", "best_fit", "none"] = "wrapped"
+    long_documents: Literal["continue", "cut"] = "continue"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +89,9 @@ class Recipe:
     """A whole run.
 
     `model` holds LinearLlama3Config's fields, in place of those of a `preset` if one is named, or `name_or_path` of
-    weights to start from; `training` the fields of transformers' TrainingArguments but for those that the section
-    `sequence_parallel` stands for.
+    weights to start from and what may be changed of them (`LOADED_MODEL`); `lora` the fields of PEFT's LoraConfig;
+    `training` those of transformers' TrainingArguments but for those that the section `sequence_parallel` stands for.
+    `processes` is for `linear-llama3 train` alone: who launches has said how many.
     """
 
     model: dict[str, Any]
@@ -72,6 +100,8 @@ class Recipe:
     sequence_length: int
     training: dict[str, Any]
     sequence_parallel: SequenceParallelRecipe = field(default_factory=SequenceParallelRecipe)
+    lora: dict[str, Any] | None = None
+    processes: int | str = "auto"
 
     def model_config(self, **facts: Any) -> LinearLlama3Config:
         """The section `model` of a model to be made anew.
@@ -87,6 +117,19 @@ class Recipe:
             longest = LinearLlama3Config.from_preset(preset).max_position_embeddings
             fields["max_position_embeddings"] = max(longest, self.sequence_length)
         return LinearLlama3Config.from_preset(preset, **fields)
+
+    def lora_config(self) -> LoraConfig:
+        """The section `lora`; PEFT has no `target_modules` for this model: all linear layers but the head."""
+        assert self.lora is not None
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise ValueError("lora needs PEFT, which is not there; pip install 'linear-llama3[lora]'") from error
+        _check_names(self.lora, [f.name for f in dataclasses.fields(LoraConfig) if f.init], "lora")
+        try:
+            return LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **self.lora})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"lora in the recipe does not make a LoraConfig: {error}") from error
 
     def training_arguments(self) -> LinearLlama3TrainingArguments:
         """The section `training`, with the choices of `sequence_parallel`."""
@@ -153,9 +196,30 @@ def _check_values(recipe: Recipe) -> None:
     data = recipe.data
     if (data.files is None) == (data.dataset is None):
         raise ValueError(f"data needs files or dataset, one of them, got files={data.files} and dataset={data.dataset}")
+    if data.chat_template is not None and data.format != "chat":
+        raise ValueError(f"data.chat_template needs format: chat, got format: {data.format}; change one of them")
+    if data.streaming and recipe.training.get("max_steps", -1) < 1:
+        raise ValueError(
+            f"data.streaming needs training.max_steps, since a stream's length is unknown, got "
+            f"{recipe.training.get('max_steps')}; set it"
+        )
+    if recipe.processes != "auto" and (not isinstance(recipe.processes, int) or recipe.processes < 1):
+        raise ValueError(f"processes must be 'auto' or a positive integer, got {recipe.processes!r}")
     recipe.sequence_parallel.config()
+    if recipe.lora is not None:
+        recipe.lora_config()
+    _check_model(recipe)
+    own = {"sequence_parallel_size", "linear_strategy", "softmax_strategy", "sequence_layout", "parallelism_config"}
+    hints, fields = get_type_hints(LinearLlama3TrainingArguments), dataclasses.fields(LinearLlama3TrainingArguments)
+    types = {f.name: hints[f.name] for f in fields if f.init and f.name not in own}
+    _check_names(recipe.training, list(types), "training")
+    _check_types(recipe.training, types, "training")
+
+
+def _check_model(recipe: Recipe) -> None:
     if "name_or_path" in recipe.model:
-        _check_names(recipe.model, ["name_or_path"], "model with name_or_path")
+        _check_names(recipe.model, list(LOADED_MODEL), "model with name_or_path")
+        _check_types(recipe.model, LOADED_MODEL, "model")
     else:
         known = [f.name for f in dataclasses.fields(LinearLlama3Config)]
         _check_names(recipe.model, ["preset", *known], "model")
@@ -163,11 +227,6 @@ def _check_values(recipe: Recipe) -> None:
             recipe.model_config()
         except StrictDataclassError as error:
             raise ValueError(f"model in the recipe does not make a LinearLlama3Config: {error}") from error
-    own = {"sequence_parallel_size", "linear_strategy", "softmax_strategy", "sequence_layout", "parallelism_config"}
-    hints, fields = get_type_hints(LinearLlama3TrainingArguments), dataclasses.fields(LinearLlama3TrainingArguments)
-    types = {f.name: hints[f.name] for f in fields if f.init and f.name not in own}
-    _check_names(recipe.training, list(types), "training")
-    _check_types(recipe.training, types, "training")
 
 
 def _checked(kind: type, content: Any, where: str) -> dict[str, Any]:
@@ -193,6 +252,8 @@ def _check_types(content: dict[str, Any], types: dict[str, Any], where: str) -> 
         if not _fits(value, types[name]):
             hint = types[name]
             expected = "a mapping" if dataclasses.is_dataclass(hint) else getattr(hint, "__name__", str(hint))
+            if get_origin(hint) is Literal:
+                expected = f"one of {', '.join(get_args(hint))}"
             raise ValueError(f"{name} in {where} must be {expected}, got {value!r} ({type(value).__name__})")
 
 

@@ -119,6 +119,15 @@ def test_streams_that_part_are_refused(seeds: tuple[int, ...], checkpoint: Path,
         assert "must load the same batch" in refused["refused"]
 
 
+def test_streams_that_part_in_a_resume_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """Already in the first batch of the resumed run."""
+    write(tmp_path, 2)
+    run(2, 2, checkpoint, tmp_path, max_steps=1, save_strategy="steps", save_steps=1, seeds=(0,))
+    saved = str(tmp_path / "checkpoint-1")
+    for refused in run(2, 2, checkpoint, tmp_path, max_steps=2, resume_from_checkpoint=saved, seeds=(0, 2)):
+        assert "must load the same batch" in refused["refused"]
+
+
 def test_a_resumed_stream_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     write(tmp_path, 2)
     (one,) = run(1, 1, checkpoint, tmp_path)

@@ -1,8 +1,7 @@
-"""Recipes: what is read, what is refused, how documents become rows, and a whole run through accelerate."""
+"""Recipes: what is read, what is refused, and a whole run through accelerate."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 from huggingface_hub import ModelCard
@@ -19,9 +19,9 @@ from torch.distributed.fsdp import StateDictType
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from linear_llama3.sequence_parallel import SequenceParallelConfig
-from linear_llama3.trainer.__main__ import build_model, save
-from linear_llama3.trainer.data import load_documents, pack_documents
-from linear_llama3.trainer.recipe import DataRecipe, load_recipe
+from linear_llama3.trainer.__main__ import save
+from linear_llama3.trainer.build import build_model
+from linear_llama3.trainer.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = {
@@ -105,6 +105,22 @@ def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
         ({"data": {"files": "a", "dataset": "b"}}, "one of them"),
         ({"data": ["a"]}, "data in recipe .* must be a mapping"),
         ({"data": None}, "needs data"),
+        (
+            {"data": {"files": "a", "packing": "tight"}},
+            "packing in data must be one of wrapped, best_fit, none, got",
+        ),
+        ({"data": {"files": "a", "long_documents": "drop"}}, "long_documents in data must be one of continue, cut"),
+        ({"data": {"files": "a", "format": "chats"}}, "format in data must be one of text, chat, got 'chats'"),
+        ({"data": {"files": "a", "chat_template": "x"}}, "data.chat_template needs format: chat, got format: text"),
+        (
+            {"data": {"files": "a", "streaming": True}, "training": {}},
+            "data.streaming needs training.max_steps",
+        ),
+        ({"processes": 0}, "processes must be 'auto' or a positive integer, got 0"),
+        ({"processes": "all"}, "processes must be 'auto' or a positive integer, got 'all'"),
+        ({"lora": {"rank": 4}}, "unknown key 'rank' in lora"),
+        ({"lora": {"task_type": "X"}}, "lora in the recipe does not make a LoraConfig"),
+        ({"model": {"name_or_path": "x", "dtype": "int8"}}, "dtype in model must be one of float32, bfloat16, float16"),
         ({"sequence_length": "8k"}, "sequence_length in recipe .* must be int, got '8k'"),
         ({"sequence_length": 1}, "sequence_length must be at least 2"),
         ({"sequence_parallel": {"linear": "mail"}}, "got 'mail'"),
@@ -123,48 +139,15 @@ def test_recipes_that_are_refused(changes: dict[str, Any], message: str, tmp_pat
 def test_files_that_are_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must be a YAML file, got .*does not exist"):
         load_recipe(tmp_path / "none.yaml")
-    with pytest.raises(ValueError, match=r"data\.files must name files.*none found"):
-        load_documents(DataRecipe(files=str(tmp_path / "*.txt")))
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="must be YAML"):
         load_recipe(tmp_path / "bad.yaml")
-
-
-def test_a_dataset_by_name(tmp_path: Path) -> None:
-    file = tmp_path / "lines.jsonl"
-    file.write_text('{"body": "abc", "year": 1}\n{"body": "de", "year": 2}\n')
-    data = DataRecipe(dataset="json", arguments={"data_files": str(file)}, text_column="body")
-    documents = load_documents(data)
-    assert documents.column_names == ["text"] and documents["text"][:] == ["abc", "de"]
-    with pytest.raises(ValueError, match=r"text_column must be a column of json, one of .*'body', 'year'.*got 'text'"):
-        load_documents(dataclasses.replace(data, text_column="text"))
-    with pytest.raises(ValueError, match="got IterableDataset for 'json'; leave streaming out"):
-        load_documents(dataclasses.replace(data, arguments={**data.arguments, "streaming": True}))
 
 
 def write_corpus(folder: Path) -> None:
     folder.mkdir()
     for name, text in (("1.txt", "abcdef"), ("2.txt", "g"), ("3.txt", "hijklmnopqrst"), ("4.txt", "uv")):
         (folder / name).write_text(text)
-
-
-def test_documents_fill_rows(tmp_path: Path) -> None:
-    """abcdef_ g_ hijklmnopqrst_ uv_ in rows of 8: a long document continues as one of its own, the rest is left out."""
-    write_corpus(tmp_path / "corpus")
-    tokenizer = write_tokenizer(tmp_path / "tokenizer")
-    rows = pack_documents(load_documents(DataRecipe(files=str(tmp_path / "corpus"))), tokenizer, 8)
-    text = ["".join(tokenizer.convert_ids_to_tokens(row["input_ids"])) for row in rows]
-    assert text == ["abcdef_g", "_hijklmn", "opqrst_u"]
-    assert [row["position_ids"] for row in rows] == [
-        [0, 1, 2, 3, 4, 5, 6, 0],
-        [0, 0, 1, 2, 3, 4, 5, 6],
-        [0, 1, 2, 3, 4, 5, 6, 0],
-    ]
-    for row in rows:
-        targets = [-100 if p == 0 else i for i, p in zip(row["input_ids"], row["position_ids"], strict=True)]
-        assert row["labels"] == targets
-    with pytest.raises(ValueError, match="at least one row of sequence_length = 64 tokens, got 26 tokens"):
-        pack_documents(load_documents(DataRecipe(files=str(tmp_path / "corpus"))), tokenizer, 64)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +161,26 @@ def test_models_that_are_refused(model: dict[str, Any], message: str, tmp_path: 
     recipe = load_recipe(recipe_with(tmp_path, model=model))
     with pytest.raises(ValueError, match=message):
         build_model(recipe, write_tokenizer(tmp_path / "tokenizer"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([], torch.float32),
+        (["lora={r: 2}"], torch.bfloat16),
+        (["model.dtype=bfloat16"], torch.bfloat16),
+        (["lora={r: 2}", "model.dtype=float16"], torch.float16),
+    ],
+    ids=str,
+)
+def test_the_precision_of_loaded_weights(changes: list[str], expected: torch.dtype, tmp_path: Path) -> None:
+    """Trained weights are float32, since steps are below the resolution of bfloat16; frozen ones stay as they are."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    build_model(load_recipe(recipe_with(tmp_path)), tokenizer).bfloat16().save_pretrained(tmp_path / "model")
+    recipe = load_recipe(recipe_with(tmp_path, model={"name_or_path": str(tmp_path / "model")}), changes)
+    for weights in (True, False):
+        parameters = build_model(recipe, tokenizer, weights=weights).named_parameters()
+        assert {p.dtype for name, p in parameters if "lora_" not in name} == {expected}
 
 
 def test_a_preset_in_a_recipe(tmp_path: Path) -> None:
@@ -221,7 +224,7 @@ def test_a_run_through_accelerate(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "tokenizer")
     done = launch(recipe_with(tmp_path, sequence_length=9), 2, HF_DATASETS_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "1 data-parallel x 2 sequence-parallel processes, 5 tokens of every row each" in done.stdout
+    assert "1 data-parallel x 2 sequence-parallel processes, 6 tokens of every row each" in done.stdout
     assert "ranks 0 to 1" in done.stdout and "peak_memory_gib" in done.stdout
     out = tmp_path / "out"
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -231,11 +234,3 @@ def test_a_run_through_accelerate(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(out)
     assert type(model).__name__ == "LinearLlama3ForCausalLM" and model.config.vocab_size == 28
     assert (out / "tokenizer.json").is_file() and (out / "linear_llama3_hub.py").is_file()
-
-
-def test_a_degree_that_does_not_fit_the_launch(tmp_path: Path) -> None:
-    write_corpus(tmp_path / "corpus")
-    write_tokenizer(tmp_path / "tokenizer")
-    done = launch(recipe_with(tmp_path), 2, PARALLELISM_CONFIG_CP_SIZE="3", HF_DATASETS_CACHE=str(tmp_path / "cache"))
-    assert done.returncode != 0
-    assert "must divide the number of processes, got 3 for 2" in done.stderr

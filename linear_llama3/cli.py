@@ -1,0 +1,126 @@
+"""The command line: linear-llama3 train RECIPE.yaml [section.key=value …]"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+
+if TYPE_CHECKING:
+    from .trainer.recipe import Recipe
+
+SHUTDOWN_SECONDS = 300  # for a checkpoint after SIGTERM; torch would kill the processes after 30
+
+app = typer.Typer(
+    help="Train Llama-3-class models with linear attention on sequences that are spread over several devices.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command(no_args_is_help=True)
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="See scripts/recipes and trainer/recipe.py.")],
+    changes: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="In place of the recipe's: training.max_steps=10")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run: sizes, memory, grid, strategies. Needs no GPU.")
+    ] = False,
+) -> None:
+    """Train a recipe, on all visible GPUs or as many processes as it says."""
+    from .trainer.recipe import load_recipe
+
+    arguments = [str(recipe), *(changes or [])]
+    if "WORLD_SIZE" in os.environ and not dry_run:  # torchrun or accelerate has started this process beside others
+        become_trainer(arguments)
+    try:
+        loaded = load_recipe(recipe, arguments[1:])
+        gpu, processes = number_of_processes(loaded, planned=dry_run)
+        if dry_run:
+            from .trainer.dry_run import dry_run as described
+
+            print(described(loaded, processes, gpu=gpu))
+            return
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    if not gpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    if processes > 1:
+        launch(arguments, processes, gpu=gpu)
+    if gpu:  # of several visible ones, Trainer would use all by DataParallel
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    become_trainer(arguments)
+
+
+@app.command()
+def presets(
+    names: Annotated[list[str] | None, typer.Argument(metavar="PRESET", help="All, unless named.")] = None,
+) -> None:
+    """List named models with their layers, parameters and sizes of states."""
+    from .modeling.presets import catalogue, table
+
+    try:
+        print(table(names or catalogue()))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def number_of_processes(recipe: Recipe, *, planned: bool = False) -> tuple[bool, int]:
+    """Whether a recipe runs on GPUs, and on how many processes.
+
+    Args:
+        planned: for a machine with as many GPUs as the recipe says.
+    """
+    devices = torch.accelerator.device_count()
+    gpu = not recipe.training.get("use_cpu", False) and (devices > 0 or planned)
+    if recipe.processes == "auto":
+        return gpu, max(devices, 1) if gpu else 1
+    processes = int(recipe.processes)
+    if gpu and not planned and processes > devices:
+        raise ValueError(
+            f"every process needs a GPU of its own, got processes: {processes} and {devices} visible GPUs; set "
+            "processes: auto or training.use_cpu: true"
+        )
+    return gpu, processes
+
+
+def launch(arguments: list[str], processes: int, *, gpu: bool) -> None:
+    """`accelerate launch` on this machine; does not return. SIGTERM and Ctrl-C go on to all processes, and the first
+    failure's exit code is this one's."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
+    flags = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(processes), "--main_process_port", "0"]
+    flags += ["--mixed_precision", "no", "--dynamo_backend", "no", "--gpu_ids", "all"]  # the recipe's are the Trainer's
+    flags += [] if gpu else ["--num_cpu_threads_per_process", str(threads)]
+    parsed = launch_command_parser().parse_args([*flags, "--module", "linear_llama3.trainer", *arguments])
+    parsed.shutdown_timeout = SHUTDOWN_SECONDS
+    try:
+        launch_command(parsed)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode  # a negative one is a signal's
+        print(
+            f"error: process {rank} of {processes} ended with exit code {code}; its message is above", file=sys.stderr
+        )
+        raise SystemExit(code) from None
+    except SignalException as signal:
+        raise SystemExit(128 + signal.sigval) from None
+    raise SystemExit(0)
+
+
+def become_trainer(arguments: list[str]) -> None:
+    """Goes on as a process of `linear_llama3.trainer`; does not return."""
+    os.execv(sys.executable, [sys.executable, "-m", "linear_llama3.trainer", *arguments])
+
+
+if __name__ == "__main__":
+    app()

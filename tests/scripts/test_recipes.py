@@ -1,0 +1,176 @@
+"""Every recipe of scripts/recipes runs, in small: two steps on two processes, on data of the quickstart's script."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from linear_llama3 import LinearLlama3ForCausalLM
+from linear_llama3.trainer.__main__ import build_trainer, main
+from linear_llama3.trainer.recipe import load_recipe
+from tests.distributed import run_distributed
+from tests.test_cli import command
+from tests.trainer.test_exactness import reset_accelerate
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["sequence_length=256", "training.max_steps=2", "training.disable_tqdm=true"]
+SMALL_MODEL = ["model.hidden_size=32", "model.intermediate_size=48"]
+
+
+def arguments(name: str, *changes: str) -> list[str]:
+    return [f"scripts/recipes/{name}.yaml", *SMALL, *changes]
+
+
+def train(folder: str, name: str, *changes: str) -> None:
+    """As `python -m linear_llama3.trainer` in `folder`."""
+    reset_accelerate()
+    before, datasets.config.HF_DATASETS_CACHE = os.getcwd(), Path(folder) / "cache"
+    os.chdir(folder)
+    try:
+        main(arguments(name, *changes))
+    finally:
+        os.chdir(before)
+        reset_accelerate()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the quickstart leaves: data, a tokenizer, a model."""
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "scripts").symlink_to(ROOT / "scripts")
+    data = runpy.run_path(str(ROOT / "scripts/quickstart_data.py"))
+    (corpus := folder / "runs/quickstart/corpus").mkdir(parents=True)
+    for name in ("textwrap", "bisect", "shutil"):
+        text = (Path(sysconfig.get_path("stdlib")) / f"{name}.py").read_text()
+        (corpus / f"{name}.py.txt").write_text(text)
+    files = sorted(corpus.iterdir())
+    data["train_tokenizer"](files, folder / "runs/quickstart/tokenizer")
+    assert data["write_chats"](files, folder / "runs/quickstart/chats.jsonl") > 4
+    run_distributed(train, 2, str(folder), "quickstart", *SMALL_MODEL)
+    return folder
+
+
+def difference(folder: Path, trained: Any) -> float:
+    """How far the weights have gone from the quickstart's, relative to these."""
+    start = LinearLlama3ForCausalLM.from_pretrained(folder / "runs/quickstart/model").state_dict()
+    now = trained.state_dict()
+    return max(float((now[name] - x).norm() / x.norm()) for name, x in start.items())
+
+
+def test_quickstart(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "runs/quickstart/model")
+    assert model.config.layer_types == ["linear_attention"] * 3 + ["full_attention"]
+    assert (folder / "runs/quickstart/model/loss.png").is_file()
+
+
+def test_long_context(folder: Path) -> None:
+    run_distributed(train, 2, str(folder), "long_context", "sequence_length=512")
+    model = AutoModelForCausalLM.from_pretrained(folder / "runs/quickstart/long_context")
+    assert model.config.rope_parameters["rope_theta"] == 2e6 and model.config.max_position_embeddings == 512
+    assert 0 < difference(folder, model) < 0.5, "it goes on from the weights"
+
+
+def test_sft(folder: Path) -> None:
+    run_distributed(train, 2, str(folder), "sft")
+    assert 0 < difference(folder, AutoModelForCausalLM.from_pretrained(folder / "runs/quickstart/sft")) < 0.5
+    tokenizer = AutoTokenizer.from_pretrained(folder / "runs/quickstart/sft")
+    assert "generation" in tokenizer.chat_template, "the template is saved with the tokenizer"
+
+
+def learnt(folder: str) -> list[str]:
+    """The targets of the conversations' rows as text, one for each unbroken stretch of them."""
+    os.chdir(folder)
+    reset_accelerate()
+    datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
+    trainer = build_trainer(load_recipe("scripts/recipes/sft.yaml", SMALL))
+    tokenizer, found = trainer.processing_class, []
+    for row in trainer.train_dataset:
+        stretch: list[int] = []
+        for label in [*row["labels"], -100]:
+            if label != -100:
+                stretch.append(label)
+            elif stretch:
+                found.append(tokenizer.decode(stretch))
+                stretch = []
+    reset_accelerate()
+    return found
+
+
+def test_what_sft_learns(folder: Path) -> None:
+    """Answers, each closed by the end token, and nothing else; those beyond the row are cut."""
+    (found,) = run_distributed(learnt, 1, str(folder))
+    lines = (folder / "runs/quickstart/chats.jsonl").read_text().splitlines()
+    answers = [m["content"] for line in lines for m in json.loads(line)["messages"][1::2]]
+    assert len(found) > 5
+    for text in found:
+        assert any(answer + "<|end|>" == text or answer.startswith(text) for answer in answers), text
+    assert sum(text.endswith("<|end|>") for text in found) > 5
+
+
+def test_lora_by_the_command(folder: Path) -> None:
+    """`linear-llama3 train`, which starts both processes through accelerate."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        done = command("train", *arguments("lora"), HF_DATASETS_CACHE=str(folder / "cache"))
+    finally:
+        os.chdir(before)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "1 data-parallel x 2 sequence-parallel processes, 128 tokens of every row each" in done.stdout
+    trained = folder / "runs/quickstart/lora"
+    assert not (trained / "model.safetensors").exists()
+    adapters = load_file(trained / "adapter_model.safetensors")
+    assert all("lora_" in name for name in adapters) and any(
+        "lora_B" in name and x.any() for name, x in adapters.items()
+    )
+    os.chdir(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(trained)  # the weights that it names, and the adapters
+        assert isinstance(model, LinearLlama3ForCausalLM) and any(
+            "lora_B" in name for name, _ in model.named_parameters()
+        )
+        base = LinearLlama3ForCausalLM.from_pretrained("runs/quickstart/model")
+        merged = PeftModel.from_pretrained(base, trained).merge_and_unload()
+        ids = torch.arange(40)[None]
+        assert torch.allclose(model(ids).logits, merged(ids).logits, atol=1e-5)
+    finally:
+        os.chdir(before)
+    card = (trained / "README.md").read_text()
+    assert "LoRA adapters" in card
+
+
+def test_pretrain(folder: Path) -> None:
+    """With a small model, and a stream of local files in place of the Hub's."""
+    run_distributed(
+        train,
+        2,
+        str(folder),
+        "pretrain",
+        *SMALL_MODEL,
+        "model.num_hidden_layers=4",
+        "tokenizer=runs/quickstart/tokenizer",
+        "data.dataset=null",
+        "data.arguments={}",
+        "data.files=runs/quickstart/corpus/*.txt",
+        "training.use_cpu=true",
+        "training.save_steps=1",
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder / "runs/pretrain")
+    assert model.config.linear_attention_type == "gla" and model.config.layer_types.count("full_attention") == 1
+    assert (folder / "runs/pretrain/checkpoint-2").is_dir()
+
+
+def test_all_recipes_are_here() -> None:
+    names = {path.stem for path in (ROOT / "scripts/recipes").glob("*.yaml")}
+    assert names == {"quickstart", "long_context", "sft", "lora", "pretrain"}

@@ -1,0 +1,178 @@
+"""The command `linear-llama3`: how many processes it starts, where, and what it hands on."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.commands import launch as accelerate_launch
+from torch.distributed.elastic.multiprocessing import SignalException
+from typer.testing import CliRunner
+
+from linear_llama3 import cli
+from linear_llama3.trainer.recipe import load_recipe
+from tests.trainer.test_recipe import recipe_with, write_corpus, write_tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+class Replaced(Exception):
+    """The process has become another one."""
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Command lines that would replace the process."""
+    found: list[list[str]] = []
+
+    def execv(path: str, arguments: list[str]) -> None:
+        assert path == arguments[0] == sys.executable
+        found.append(arguments[1:])
+        raise Replaced
+
+    monkeypatch.setattr(os, "execv", execv)
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("devices", "recipe", "planned", "expected"),
+    [
+        (0, {}, False, (False, 1)),
+        (0, {"processes": 4}, False, (False, 4)),
+        (8, {}, False, (True, 8)),
+        (8, {"processes": 2}, False, (True, 2)),
+        (8, {"training": {"use_cpu": True}}, False, (False, 1)),
+        (8, {"training": {"use_cpu": True}, "processes": 3}, False, (False, 3)),
+        (0, {}, True, (True, 1)),
+        (0, {"processes": 64}, True, (True, 64)),
+        (0, {"processes": 2, "training": {"use_cpu": True}}, True, (False, 2)),
+    ],
+)
+def test_number_of_processes(
+    devices: int,
+    recipe: dict[str, Any],
+    planned: bool,
+    expected: tuple[bool, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: devices)
+    loaded = load_recipe(recipe_with(tmp_path, **{"training": {}, **recipe}))
+    assert cli.number_of_processes(loaded, planned=planned) == expected
+
+
+def test_more_processes_than_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    done = run("train", recipe_with(tmp_path, processes=4, training={}))
+    assert "error: every process needs a GPU of its own, got processes: 4 and 2 visible GPUs" in str(done.exception)
+
+
+def test_one_process_is_this_one(tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_with(tmp_path)
+    assert isinstance(run("train", recipe, "sequence_length=32").exception, Replaced)
+    assert started == [["-m", "linear_llama3.trainer", str(recipe), "sequence_length=32"]]
+    assert os.environ["ACCELERATE_USE_CPU"] == "true" and "CUDA_VISIBLE_DEVICES" not in os.environ
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,1,2")
+    assert isinstance(run("train", recipe, "training.use_cpu=false", "processes=1").exception, Replaced)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5" and "ACCELERATE_USE_CPU" not in os.environ
+
+
+def test_under_torchrun_it_is_the_trainer(
+    tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert isinstance(run("train", "any.yaml", "processes=2").exception, Replaced)
+    assert started == [["-m", "linear_llama3.trainer", "any.yaml", "processes=2"]]
+
+
+def test_what_accelerate_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that a signal ends in its exit code."""
+    told: list[Any] = []
+
+    def launch_command(arguments: Any) -> None:
+        told.append(arguments)
+        raise SignalException("stopped", signal.SIGTERM)
+
+    monkeypatch.setattr(accelerate_launch, "launch_command", launch_command)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    recipe = recipe_with(tmp_path, training={}, processes=3)
+    assert run("train", recipe, "sequence_length=32").exit_code == 128 + signal.SIGTERM
+    assert run("train", recipe, "processes=2", "training.use_cpu=true").exit_code == 128 + signal.SIGTERM
+    gpu, cpu = told
+    assert (gpu.num_processes, gpu.num_machines, gpu.main_process_port, gpu.gpu_ids) == (3, 1, 0, "all")
+    assert gpu.module and gpu.training_script == "linear_llama3.trainer"
+    assert gpu.training_script_args == [str(recipe), "sequence_length=32"]
+    assert gpu.num_cpu_threads_per_process is None and gpu.shutdown_timeout == 300
+    assert (cpu.num_processes, cpu.num_cpu_threads_per_process) == (2, 3)
+
+
+def command(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, as the installed command runs it."""
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    line = [sys.executable, "-m", "linear_llama3.cli", *map(str, arguments)]
+    return subprocess.run(line, env=os.environ | variables, capture_output=True, text=True, timeout=300)
+
+
+def test_a_launch_that_fails(tmp_path: Path) -> None:
+    """The degree that the environment asks for does not fit: the trainer's message and exit code, no traceback."""
+    write_corpus(tmp_path / "corpus")
+    write_tokenizer(tmp_path / "tokenizer")
+    environment = {"PARALLELISM_CONFIG_CP_SIZE": "3", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = command("train", recipe_with(tmp_path), "processes=2", **environment)
+    assert done.returncode == 1
+    assert "must divide the number of processes, got 3 for 2" in done.stderr
+    assert re.search(r"error: process [01] of 2 ended with exit code 1; its message is above\n$", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no.yaml"], "error: a recipe must be a YAML file, got 'no.yaml', which does not exist"),
+        (["recipe.yaml", "modle.hidden_size=3"], "error: unknown key 'modle' in recipe"),
+        (
+            ["recipe.yaml", "--dry-run", "sequence_parallel.size=3", "processes=2"],
+            "got 3 for 2; launch a multiple",
+        ),
+        (["recipe.yaml", "--dry-run", "tokenizer=none"], "tokenizer must be a folder or a Hub name"),
+    ],
+)
+def test_what_is_refused_before_a_launch(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe_with(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert message in str(run("train", *arguments).exception)
+
+
+def test_presets() -> None:
+    done = run("presets", "llama-3.2-1b")
+    assert done.exit_code == 0 and "llama-3.2-1b" in done.stdout and "llama-3.1-8b" not in done.stdout
+    assert "error: " in str(run("presets", "llama-4").exception)
+
+
+def test_the_command_is_installed() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'linear-llama3 = "linear_llama3.cli:app"' in project
+    for recipe in sorted((ROOT / "scripts/recipes").glob("*.yaml")):
+        assert yaml.safe_load(recipe.read_text()), recipe
+        load_recipe(recipe)

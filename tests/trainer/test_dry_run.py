@@ -1,0 +1,129 @@
+"""The dry run's numbers against those of the model that is really built, sharded and trained."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from linear_llama3.sequence_parallel import SequenceParallelContext, enable_sequence_parallel
+from linear_llama3.sequence_parallel.traffic import Traffic
+from linear_llama3.trainer.build import build_model, load_tokenizer
+from linear_llama3.trainer.dry_run import dry_run
+from linear_llama3.trainer.flops import batch_flops
+from linear_llama3.trainer.recipe import load_recipe
+from tests.distributed import run_distributed
+from tests.trainer.test_recipe import MODEL, recipe_with, write_tokenizer
+
+LENGTH = 32
+
+
+def described(recipe: Path, *changes: str, processes: int = 1) -> str:
+    return dry_run(load_recipe(recipe, changes), processes, gpu=False)
+
+
+def number(pattern: str, text: str) -> float:
+    found = re.search(pattern, text)
+    assert found, f"no {pattern!r} in {text}"
+    return float(found.group(1).replace(",", ""))
+
+
+def recipe_of(folder: Path, **changes: Any) -> Path:
+    write_tokenizer(folder / "tokenizer")
+    return recipe_with(folder, **{"sequence_length": LENGTH, **changes})
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 3}], ids=["all", "lora"])
+def test_parameters_and_flops(lora: dict[str, Any] | None, tmp_path: Path) -> None:
+    path = recipe_of(tmp_path, lora=lora)
+    recipe = load_recipe(path)
+    model = build_model(recipe, load_tokenizer(recipe))
+    text = described(
+        path, "training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=5", processes=3
+    )
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert number(r"model +([\d,]+) parameters", text) == total
+    if lora is not None:
+        assert number(r"([\d,]+) of them trained", text) == trained < total
+    assert "layers 1 x LN (L lightning, N softmax)" in text
+    batch = {"input_ids": torch.zeros(2 * 5, LENGTH, dtype=torch.long)}
+    flops = batch_flops(model, batch).training  # of one group of three processes
+    assert number(r"FLOPs +([\d.e+]+) a step", text) == pytest.approx(flops, rel=1e-3)
+    assert number(r"a step, ([\d.e+]+) on each", text) == pytest.approx(flops / 3, rel=1e-3)
+
+
+def test_a_loaded_model(tmp_path: Path) -> None:
+    """Its own shape, without its weights."""
+    path = recipe_of(tmp_path)
+    recipe = load_recipe(path)
+    model = build_model(recipe, load_tokenizer(recipe))
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/model.safetensors").unlink()
+    text = described(recipe_of(tmp_path, model={"name_or_path": str(tmp_path / "model")}))
+    assert number(r"model +([\d,]+) parameters", text) == model.num_parameters()
+
+
+def test_the_grid(tmp_path: Path) -> None:
+    path = recipe_of(tmp_path, sequence_parallel={"size": 3}, sequence_length=100)
+    changes = ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=4"]
+    text = described(path, *changes, processes=6)
+    assert "step        1,600 tokens: 2 replicas x 4 accumulated batches x 2 rows x 100" in text
+    assert "CPU: 2 data-parallel x 3 sequence-parallel processes, 34 tokens of every row each" in text
+    assert "rows of replica 0: ranks 0 to 2" in text and "rows of replica 1: ranks 3 to 5" in text
+    alone = described(path, "sequence_parallel.size=1", *changes, processes=2)
+    assert "rows of replica 1: rank 1" in alone and "strategies  none: every sequence stays on one process" in alone
+    assert "100 tokens of every row each" in alone
+    with pytest.raises(ValueError, match="got 3 for 4"):
+        described(path, processes=4)
+
+
+def sent(recipe: str, changes: list[str]) -> tuple[float, int]:
+    """MiB that this rank hands to torch.distributed in a forward and backward pass of a row, and its tokens."""
+    loaded = load_recipe(recipe, changes)
+    model = build_model(loaded, load_tokenizer(loaded)).train()
+    if loaded.training.get("gradient_checkpointing"):
+        model.gradient_checkpointing_enable()
+    context = SequenceParallelContext(dist.group.WORLD, loaded.sequence_parallel.config())
+    enable_sequence_parallel(model, context)
+    length = loaded.sequence_length
+    ids = torch.arange(length)[None] % 20
+    positions = torch.cat([torch.arange(length // 2), torch.arange(length - length // 2)])[None]
+    local = context.shard_batch({"input_ids": ids, "labels": ids, "position_ids": positions})
+    with Traffic() as traffic:
+        model(**local, num_items_in_batch=length).loss.backward()
+    return traffic.bytes / 2**20, local["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["sequence_parallel.linear=lasp2", "sequence_parallel.softmax=lasp2h"],
+        ["sequence_parallel.linear=lasp1", "sequence_parallel.softmax=rsa", "sequence_parallel.layout=contiguous"],
+        ["sequence_parallel.linear=all_to_all", "sequence_parallel.softmax=ulysses", "model.linear_attention_type=gla"],
+        ["sequence_parallel.linear=lasp2", "sequence_parallel.softmax=lasp2h", "training.gradient_checkpointing=true"],
+        ["sequence_parallel.linear=auto", "sequence_parallel.softmax=rsa", "training.gradient_checkpointing=true"],
+        ["model.full_attention_interval=0"],
+    ],
+    ids=lambda changes: " ".join(change.split(".")[1] for change in changes),
+)
+def test_bytes_that_a_rank_sends(changes: list[str], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}  # every part more than 0.001 MiB
+    path = recipe_of(tmp_path, model={**MODEL, **sizes}, sequence_length=512)
+    text = described(path, *changes, processes=2)
+    kinds = re.findall(r"a rank sends ([\d.]+) MiB in (\d+) layers", text)
+    assert [int(layers) for _, layers in kinds] == ([2] if "model.full_attention_interval=0" in changes else [1, 1])
+    counted = run_distributed(sent, 2, str(path), changes)
+    mean = sum(mib for mib, _ in counted) / 2
+    assert sum(float(mib) for mib, _ in kinds) == pytest.approx(mean, abs=0.00051 * len(kinds)), text
+    assert number(r"processes, ([\d,]+) tokens", text) == counted[0][1]
+
+
+def test_a_strategy_that_cannot_be_used(tmp_path: Path) -> None:
+    path = recipe_of(tmp_path, sequence_parallel={"softmax": "ulysses"})
+    with pytest.raises(ValueError, match="ulysses cannot divide the heads of the softmax layers among 4 ranks; use"):
+        described(path, processes=4)

@@ -1,0 +1,172 @@
+"""Documents as tokens and targets, against what a hand writes down and against transformers' own masks."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from linear_llama3.trainer.documents import DocumentError
+from linear_llama3.trainer.tokenization import tokenize
+from tests.trainer.test_recipe import write_tokenizer
+
+ROOT = Path(__file__).parents[2]
+CHAT = (ROOT / "scripts/recipes/chat.jinja").read_text()
+UNMARKED = CHAT.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+LLAMA = (  # the shape of Llama 3's: headers, trimmed content, an end of turn
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<' + message['role'] + '>\n\n' + message['content'] | trim + '<end>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>\n\n' }}{% endif %}"
+)
+FORGETFUL = (  # leaves out what was said before the last message
+    "{% for message in messages %}{% if loop.last %}{{ message.content }}{% else %}~{% endif %}{% endfor %}"
+)
+TURNS = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "a b"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": " no "},
+]
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    """One token per letter, "_" ends a document."""
+    return write_tokenizer(tmp_path_factory.mktemp("letters"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    """A byte-level BPE, whose tokens are of several letters."""
+    folder = tmp_path_factory.mktemp("pairs")
+    runpy.run_path(str(ROOT / "scripts/quickstart_data.py"))["train_tokenizer"]([ROOT / "LICENSE"], folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def one(tokenizer: PreTrainedTokenizerBase, **example: Any) -> tuple[list[int], list[int]]:
+    columns = tokenize({name: [value] for name, value in example.items()}, [0], tokenizer=tokenizer)
+    return columns["input_ids"][0], columns["labels"][0]
+
+
+def spelled(tokenizer: PreTrainedTokenizerBase, text: str, targets: str) -> tuple[list[int], list[int]]:
+    """Ids of `text`, and labels where `targets` has no blank under it."""
+    assert len(text) == len(targets)
+    known = tokenizer.get_vocab()
+    ids = [known.get(letter, known["."]) for letter in text]
+    return ids, [i if mark != " " else -100 for i, mark in zip(ids, targets, strict=True)]
+
+
+def test_texts_end_with_the_end_token(letters: PreTrainedTokenizerBase) -> None:
+    ids = tokenize({"text": ["ab", "", "c_"]}, [0, 1, 2], tokenizer=letters)["input_ids"]
+    assert [letters.convert_ids_to_tokens(document) for document in ids] == [["a", "b", "_"], [], ["c", "_"]]
+
+
+def test_the_assistants_turns_are_learnt(letters: PreTrainedTokenizerBase) -> None:
+    """A dot is any letter that the tokenizer does not know."""
+    letters.chat_template = CHAT
+    text = ".ystem..be.kind..ser..a.b..ssistant..yes_..ser..c..ssistant...no._."
+    mark = "                                     yes_                    .no._ "
+    assert one(letters, messages=TURNS) == spelled(letters, text, mark)
+
+
+def test_a_template_without_marks(letters: PreTrainedTokenizerBase) -> None:
+    """What a turn adds to the prompt that asks for it, the line's end included."""
+    letters.chat_template = UNMARKED
+    text = ".ystem..be.kind..ser..a.b..ssistant..yes_..ser..c..ssistant...no._."
+    mark = "                                     yes_.                   .no._."
+    assert one(letters, messages=TURNS) == spelled(letters, text, mark)
+    letters.chat_template = LLAMA
+    turns = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": " yo "}]
+    assert letters.bos_token is None
+    assert one(letters, messages=turns) == spelled(letters, ".user...hi.end..assistant...yo.end.", " " * 28 + "yo.end.")
+
+
+def test_prompts_and_completions(letters: PreTrainedTokenizerBase) -> None:
+    assert one(letters, prompt="ab", completion="cd") == spelled(letters, "abcd_", "  cd_")
+    assert one(letters, prompt="ab", completion="c_") == spelled(letters, "abc_", "  c_")
+    letters.chat_template = CHAT
+    text = ".ystem..be.kind..ser..a.b..ssistant..yes_..ser..c..ssistant...no._."
+    mark = "                                                             .no._ "
+    assert one(letters, prompt=TURNS[:3], completion=TURNS[3:]) == spelled(letters, text, mark)
+
+
+@pytest.mark.parametrize("trim", [True, False], ids=["trimmed offsets", "offsets"])
+def test_the_masks_of_transformers(trim: bool, pairs: PreTrainedTokenizerBase) -> None:
+    from tokenizers.processors import ByteLevel
+
+    pairs.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trim)
+    pairs.chat_template = CHAT
+    text = "You may add Your own   copyright statement"
+    messages = [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": f"  {text}\n\n   and more  "},
+        {"role": "assistant", "content": "Licensor"},
+        {"role": "user", "content": text[:10]},
+        {"role": "assistant", "content": text},
+    ]
+    ids, labels = one(pairs, messages=messages)
+    _, spaces = one(pairs, prompt="may", completion=" add  ")
+    assert pairs.decode([i for i in spaces if i != -100]) == " add  <|end|>"
+    pairs.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)  # which transformers' own masks need
+    expected = pairs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert ids == expected["input_ids"] and len(ids) < sum(len(m["content"]) for m in messages)
+    assert [label != -100 for label in labels] == [bool(mask) for mask in expected["assistant_masks"]]
+    assert {label for label, i in zip(labels, ids, strict=True) if label != i} == {-100}
+
+
+def test_a_token_over_the_edge_is_learnt(pairs: PreTrainedTokenizerBase) -> None:
+    """ "You" is one token, whether what is learnt begins or ends inside it."""
+    _, labels = one(pairs, prompt="may Yo", completion="u add")
+    assert pairs.decode([i for i in labels if i != -100]) == " You add<|end|>"
+    pairs.chat_template = "{% generation %}{{ messages[0].content }}{% endgeneration %}u may"
+    _, labels = one(pairs, messages=[{"role": "assistant", "content": "add Yo"}])
+    assert pairs.decode([i for i in labels if i != -100]) == "add You"
+
+
+def test_tools_and_absent_keys(letters: PreTrainedTokenizerBase) -> None:
+    """Arrow gives every message the keys of all; a template must not see them."""
+    letters.chat_template = (
+        "{{ tools | length if tools else 'x' }}{% for m in messages %}{% generation %}"
+        "{{ m.content }}{{ m.keys() | list | length }}{{ m.tool_calls | tojson if m.tool_calls else '' }}"
+        "{% endgeneration %}{% endfor %}"
+    )
+    call = [{"name": "f", "arguments": {"a": "b", "c": None}}]
+    messages = [{"role": "assistant", "content": "q", "tool_calls": call, "name": None}]
+    ids, _ = one(letters, messages=messages, tools=json.dumps([{"name": "f"}]))
+    expected = '1q3[{"name": "f", "arguments": {"a": "b"}}]'
+    assert ids == spelled(letters, expected, " " * len(expected))[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "example", "message"),
+    [
+        (None, {"messages": TURNS}, "need a chat template, the tokenizer has none; name a file in data.chat_template"),
+        (CHAT, {"messages": TURNS[:2]}, "an assistant's turn or a completion to learn, got none"),
+        (CHAT, {"messages": []}, r"must each have a role and a content, got \[\]"),
+        (CHAT, {"messages": [{"content": "a"}]}, "must each have a role"),
+        (CHAT, {"messages": None}, "must each have a role and a content, got None"),
+        (CHAT, {"messages": [{"role": "assistant"}]}, "UndefinedError: .*content"),
+        (CHAT, {"prompt": "a", "completion": ""}, "got none"),
+        (CHAT, {"prompt": None, "completion": "b"}, "TypeError"),
+        (UNMARKED, {"messages": TURNS[2:]}, "must begin with another's message, got the assistant's"),
+        (FORGETFUL, {"messages": TURNS}, "leave earlier messages as they are .* up to message 2; mark the assistant's"),
+        ("{{ raise_exception('roles') }}", {"messages": TURNS}, "TemplateError: roles"),
+    ],
+)
+def test_documents_that_are_refused(
+    template: str | None, example: dict[str, Any], message: str, letters: PreTrainedTokenizerBase
+) -> None:
+    letters.chat_template = template
+    columns = {name: [value] for name, value in example.items()}
+    with pytest.raises(DocumentError, match=f"document 7 of the data: .*({message})"):
+        tokenize(columns, [7], tokenizer=letters)
+
+
+def test_texts_that_are_refused(letters: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DocumentError, match="document 5 of the data: a document must be text, got None"):
+        tokenize({"text": ["a", None]}, [4, 5], tokenizer=letters)

@@ -1,0 +1,85 @@
+"""What a recipe names, made: tokenizer, model, adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..modeling import LinearLlama3Config, LinearLlama3ForCausalLM
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer, with its chat template where `data.chat_template` names one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer must be a folder or a Hub name with a tokenizer, got {recipe.tokenizer!r}: {error}"
+        ) from error
+    if (template := recipe.data.chat_template) is not None:
+        if not Path(template).is_file():
+            raise ValueError(f"data.chat_template must be a file with a Jinja template, got {template!r}: no such file")
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def build_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, weights: bool = True
+) -> LinearLlama3ForCausalLM | PeftModel:
+    """The recipe's model, from weights or anew, with adapters if it has a section `lora`.
+
+    Args:
+        weights: False makes all weights anew (on the meta device, to see what there would be).
+    """
+    config = build_config(recipe, tokenizer)
+    if (name := recipe.model.get("name_or_path")) is None:
+        model = LinearLlama3ForCausalLM._from_config(config)
+    else:
+        # the optimizer's steps are below the resolution of bfloat16; frozen weights stay as they are
+        dtype = recipe.model.get("dtype", "float32" if recipe.lora is None else "auto")
+        if weights:
+            try:
+                model = LinearLlama3ForCausalLM.from_pretrained(name, config=config, dtype=dtype)
+            except OSError as error:
+                raise ValueError(_no_model(name, error)) from error
+        else:
+            model = LinearLlama3ForCausalLM._from_config(
+                config, dtype=config.dtype if dtype == "auto" else getattr(torch, dtype)
+            )
+    if recipe.lora is None:
+        return model
+    adapters = recipe.lora_config()
+    from peft import get_peft_model  # slow to import, and optional
+
+    return get_peft_model(model, adapters)
+
+
+def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LinearLlama3Config:
+    """The model's config: the recipe's and, for a new model, the tokenizer's vocabulary."""
+    if (name := recipe.model.get("name_or_path")) is not None:
+        changes = {key: value for key, value in recipe.model.items() if key == "rope_parameters"}
+        try:
+            config = LinearLlama3Config.from_pretrained(name, **changes)
+        except OSError as error:
+            raise ValueError(_no_model(name, error)) from error
+        config.max_position_embeddings = max(config.max_position_embeddings, recipe.sequence_length)
+    else:
+        special = {token: getattr(tokenizer, token) for token in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = recipe.model_config(vocab_size=len(tokenizer), **special)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the model must have an embedding for each of the tokenizer's {len(tokenizer)} tokens, got vocab_size = "
+            f"{config.vocab_size}; use the model's own tokenizer, or leave vocab_size out"
+        )
+    return config
+
+
+def _no_model(name: str, error: OSError) -> str:
+    return f"name_or_path must be a folder or a Hub name with weights, got {name!r}: {error}"

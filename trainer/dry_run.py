@@ -1,0 +1,169 @@
+"""What a recipe will do, worked out without data, processes or a GPU: `linear-llama3 train RECIPE.yaml --dry-run`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..modeling import LinearLlama3Config
+from ..modeling.mixers import MIXERS
+from ..modeling.presets import layer_pattern
+from ..sequence_parallel import LAYOUTS, SequenceParallelContext
+from ..sequence_parallel.costs import Sizes, choose_linear, choose_softmax, linear_costs, softmax_costs
+from .arguments import LinearLlama3TrainingArguments
+from .build import build_model, load_tokenizer
+from .flops import attention_pairs, count_flops
+from .parallelism import describe_grid, local_tokens, resolve_parallelism
+from .recipe import Recipe
+
+SENT_AGAIN = ("lasp2h", "rsa")  # by a layer that is computed again in the backward pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DryRun:
+    """A recipe on a number of processes of one machine."""
+
+    recipe: Recipe
+    model: PreTrainedModel  # on the meta device, PEFT's where there are adapters
+    processes: int
+    ranks: int  # that share every sequence
+    layout: str
+    gpu: bool
+
+    @property
+    def config(self) -> LinearLlama3Config:
+        return self.model.config
+
+    @property
+    def replicas(self) -> int:
+        return self.processes // self.ranks
+
+    @property
+    def rows(self) -> int:
+        """Of a batch of a replica."""
+        return self.setting("per_device_train_batch_size")
+
+    @property
+    def step_rows(self) -> int:
+        return self.replicas * self.setting("gradient_accumulation_steps") * self.rows
+
+    @property
+    def local_tokens(self) -> int:
+        return local_tokens(self.recipe.sequence_length, self.ranks, self.layout)
+
+    def setting(self, name: str) -> Any:
+        """A field of the section `training`, or its default; TrainingArguments itself would ask for the device."""
+        fields = {f.name: f.default for f in dataclasses.fields(LinearLlama3TrainingArguments)}
+        return self.recipe.training.get(name, fields[name])
+
+    @property
+    def recomputes(self) -> bool:
+        """Layers in the backward pass; releases before 5.23 know the old name only."""
+        return any(self.recipe.training.get(f"{name}_checkpointing") for name in ("gradient", "activation"))
+
+    @property
+    def half(self) -> bool:
+        """Whether activations have 16 bits."""
+        return bool(self.setting("bf16") or self.setting("fp16")) or self.model.dtype.itemsize == 2
+
+    def sizes(self, kind: str) -> Sizes:
+        """A linear or softmax layer, as the strategies' cost model sees it."""
+        config = self.config
+        packed = self.recipe.data.packing != "none"  # then rows lie end to end
+        assert config.num_key_value_heads is not None and config.head_dim is not None
+        heads, key_dim, value_dim, decays = config.num_key_value_heads, config.head_dim, config.head_dim, False
+        if kind == "linear":
+            heads, key_dim, value_dim = config.linear_state_shape
+            mixer = MIXERS[config.linear_attention_type]
+            decays = packed or mixer.learned_decay is not None or mixer.constant_log_decay is not None
+        return Sizes(
+            batch=1 if packed else self.rows,
+            tokens=self.local_tokens * (self.rows if packed else 1),
+            q_heads=config.num_attention_heads,
+            kv_heads=heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            element=2 if self.half else 4,
+            ranks=self.ranks,
+            chunks_per_rank=LAYOUTS[self.layout].chunks_per_rank,
+            decays=decays,
+            gpu=self.gpu,
+        )
+
+
+def dry_run(recipe: Recipe, processes: int, *, gpu: bool) -> str:
+    """Model, step, grid, strategies as lines for the terminal.
+
+    Raises:
+        ValueError: a recipe or a number of processes with which no run would start.
+    """
+    grid = resolve_parallelism(None, recipe.sequence_parallel.size, processes)
+    with torch.device("meta"):
+        model = build_model(recipe, load_tokenizer(recipe), weights=False)
+    context = SequenceParallelContext(None, recipe.sequence_parallel.config())
+    context.settle(model)
+    ranks = 1 if grid is None else grid.cp_size
+    run = DryRun(recipe=recipe, model=model, processes=processes, ranks=ranks, layout=context.layout, gpu=gpu)
+    return "\n".join([*_model(run), *_step(run), *_flops(run), *_exchange(run)])
+
+
+def _model(run: DryRun) -> list[str]:
+    total, trained = run.model.num_parameters(), run.model.num_parameters(only_trainable=True)
+    share = f", {trained:,} of them trained" if trained < total else ""
+    kinds = f"(L {run.config.linear_attention_type}, N softmax)"
+    return [f"model       {total:,} parameters{share}; layers {layer_pattern(run.config)} {kinds}"]
+
+
+def _step(run: DryRun) -> list[str]:
+    length, accumulation = run.recipe.sequence_length, run.setting("gradient_accumulation_steps")
+    return [
+        f"step        {run.step_rows * length:,} tokens: {run.replicas} replicas x {accumulation} accumulated "
+        f"batches x {run.rows} rows x {length:,}",
+        f"grid        {'GPUs' if run.gpu else 'CPU'}: {describe_grid(run.processes, run.ranks, run.local_tokens)}",
+    ]
+
+
+def _flops(run: DryRun) -> list[str]:
+    length = run.recipe.sequence_length
+    flops = count_flops(run.model, run.step_rows * length, attention_pairs([length] * run.step_rows))
+    return [
+        f"FLOPs       {flops.training:.4g} a step, {flops.training / run.processes:.4g} on each device "
+        "(softmax layers: for rows of one document)"
+    ]
+
+
+def _exchange(run: DryRun) -> list[str]:
+    """Strategies and layout, what "auto" would choose, and what a rank sends."""
+    if run.ranks == 1:
+        return ["strategies  none: every sequence stays on one process"]
+    linear = len(run.config.linear_layers)
+    kinds = {
+        "linear": (linear, linear_costs, choose_linear),
+        "softmax": (run.config.num_hidden_layers - linear, softmax_costs, choose_softmax),
+    }
+    lines = [f"layout      {run.layout}"]
+    for kind, (layers, costs_of, choose) in kinds.items():
+        if not layers:
+            continue
+        sizes = run.sizes(kind)
+        costs = costs_of(sizes)
+        best = choose(sizes, log=False)
+        name = getattr(run.recipe.sequence_parallel, kind)
+        chosen = best if name == "auto" else name
+        if chosen not in costs:
+            raise ValueError(
+                f"{chosen} cannot divide the heads of the {kind} layers among {run.ranks} ranks; use {best}"
+            )
+        forward = costs[chosen].forward * (2 if run.recomputes and chosen in SENT_AGAIN else 1)
+        sent = layers * (forward + costs[chosen].backward) / 2**20
+        estimates = ", ".join(f"{other} {1e3 * cost.seconds:.3g}" for other, cost in costs.items())
+        lines += [
+            f"{kind:<12}{chosen}{' (auto)' if name == 'auto' else ''}: a rank sends {sent:,.3f} MiB in {layers} layers "
+            "of a batch, forward and backward",
+            f'            "auto" takes {best}; estimated ms a layer: {estimates}',
+        ]
+    return lines
