@@ -25,6 +25,8 @@ pytestmark = pytest.mark.skipif(
     transformers.__version__.startswith("5.17."), reason="transformers 5.17 cannot resume on several CPU processes"
 )
 
+import os
+LR=float(os.environ.get('LR','0.05'))
 STEPS, STOP = 9, 4
 HISTORY = 3  # logged, every third step: a checkpoint of step 4 holds a loss that is not logged yet
 
@@ -66,8 +68,10 @@ class Stop(TrainerCallback):
 def run(kind: str, degree: int, folder: str, checkpoint: str | None, stop: bool, **changes: Any) -> dict[str, Any]:
     """Steps of 4 rows, shuffled, with AdamW and a schedule; from a checkpoint, or to its save, or neither."""
     reset_accelerate()
-    keywords = arguments(folder, dist.get_world_size() // degree, sequence_parallel_size=degree)
-    keywords |= {"optim": "adamw_torch", "adam_epsilon": 1e-3, "learning_rate": 0.05, "lr_scheduler_type": "linear"}
+    replicas = dist.get_world_size() // degree
+    keywords = arguments(folder, min(replicas, 2), sequence_parallel_size=degree)
+    keywords |= {"gradient_accumulation_steps": 1 if replicas == 4 else 2}
+    keywords |= {"optim": "adamw_torch", "adam_epsilon": 1e-3, "learning_rate": LR, "lr_scheduler_type": "linear"}
     keywords |= {"max_steps": STEPS, "warmup_steps": 3, "logging_steps": HISTORY, "seed": 3}
     keywords |= {"save_strategy": "steps", "save_steps": STOP} if stop else {}
     args = LinearLlama3TrainingArguments(**keywords | changes)
