@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from . import checkpoints
@@ -33,11 +34,9 @@ def explained(trainer: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _is_collective(error):
-            raise TrainingFailure(
-                f"{where(trainer)}: {_lost(trainer, error, words)} {how_to_resume(trainer)}"
-            ) from error
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_collective(error):
+            raise TrainingFailure(_lost(trainer, error, words)) from error
+        if should_reduce_batch_size(error) or isinstance(error, torch.OutOfMemoryError):
             text = f"{where(trainer)}: out of memory. {_less_memory(trainer)} {how_to_resume(trainer)}"
             words.leave(text)
             raise torch.OutOfMemoryError(text) from error
@@ -47,6 +46,20 @@ def explained(trainer: Any) -> Iterator[None]:
         words.leave(f"{where(trainer)}: {type(error).__name__}: {error}")
         logger.error("%s: the run cannot go on. %s", where(trainer), how_to_resume(trainer))
         raise
+
+
+@contextlib.contextmanager
+def reading(trainer: Any) -> Iterator[None]:
+    """Errors while batches are read, but for what the data itself explains by a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (ValueError, TrainingFailure)) or is_collective(error):
+            raise
+        raise TrainingFailure(
+            f"{where(trainer)}: the data could not be read: {type(error).__name__}: {error}. Look whether it can be "
+            f"reached from this machine and whether these rows are whole. {how_to_resume(trainer)}"
+        ) from error
 
 
 class LastWords:
@@ -86,12 +99,13 @@ def saving(trainer: Any, folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _is_collective(error):
+        if is_collective(error):
             raise
         free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
         raise TrainingFailure(
             f"step {trainer.state.global_step}, {rank(trainer)}: {folder} could not be written: {error} "
-            f"({free / 2**30:.2f} GiB are free there). Make room, or keep fewer checkpoints by save_total_limit. {how_to_resume(trainer)}"
+            f"({free / 2**30:.2f} GiB are free there). Make room, or keep fewer checkpoints by save_total_limit. "
+            f"{how_to_resume(trainer)}"
         ) from error
 
 
@@ -111,27 +125,23 @@ def how_to_resume(trainer: Any) -> str:
     return f"{newest} is whole: resume_from_checkpoint=True goes on from there."
 
 
-def _is_collective(error: Exception) -> bool:
+def is_collective(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _lost(trainer: Any, error: Exception, words: LastWords) -> str:
-    """Whose answer is missing in a collective, and why."""
+    """Whose answer is missing in a collective, why, and what to do."""
     words.leave()
     silent, causes = words.hear()
-    ranks = f"rank {', '.join(map(str, silent))}" if silent else "another rank"
     if causes:
-        text = f"{where(trainer)}: another rank has failed: {causes}"
-    elif "timed out" in str(error).lower() or "timeout" in str(error).lower():
+        return f"{where(trainer)}: another rank has failed: {causes}"  # which says how to resume
+    ranks = f"rank {', '.join(map(str, silent))}" if silent else "another rank"
+    if "timed out" in str(error).lower() or "timeout" in str(error).lower():
         limit = f"ddp_timeout = {trainer.args.ddp_timeout} s"
-        text = f"{where(trainer)}: {ranks} did not answer within {limit}. It hangs, or takes longer: raise ddp_timeout."
+        text = f"{ranks} did not answer within {limit}. It hangs, or takes longer: raise ddp_timeout."
     else:
-        text = f"{where(trainer)}: {ranks} has ended without a word, as if killed, perhaps by a machine out of memory."
-    hint = how_to_resume(trainer)
-    text = text if hint in text else f"{text} {hint}"
-    if not causes:
-        words.leave(text)
-    return text
+        text = f"{ranks} has ended without a word, as if killed, perhaps by a machine out of memory."
+    return f"{where(trainer)}: {text} {how_to_resume(trainer)}"
 
 
 def _less_memory(trainer: Any) -> str:

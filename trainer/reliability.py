@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import sys
@@ -15,13 +16,13 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import TrainerState
+from transformers import TrainerState, set_seed
 from transformers.utils import logging
 
 from ..modeling import LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM
 from . import checkpoints
 from .data_order import DataOrder, WholeSteps, repeated_rows, without_labels
-from .failures import FiniteCheck, explained, saving
+from .failures import FiniteCheck, explained, reading, saving
 from .parallelism import set_timeout
 from .preemption import EXIT_CODE, SaveOnSigterm, ignore_sigterm
 
@@ -89,29 +90,34 @@ class ReliabilityMixin(_Trainer):
     def _find_checkpoint(self, wanted: str | bool | None) -> str | None:
         if wanted is None or wanted is False:
             return None
-        output_dir = Path(self.args.output_dir)
         if wanted is not True and wanted != LATEST:
-            folder = Path(wanted)
-            if (trouble := checkpoints.problem(folder)) is not None:
-                newest = checkpoints.newest(folder.parent)
-                remedy = f"{newest} is" if newest else f"none in {folder.parent} is"
-                raise ValueError(f"resume_from_checkpoint must be whole, got {folder}: {trouble}; {remedy}")
-            return str(folder)
-        found = checkpoints.find(output_dir)
-        whole = [set(steps) for steps in gather_object([[step for step in found if found[step] is None]])]
-        step = max(set.intersection(*whole), default=None)  # machines may have their own folders
-        if self.args.process_index == 0:
-            for newer, trouble in found.items():
-                if step is None or newer > step:
-                    logger.warning(f"checkpoint of step {newer} in {output_dir} is not whole: {trouble or 'elsewhere'}")
-        if step is not None:
-            return str(checkpoints.folder_of(output_dir, step))
+            if (trouble := self._trouble(Path(wanted))) is not None:
+                newest = checkpoints.newest(Path(wanted).parent)
+                remedy = f"{newest} is" if newest else f"none in {Path(wanted).parent} is"
+                raise ValueError(f"resume_from_checkpoint must be whole, got {wanted}: {trouble}; {remedy}")
+            return str(wanted)
+        output_dir = Path(self.args.output_dir)
+        steps = sorted(set(itertools.chain(*gather_object([checkpoints.steps(output_dir)]))), reverse=True)
+        for step in steps:
+            folder = checkpoints.folder_of(output_dir, step)
+            if (trouble := self._trouble(folder)) is None:
+                return str(folder)
+            self._warn(f"{folder} is not whole: {trouble}; the one before it is tried")
         if wanted == LATEST:
             return None
         raise ValueError(
             f"resume_from_checkpoint=True needs a whole checkpoint in output_dir, got {output_dir} with none; "
             f'"{LATEST}" starts anew in that case'
         )
+
+    def _trouble(self, folder: Path) -> str | None:
+        """What any machine finds wrong with a checkpoint; the same on all processes."""
+        own = checkpoints.problem(folder, contents=True) if self.args.local_process_index == 0 else None
+        return next((trouble for trouble in gather_object([own]) if trouble is not None), None)
+
+    def _warn(self, message: str) -> None:
+        if self.args.process_index == 0:
+            logger.warning(message)
 
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
@@ -121,7 +127,7 @@ class ReliabilityMixin(_Trainer):
         if resume_from_checkpoint is None:
             return position
         if self.state.global_step >= max_steps:  # Trainer would take one more step
-            logger.warning(f"nothing is left to train: step {self.state.global_step} of {max_steps} is reached")
+            self._warn(f"nothing is left to train: step {self.state.global_step} of {max_steps} is reached")
             return epochs, 0
         facts = checkpoints.read_facts(Path(resume_from_checkpoint))
         self._pending_loss = facts.get("loss")
@@ -136,6 +142,19 @@ class ReliabilityMixin(_Trainer):
         passes = math.ceil(state.epoch) - 1
         steps = round((state.epoch - passes) * state.max_steps)
         return passes, steps * self.args.gradient_accumulation_steps
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's hook: the random state of this process. It belongs to a number of processes; another one begins
+        with a state that is the same on all of them, for the ranks of a sequence may not differ."""
+        saved = checkpoints.read_facts(Path(checkpoint)).get("processes") if checkpoint else None
+        if saved is None or saved == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+            return
+        set_seed(self.args.seed + self.state.global_step)
+        self._warn(
+            f"random numbers (of dropout, for instance) begin anew, as {saved} processes saved and "
+            f"{self.args.world_size} go on; everything else goes on exactly"
+        )
 
     # ---- the data
 
@@ -163,7 +182,8 @@ class ReliabilityMixin(_Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As Trainer's; rows that accelerate repeats at the end of an epoch do not count."""
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with reading(self):
+            batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         own, repeated = self._repeated
         if own and self.accelerator.gradient_state.end_of_dataloader and self._counts_labels():
             if repeated and len(batches[-1].get("labels", ())) == own:  # else rows are laid end to end
@@ -215,11 +235,10 @@ class ReliabilityMixin(_Trainer):
             self._pending_loss = None
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self._sigterm.agreed:
-            if self.args.process_index == 0:
-                logger.warning(
-                    f"SIGTERM: step {self.state.global_step} is saved in {self.args.output_dir}; "
-                    f'resume_from_checkpoint="{LATEST}" goes on from there'
-                )
+            self._warn(
+                f"SIGTERM: step {self.state.global_step} is saved in {self.args.output_dir}; "
+                f'resume_from_checkpoint="{LATEST}" goes on from there'
+            )
             raise SystemExit(EXIT_CODE)
 
     # ---- checkpoints
@@ -229,7 +248,11 @@ class ReliabilityMixin(_Trainer):
         run_dir = Path(self._get_output_dir(trial))
         folder = checkpoints.folder_of(run_dir, self.state.global_step)
         with saving(self, folder):
-            facts = {"order": None if self._order is None else asdict(self._order), "loss": self._unlogged_loss()}
+            facts = {
+                "processes": self.args.world_size,
+                "order": None if self._order is None else asdict(self._order),
+                "loss": self._unlogged_loss(),
+            }
             if self.args.should_save:
                 checkpoints.begin(folder)
             self.accelerator.wait_for_everyone()

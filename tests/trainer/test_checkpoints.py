@@ -63,6 +63,15 @@ def test_what_else_breaks_a_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.problem(plain) == "its save did not come to an end"
 
 
+def test_a_changed_byte_is_found_by_its_checksum(tmp_path: Path) -> None:
+    folder = write(tmp_path / "checkpoint-1")
+    assert checkpoints.problem(folder, contents=True) is None
+    shard = folder / "shards" / "0.distcp"
+    shard.write_bytes(b"0ptimizer")
+    assert checkpoints.problem(folder) is None, "sizes do not tell"
+    assert checkpoints.problem(folder, contents=True) == "shards/0.distcp no longer holds what was saved (checksum)"
+
+
 def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.newest(tmp_path / "none") is None
     for step in (5, 10, 100):
@@ -73,7 +82,7 @@ def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-10"
     checkpoints.begin(tmp_path / "checkpoint-10")
     assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-5"
-    assert list(checkpoints.find(tmp_path)) == [100, 10, 5]
+    assert checkpoints.steps(tmp_path) == [100, 10, 5]
 
 
 @pytest.mark.parametrize(

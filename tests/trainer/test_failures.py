@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from linear_llama3.trainer import LinearLlama3TrainingArguments, checkpoints
-from tests.distributed import run_distributed
 from tests.launching import launch
-from tests.trainer.test_exactness import SequentialTrainer, arguments, reset_accelerate, rows, tiny_model
+from tests.trainer.test_exactness import SequentialTrainer, arguments, rows, tiny_model
 
 REACHED = 1  # the last step with a checkpoint
 
