@@ -15,6 +15,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
@@ -90,7 +91,8 @@ def arguments(folder: str, replicas: int, **changes: Any) -> dict[str, Any]:
 def outcome(trainer: Trainer) -> dict[str, Any]:
     """(loss, gradient norm) per step, the parameters, the tokens."""
     parameters = {
-        name: p.detach().numpy() for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().numpy()  # FSDP2's are parts
+        for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
     }
     return {
         "history": [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log],
