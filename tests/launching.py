@@ -33,16 +33,18 @@ def launch(
     *args: Any,
     folder: Path,
     interrupt: Callable[[], bool] | None = None,
-    timeout: float = 60.0,
+    restarts: int = 0,
+    timeout: float = 90.0,
 ) -> Ended:
     """`torchrun --nproc_per_node processes` of `function(*args)`.
 
     Args:
         folder: for what the processes write.
         interrupt: asked every now and then; once it is true, the launcher gets a SIGTERM, as from a scheduler.
+        restarts: torchrun's --max-restarts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    process = preloaded_context().Process(target=_torchrun, args=(function, processes, args, str(folder)))
+    process = preloaded_context().Process(target=_torchrun, args=(function, processes, args, str(folder), restarts))
     process.start()
     deadline = time.monotonic() + timeout
     while process.is_alive() and time.monotonic() < deadline:
@@ -53,11 +55,12 @@ def launch(
     if process.is_alive():
         process.kill()
         raise TimeoutError(f"a launch took more than {timeout} s; what it wrote is in {folder}")
-    errors = [next(folder.rglob(f"{rank}/stderr.log")).read_text() for rank in range(processes)]
+    logs = [sorted(folder.rglob(f"{rank}/stderr.log")) for rank in range(processes)]  # of every attempt
+    errors = ["".join(log.read_text() for log in attempts) for attempts in logs]
     return Ended(process.exitcode or 0, (folder / "summary").read_text(), errors)
 
 
-def _torchrun(function: Callable[..., Any], processes: int, args: tuple[Any, ...], folder: str) -> None:
+def _torchrun(function: Callable[..., Any], processes: int, args: tuple[Any, ...], folder: str, restarts: int) -> None:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -70,7 +73,7 @@ def _torchrun(function: Callable[..., Any], processes: int, args: tuple[Any, ...
         nproc_per_node=processes,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=restarts,
         monitor_interval=0.1,
         start_method="fork",
         logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=Std.ALL),

@@ -157,10 +157,14 @@ def _less_memory(trainer: Any) -> str:
         measures.append("gradient_checkpointing=True")
     larger = [n for n in range(degree + 1, args.world_size + 1) if args.world_size % n == 0]
     next_degree = larger[0] if larger else 2 * degree
-    launch = "" if larger else f" on {2 * args.world_size} processes"
+    step = f"sequence_parallel_size={next_degree}"
+    if not larger:
+        step += f" on {2 * args.world_size} processes"
+    elif next_degree % degree == 0:  # so that a step still takes as many rows
+        step += f" with gradient_accumulation_steps={args.gradient_accumulation_steps * next_degree // degree}"
     if length is None:
-        return f"Use {', or '.join([*measures, f'sequence_parallel_size={next_degree}{launch}'])}."
-    measures.append(f"sequence_parallel_size={next_degree}{launch}, {-(-length // next_degree)} tokens a rank")
+        return f"Use {', or '.join([*measures, step])}."
+    measures.append(f"{step}, {-(-length // next_degree)} tokens a rank")
     return (
         f"The batch has {rows} x {length} tokens over {degree} ranks, {-(-length // degree)} of every row on each. "
         f"Use {', or '.join(measures)}."

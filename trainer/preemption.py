@@ -7,9 +7,11 @@ are a step further then wait for ever. Here all processes agree on the step.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 import torch
@@ -25,19 +27,20 @@ class SaveOnSigterm(TrainerCallback):
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.received = self.agreed = False
+        self.over = RawValue("b", 1)  # shared with the loader's workers: whether they may go
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """SIGTERM is noted instead of ending the process; only in a main thread, others have no signals."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        self.received = self.agreed = False
-        before = signal.signal(signal.SIGTERM, self._note)
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, self._note) if main else None
+        self.received, self.agreed, self.over.value = False, False, 0
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+            self.over.value = 1
+            if main:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
     def _note(self, *signal_and_frame: Any) -> None:
         self.received = True
@@ -50,9 +53,9 @@ class SaveOnSigterm(TrainerCallback):
             control.should_evaluate = False  # there may not be the time
 
 
-def ignore_sigterm(init: Callable[[int], None] | None, worker: int) -> None:
-    """What a loader worker begins with, before `init`: launchers signal whole process groups, and a step that has lost
-    its workers does not end."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def outlive_sigterm(init: Callable[[int], None] | None, over: Any, worker: int) -> None:
+    """What a loader worker begins with, before `init`: torchrun signals it too, and a step that has lost its workers
+    does not end. Python itself ends workers by SIGTERM at exit, after `over`."""
+    signal.signal(signal.SIGTERM, lambda *signal_and_frame: os._exit(EXIT_CODE) if over.value else None)
     if init is not None:
         init(worker)

@@ -24,7 +24,7 @@ from . import checkpoints
 from .data_order import DataOrder, WholeSteps, repeated_rows, without_labels
 from .failures import FiniteCheck, explained, reading, saving
 from .parallelism import set_timeout
-from .preemption import EXIT_CODE, SaveOnSigterm, ignore_sigterm
+from .preemption import EXIT_CODE, SaveOnSigterm, outlive_sigterm
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -95,13 +95,13 @@ class ReliabilityMixin(_Trainer):
                 newest = checkpoints.newest(Path(wanted).parent)
                 remedy = f"{newest} is" if newest else f"none in {Path(wanted).parent} is"
                 raise ValueError(f"resume_from_checkpoint must be whole, got {wanted}: {trouble}; {remedy}")
-            return str(wanted)
+            return self._with_optimizer(Path(wanted))
         output_dir = Path(self.args.output_dir)
         steps = sorted(set(itertools.chain(*gather_object([checkpoints.steps(output_dir)]))), reverse=True)
         for step in steps:
             folder = checkpoints.folder_of(output_dir, step)
             if (trouble := self._trouble(folder)) is None:
-                return str(folder)
+                return self._with_optimizer(folder)
             self._warn(f"{folder} is not whole: {trouble}; the one before it is tried")
         if wanted == LATEST:
             return None
@@ -109,6 +109,15 @@ class ReliabilityMixin(_Trainer):
             f"resume_from_checkpoint=True needs a whole checkpoint in output_dir, got {output_dir} with none; "
             f'"{LATEST}" starts anew in that case'
         )
+
+    @staticmethod
+    def _with_optimizer(folder: Path) -> str:
+        if not any(folder.glob("optimizer*")):  # Trainer would begin with a new one
+            raise ValueError(
+                f"a resumed run needs the optimizer's state, got {folder} without it (save_only_model=True); load its "
+                "weights as those of a new run"
+            )
+        return str(folder)
 
     def _trouble(self, folder: Path) -> str | None:
         """What any machine finds wrong with a checkpoint; the same on all processes."""
@@ -177,7 +186,7 @@ class ReliabilityMixin(_Trainer):
         )
         self._repeated = repeated_rows(loader)
         if self._saves_on_sigterm and loader.num_workers:
-            loader.base_dataloader.worker_init_fn = partial(ignore_sigterm, loader.worker_init_fn)
+            loader.base_dataloader.worker_init_fn = partial(outlive_sigterm, loader.worker_init_fn, self._sigterm.over)
         return loader
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:

@@ -5,7 +5,6 @@ Mixed precision, offload and NCCL are not run here.
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
