@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch.distributed as dist
 
 from linear_llama3.sequence_parallel import (
     LAYOUTS,
+    LINEAR_STRATEGIES,
     SequenceParallelConfig,
     SequenceParallelContext,
     enable_sequence_parallel,
     unshard,
 )
+from linear_llama3.sequence_parallel.traffic import Traffic
 from tests.distributed import run_distributed
 from tests.modeling.tiny import MIXER_NAMES, gradients, tiny_model, tokens
 
@@ -108,6 +111,30 @@ def test_every_strategy(world_size: int, linear: str, softmax: str, documents: l
     config = SequenceParallelConfig(linear=linear, softmax=softmax, layout=layout)
     expected = run("gla", 2, documents, "non-reentrant", False)
     check(run_distributed(run, world_size, "gla", 2, documents, "non-reentrant", True, config), expected)
+
+
+def messages(interval: int, checkpointing: bool, config: SequenceParallelConfig) -> Counter[str]:
+    """What this rank sends in a forward and backward pass of four layers."""
+    model = tiny_model("gla", full_attention_interval=interval).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    context = SequenceParallelContext(dist.group.WORLD, config)
+    enable_sequence_parallel(model, context)
+    with Traffic() as traffic:
+        model(**context.shard_batch(batch(1, None)), num_items_in_batch=1).loss.backward()
+    return traffic.messages
+
+
+@pytest.mark.parametrize("linear", LINEAR_STRATEGIES)
+def test_checkpointing_does_not_repeat_an_exchange_of_states(linear: str) -> None:
+    """Softmax layers gather K and V once more: to keep those of the whole sequence is what checkpointing avoids."""
+    config = SequenceParallelConfig(linear=linear, softmax="lasp2h")
+    for interval, again in ((0, 0), (2, 2)):
+        plain, checkpointed = (run_distributed(messages, 2, interval, c, config) for c in (False, True))
+        for before, after in zip(plain, checkpointed, strict=True):
+            assert after - before == Counter(all_gather=again) and not before - after
+    if linear == "lasp2":
+        assert run_distributed(messages, 2, 0, True, config) == [Counter(all_gather=4 * 2)] * 2
 
 
 def uncut_batch() -> str:
