@@ -1,4 +1,4 @@
-"""Failures that are injected into launches and runs: what is said, and what is left of the checkpoints."""
+"""Failures that are injected into launches and runs."""
 
 from __future__ import annotations
 

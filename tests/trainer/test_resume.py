@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(
     transformers.__version__.startswith("5.17."), reason="transformers 5.17 cannot resume on several CPU processes"
 )
 
-STEPS, STOP = 9, 4
-HISTORY = 3  # logged, every third step: a checkpoint of step 4 holds a loss that is not logged yet
+STEPS, STOP = 9, 5  # in the middle of an epoch, and of a pass
+HISTORY = 3  # logged, every third step: the checkpoint holds losses that are not logged yet
 
 
 def data(kind: str) -> Any:
@@ -60,7 +60,7 @@ class Stop(TrainerCallback):
     """As a machine that is switched off behind a save."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step == STOP
+        control.should_training_stop = state.global_step >= STOP - 1
 
 
 class Warnings(logging.Handler):
@@ -156,10 +156,10 @@ def test_random_numbers_go_on_with_the_same_processes(tmp_path: Path) -> None:
     (plain,) = run_distributed(run, 1, "rows", 1, str(tmp_path / "plain"), None)
     assert whole["history"][0] != pytest.approx(plain["history"][0], rel=1e-3), "nothing was dropped"
     run_distributed(run_with, 2, dropout | SAVE, "rows", 1, folder, None)
-    for resumed in run_distributed(run_with, 2, dropout, "rows", 1, str(tmp_path / "on"), f"{folder}/checkpoint-4"):
+    for resumed in run_distributed(run_with, 2, dropout, "rows", 1, str(tmp_path / "on"), f"{folder}/checkpoint-{STOP}"):
         assert_goes_on(resumed, whole, "dropout")
         assert not resumed["warnings"]
-    (other,) = run_distributed(run_with, 1, dropout, "rows", 1, str(tmp_path / "on"), f"{folder}/checkpoint-4")
+    (other,) = run_distributed(run_with, 1, dropout, "rows", 1, str(tmp_path / "on"), f"{folder}/checkpoint-{STOP}")
     assert other["step"] == STEPS and other["history"][-1] != pytest.approx(whole["history"][-1], rel=1e-3)
     assert any("begin anew, as 2 processes saved and 1 go on" in text for text in other["warnings"])
 
