@@ -156,7 +156,9 @@ def test_random_numbers_go_on_with_the_same_processes(tmp_path: Path) -> None:
     (plain,) = run_distributed(run, 1, "rows", 1, str(tmp_path / "plain"), None)
     assert whole["history"][0] != pytest.approx(plain["history"][0], rel=1e-3), "nothing was dropped"
     run_distributed(run_with, 2, dropout | SAVE, "rows", 1, folder, None)
-    for resumed in run_distributed(run_with, 2, dropout, "rows", 1, str(tmp_path / "on"), f"{folder}/checkpoint-{STOP}"):
+    for resumed in run_distributed(
+        run_with, 2, dropout, "rows", 1, str(tmp_path / "on"), f"{folder}/checkpoint-{STOP}"
+    ):
         assert_goes_on(resumed, whole, "dropout")
         assert not resumed["warnings"]
     (other,) = run_distributed(run_with, 1, dropout, "rows", 1, str(tmp_path / "on"), f"{folder}/checkpoint-{STOP}")
