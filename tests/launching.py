@@ -67,6 +67,8 @@ def _torchrun(function: Callable[..., Any], processes: int, args: tuple[Any, ...
     with (Path(folder) / "summary").open("w") as summary:
         os.dup2(summary.fileno(), sys.stderr.fileno())
     os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    if restarts:  # else torch 2.13 meets again at the addresses of ranks that died
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

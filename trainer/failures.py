@@ -80,16 +80,19 @@ class LastWords:
                 store.append(self.alive_key, f"{self.rank} ")
 
     def hear(self, *, seconds: float = 3.0) -> tuple[list[int], str]:
-        """The ranks that leave no word within some time, and the causes that others know."""
+        """The ranks that leave no word within some time, and the causes that others know.
+
+        Raises:
+            RuntimeError: the store has ended with its process (rank 0's, or torchrun's).
+        """
         alive, causes, deadline = {self.rank}, "", time.monotonic() + seconds
-        with contextlib.suppress(RuntimeError):
-            store: Any = dist.distributed_c10d._get_default_store()
-            while len(alive) < self.world_size and time.monotonic() < deadline:
-                time.sleep(0.1)
-                if store.check([self.alive_key]):
-                    alive |= {int(rank) for rank in store.get(self.alive_key).split()}
-            if store.check([self.causes_key]):
-                causes = store.get(self.causes_key).decode().strip()
+        store: Any = dist.distributed_c10d._get_default_store()
+        while len(alive) < self.world_size and time.monotonic() < deadline:
+            time.sleep(0.1)
+            if store.check([self.alive_key]):
+                alive |= {int(rank) for rank in store.get(self.alive_key).split()}
+        if store.check([self.causes_key]):
+            causes = store.get(self.causes_key).decode().strip()
         return sorted(set(range(self.world_size)) - alive), causes
 
 
@@ -132,7 +135,11 @@ def is_collective(error: Exception) -> bool:
 def _lost(trainer: Any, error: Exception, words: LastWords) -> str:
     """Whose answer is missing in a collective, why, and what to do."""
     words.leave()
-    silent, causes = words.hear()
+    try:
+        silent, causes = words.hear()
+    except RuntimeError:
+        text = "another rank has ended, and with rank 0 what ranks tell each other; its own output says why."
+        return f"{where(trainer)}: {text} {how_to_resume(trainer)}"
     if causes:
         return f"{where(trainer)}: another rank has failed: {causes}"  # which says how to resume
     ranks = f"rank {', '.join(map(str, silent))}" if silent else "another rank"
