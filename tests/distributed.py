@@ -38,10 +38,16 @@ def strided_group() -> Any:
     return groups[dist.get_rank() % 2]
 
 
+def preloaded_context() -> Any:
+    """Makes processes that have torch imported already, forks of one that does nothing else."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "transformers", "accelerate"])
+    return context
+
+
 class _Pool:
     def __init__(self, world_size: int) -> None:
-        context = get_context("forkserver")  # forks a process that has torch imported already
-        context.set_forkserver_preload(["torch", "torch.distributed", "transformers", "accelerate"])
+        context = preloaded_context()
         self.world_size, self.pipes, self.processes = world_size, [], []
         port = _free_port()
         for rank in range(world_size):

@@ -34,6 +34,20 @@ class LinearLlama3TrainingArguments(TrainingArguments):
         default="all", metadata={"help": "Count tokens, and log tokens a second."}
     )
 
+    resume_from_checkpoint: str | bool | None = field(
+        default=None,
+        metadata={
+            "help": "True takes the newest whole checkpoint of output_dir; 'latest' as well, or starts anew where "
+            "there is none; else a folder."
+        },
+    )
+    enable_jit_checkpoint: bool = field(
+        default=True, metadata={"help": "SIGTERM ends the run after its step, saved (unless save_strategy is 'no')."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Go on with a loss that is not finite; False stops the run."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.use_liger_kernel:

@@ -12,8 +12,10 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
@@ -155,6 +157,16 @@ def require(owner: object, name: str) -> None:
             f"{type(owner).__name__} has no {name}: this release changed a hook that sequence parallelism needs; "
             f"use {TESTED}"
         )
+
+
+def set_timeout(accelerator: Accelerator, seconds: float) -> None:
+    """How long a collective waits for other processes: torch gives the groups of a mesh its own default, and
+    TrainingArguments' ddp_timeout does not reach any group on CPUs."""
+    if not dist.is_initialized():
+        return
+    mesh = accelerator.state.device_mesh
+    for group in [dist.group.WORLD, *(mesh.get_all_groups() if mesh is not None else ())]:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)  # what torchtitan uses as well
 
 
 class PeerCheck:

@@ -28,11 +28,12 @@ from .flops import batch_flops
 from .memory import peak_memory
 from .parallelism import PeerCheck, attach, hidden_parallelism, is_sharded_by, require, resolve_parallelism, uses_fsdp
 from .progress import ProgressBar, SpeedMeter
+from .reliability import ReliabilityMixin
 
 logger = logging.get_logger(__name__)
 
 
-class SequenceParallelMixin:
+class SequenceParallelMixin(ReliabilityMixin):
     """Put before a Trainer class: `class MyTrainer(SequenceParallelMixin, SFTTrainer)`.
 
     Reads `sequence_parallel_size`, `linear_strategy`, `softmax_strategy` and `sequence_layout` of the arguments
@@ -40,7 +41,6 @@ class SequenceParallelMixin:
     """
 
     sequence_parallel_context: SequenceParallelContext | None = None
-    accelerator: Any
     _check_peers: PeerCheck
     _batch_is_whole = False  # an evaluation batch that nobody has counted and cut yet
     _gather_function: Callable[[Any], Any]

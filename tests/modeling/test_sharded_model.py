@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from linear_llama3.sequence_parallel import (
     enable_sequence_parallel,
     unshard,
 )
+from linear_llama3.sequence_parallel.traffic import Traffic
 from tests.distributed import run_distributed
 from tests.modeling.tiny import MIXER_NAMES, gradients, tiny_model, tokens
 
@@ -108,6 +110,25 @@ def test_every_strategy(world_size: int, linear: str, softmax: str, documents: l
     config = SequenceParallelConfig(linear=linear, softmax=softmax, layout=layout)
     expected = run("gla", 2, documents, "non-reentrant", False)
     check(run_distributed(run, world_size, "gla", 2, documents, "non-reentrant", True, config), expected)
+
+
+def messages(checkpointing: bool) -> Counter[str]:
+    """What this rank sends in a forward and backward pass of two linear and two softmax layers."""
+    model = tiny_model("gla").train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    context = SequenceParallelContext(dist.group.WORLD)
+    enable_sequence_parallel(model, context)
+    with Traffic() as traffic:
+        model(**context.shard_batch(batch(1, None)), num_items_in_batch=1).loss.backward()
+    return traffic.messages
+
+
+def test_checkpointing_repeats_no_exchange_of_states() -> None:
+    """LASP-2H gathers K and V once more: to keep those of the whole sequence is what checkpointing avoids."""
+    for checkpointing, gathers in ((False, 2 * 2 + 2), (True, 2 * 2 + 2 * 2)):
+        for sent in run_distributed(messages, 2, checkpointing):
+            assert sent == Counter(all_gather=gathers, reduce_scatter=2)
 
 
 def uncut_batch() -> str:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
@@ -91,7 +91,8 @@ def arguments(folder: str, replicas: int, **changes: Any) -> dict[str, Any]:
 def outcome(trainer: Trainer) -> dict[str, Any]:
     """(loss, gradient norm) per step, the parameters, the tokens."""
     parameters = {
-        name: p.detach().numpy() for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().numpy()  # FSDP2's are parts
+        for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
     }
     return {
         "history": [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log],
@@ -241,33 +242,6 @@ def test_without_a_global_count_the_degree_changes_nothing(tmp_path: Path) -> No
     one, _ = run_distributed(train_as, 2, "local count", 1, str(tmp_path))
     for run in run_distributed(train_as, 4, "local count", 2, str(tmp_path)):
         assert_same(run, one, "local count")
-
-
-def resume(world: int, degree: int, folder: str, checkpoint: str | None) -> dict[str, Any]:
-    """The second of two steps from a checkpoint, or the first and the checkpoint; with momentum."""
-    reset_accelerate()
-    changes = {"sequence_parallel_size": degree, "optim": "adamw_torch", "learning_rate": 0.01}
-    steps = {"max_steps": 2} if checkpoint else {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    args = LinearLlama3TrainingArguments(**arguments(folder, world // degree, **changes, **steps))
-    trainer = SequentialTrainer(model=tiny_model(), args=args, train_dataset=rows(False))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    reset_accelerate()
-    return outcome(trainer)
-
-
-@pytest.mark.skipif(
-    transformers.__version__.startswith("5.17."), reason="transformers 5.17 cannot resume on several CPU processes"
-)
-def test_a_resume_at_another_degree_goes_on_as_before(tmp_path: Path) -> None:
-    run_distributed(resume, 4, 4, 2, str(tmp_path / "4x2"), None)
-    run_distributed(resume, 1, 1, 1, str(tmp_path / "1x1"), None)
-    checkpoint = "checkpoint-1"
-    (one,) = run_distributed(resume, 1, 1, 1, str(tmp_path / "end"), str(tmp_path / "1x1" / checkpoint))
-    assert len(one["history"]) == 2
-    for world, degree in ((1, 1), (2, 2), (4, 4), (4, 2)):
-        end, start = str(tmp_path / "end"), str(tmp_path / "4x2" / checkpoint)
-        for run in run_distributed(resume, world, world, degree, end, start):
-            assert_same(run, one, (world, degree))
 
 
 def own_loop(degree: int, accumulate: int) -> tuple[list[float], Tensor]:

@@ -1,0 +1,129 @@
+"""Which checkpoints are whole, which one a run goes on from, and which ones are deleted."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from linear_llama3.trainer import checkpoints
+
+
+def write(folder: Path, *, plain: bool = False, age: int = 0) -> Path:
+    """A whole checkpoint; `plain` as transformers' Trainer leaves it; `age` in hours."""
+    if plain:
+        folder.mkdir(parents=True)
+    else:
+        checkpoints.begin(folder)
+        assert checkpoints.problem(folder) == "its save did not come to an end"
+    (folder / "shards").mkdir()
+    (folder / "shards" / "0.distcp").write_bytes(b"optimizer")
+    save_file({"weight": torch.ones(100)}, folder / "model.safetensors")
+    (folder / "trainer_state.json").write_text("{}")
+    if not plain:
+        checkpoints.finish(folder, {"order": [1]})
+        assert checkpoints.read_facts(folder) == {"order": [1]}
+    time = folder.stat().st_mtime - 3600 * age
+    os.utime(folder, (time, time))
+    assert checkpoints.problem(folder) is None
+    return folder
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["", "plain"])
+def test_broken_checkpoints_are_known(plain: bool, tmp_path: Path) -> None:
+    folder = write(tmp_path / "checkpoint-1", plain=plain)
+    weights = folder / "model.safetensors"
+    size = weights.stat().st_size
+    cut(weights)
+    expected = "incomplete" if plain else f"model.safetensors has {size - 1} bytes of {size}"
+    assert expected in str(checkpoints.problem(folder))
+    folder = write(tmp_path / "checkpoint-2", plain=plain)
+    (folder / "trainer_state.json").unlink()
+    assert "trainer_state.json" in str(checkpoints.problem(folder))
+    folder = write(tmp_path / "checkpoint-3", plain=plain)
+    cut(folder / ("trainer_state.json" if plain else checkpoints.MANIFEST_NAME))
+    assert "cannot be read" in str(checkpoints.problem(folder))
+    assert checkpoints.problem(tmp_path / "checkpoint-4") == "there is no such folder"
+
+
+def test_what_else_breaks_a_checkpoint(tmp_path: Path) -> None:
+    folder = write(tmp_path / "checkpoint-1")
+    (folder / "shards" / "0.distcp").unlink()
+    assert checkpoints.problem(folder) == "shards/0.distcp is missing"
+    plain = write(tmp_path / "checkpoint-2", plain=True)
+    (plain / "checkpoint-is-incomplete.txt").touch()  # transformers' enable_jit_checkpoint
+    assert checkpoints.problem(plain) == "its save did not come to an end"
+
+
+def test_a_changed_byte_is_found_by_its_checksum(tmp_path: Path) -> None:
+    folder = write(tmp_path / "checkpoint-1")
+    assert checkpoints.problem(folder, contents=True) is None
+    shard = folder / "shards" / "0.distcp"
+    shard.write_bytes(b"0ptimizer")
+    assert checkpoints.problem(folder) is None, "sizes do not tell"
+    assert checkpoints.problem(folder, contents=True) == "shards/0.distcp no longer holds what was saved (checksum)"
+
+
+def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    assert checkpoints.newest(tmp_path / "none") is None
+    for step in (5, 10, 100):
+        write(tmp_path / f"checkpoint-{step}", plain=step == 5)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-100"
+    cut(tmp_path / "checkpoint-100" / "model.safetensors")
+    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-10"
+    checkpoints.begin(tmp_path / "checkpoint-10")
+    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-5"
+    assert checkpoints.steps(tmp_path) == [100, 10, 5]
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "broken", "left"),
+    [
+        (None, None, (), [1, 2, 3, 4]),
+        (2, None, (), [3, 4]),
+        (1, None, (), [4]),
+        (1, 2, (), [2, 4]),
+        (2, 1, (), [1, 4]),
+        (3, 1, (), [1, 3, 4]),
+        (1, None, (4,), [3]),
+        (2, None, (3,), [2, 4]),
+        (1, 4, (4, 3), [2]),
+        (1, None, (1, 2, 3, 4), [1, 2, 3, 4]),
+    ],
+)
+def test_a_limit_counts_whole_checkpoints(
+    limit: int | None, best: int | None, broken: tuple[int, ...], left: list[int], tmp_path: Path
+) -> None:
+    for step in (1, 2, 3, 4):
+        write(tmp_path / f"checkpoint-{step}", age=4 - step)
+        if step in broken:
+            cut(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+    (tmp_path / "checkpoint-mine").mkdir()
+    checkpoints.rotate(tmp_path, limit, None if best is None else str(tmp_path / f"checkpoint-{best}"))
+    folders = {f"checkpoint-{step}" for step in left} | {"checkpoint-mine"}
+    assert {path.name for path in tmp_path.iterdir()} == folders
+
+
+def test_age_goes_before_the_step(tmp_path: Path) -> None:
+    """A run anew in the folder of an older one: its first checkpoints must not be taken for old ones."""
+    for step, age in ((900, 2), (1000, 1), (10, 0)):
+        write(tmp_path / f"checkpoint-{step}", age=age)
+    checkpoints.rotate(tmp_path, 2, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1000", "checkpoint-10"}
+
+
+def test_a_save_that_is_repeated_leaves_nothing_of_the_first(tmp_path: Path) -> None:
+    folder = write(tmp_path / "checkpoint-1")
+    (folder / "rng_state_7.pth").touch()  # of more processes
+    checkpoints.begin(folder)
+    assert [path.name for path in folder.iterdir()] == [checkpoints.MANIFEST_NAME]
+    assert not json.loads((folder / checkpoints.MANIFEST_NAME).read_text())["whole"]

@@ -1,0 +1,295 @@
+"""Failures that are injected into launches and runs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import TrainerCallback
+
+from linear_llama3.trainer import LinearLlama3TrainingArguments, checkpoints
+from linear_llama3.trainer.failures import TrainingFailure, _less_memory, _lost
+from tests.distributed import run_distributed
+from tests.launching import launch
+from tests.trainer.test_exactness import SequentialTrainer, arguments, outcome, reset_accelerate, rows, tiny_model
+
+REACHED = 1  # the last step with a checkpoint
+STEPS = 4
+
+
+class FailingTrainer(SequentialTrainer):
+    """Fails on rank 1 (a full disk on rank 0) in the step, or the save, behind the first checkpoint."""
+
+    kind = ""
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == REACHED and self.args.process_index == 1:
+            if self.kind == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.kind == "hangs":
+                time.sleep(6)
+            if self.kind == "out of memory":
+                torch.empty(1 << 50, dtype=torch.uint8)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        broken = self.state.global_step == REACHED and self.args.process_index == 1 and self.kind == "not a number"
+        return loss * float("nan") if broken else loss
+
+    def _save_scaler(self, output_dir: str) -> None:
+        """In the middle of a save."""
+        if self.state.global_step == REACHED + 1:
+            if self.kind == "killed in a save" and self.args.process_index == 1 and first_attempt():
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.kind == "full disk" and self.args.process_index == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super()._save_scaler(output_dir)
+
+
+class RemoteRows(torch.utils.data.Dataset):
+    """Cannot be reached from rank 1 in the second step (its last batch: the loader is one batch ahead)."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        if index >= 6 and os.environ["RANK"] == "1":
+            raise ConnectionError("Max retries exceeded with url: /data")
+        return rows(False)[index]
+
+
+def first_attempt() -> bool:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+
+def failing(kind: str, folder: str, **changes: Any) -> FailingTrainer:
+    keywords = arguments(folder, 1, sequence_parallel_size="auto", save_strategy="steps", save_steps=1, max_steps=STEPS)
+    keywords |= {"learning_rate": 0.01, "optim": "adamw_torch", **changes}
+    args = LinearLlama3TrainingArguments(**keywords, ddp_timeout=2 if kind == "hangs" else 60)
+    data = RemoteRows() if kind == "unreachable data" else rows(False) * (50 if kind == "long" else 1)
+    trainer = FailingTrainer(model=tiny_model(), args=args, train_dataset=data)
+    trainer.kind = kind
+    return trainer
+
+
+def fail(kind: str, folder: str) -> None:
+    failing(kind, folder).train()
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "messages"),
+    [
+        ("killed", 0, ["step 2, rank 0 of 2: rank 1 has ended without a word, as if killed"]),
+        ("hangs", 0, ["step 2, rank 0 of 2: rank 1 did not answer within ddp_timeout = 2 s", "raise ddp_timeout"]),
+        (
+            "full disk",
+            0,
+            ["step 2, rank 0 of 2: ", "could not be written: [Errno 28] No space left", "save_total_limit"],
+        ),
+        (
+            "out of memory",
+            1,
+            [
+                "step 2, rank 1 of 2: out of memory. The batch has 2 x 13 tokens over 2 ranks, 7 of every row on each",
+                "gradient_checkpointing=True",
+                "sequence_parallel_size=4 on 4 processes, 4 tokens a rank",
+            ],
+        ),
+        (
+            "unreachable data",
+            1,
+            ["step 2, rank 1 of 2: the data could not be read: ConnectionError: Max retries", "can be reached from"],
+        ),
+    ],
+)
+def test_a_launch_ends_with_the_reason(kind: str, rank: int, messages: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ended = launch(fail, 2, kind, str(out), folder=tmp_path / "log")
+    assert ended.exit_code != 0
+    whole = f"{out / 'checkpoint-1'} is whole: resume_from_checkpoint=True goes on from there"
+    for message in [*messages, whole]:
+        assert message in ended.errors[rank], ended.errors[rank][-2000:]
+    if kind != "killed":  # the other rank says whose failure it was, and which one
+        step = 3 if kind == "full disk" else 2
+        expected = f"step {step}, rank {1 - rank} of 2: another rank has failed: {messages[0][:30]}"
+        assert kind == "hangs" or expected in ended.errors[1 - rank], ended.errors[1 - rank][-2000:]
+    assert checkpoints.newest(out) == out / "checkpoint-1"
+    if kind == "full disk":
+        assert checkpoints.problem(out / "checkpoint-2") == "its save did not come to an end"
+
+
+def loss_is_not_finite(folder: str, changes: dict[str, Any]) -> Any:
+    reset_accelerate()
+    trainer = failing("not a number", folder, **changes)
+    try:
+        trainer.train()
+    except TrainingFailure as error:
+        finite = all(p.isfinite().all() for p in trainer.model.parameters())
+        return str(error), trainer.state.global_step, finite
+    finally:
+        reset_accelerate()
+    return "", trainer.state.global_step, None
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    results = run_distributed(loss_is_not_finite, 2, str(tmp_path), {})
+    for rank, (message, step, finite) in enumerate(results):
+        assert f"step 2, rank {rank} of 2: the loss is not finite, first on rank 1 in micro-batch 0" in message
+        assert "lower learning_rate" in message and f"{tmp_path / 'checkpoint-1'} is whole" in message
+        assert step == 1 and finite, "the parameters are those before the step"
+    for message, step, _ in run_distributed(loss_is_not_finite, 2, str(tmp_path), {"logging_nan_inf_filter": True}):
+        assert not message and step == STEPS
+
+
+def restarted(kind: str, folder: str) -> None:
+    trainer = failing(kind, folder)
+    trainer.train(resume_from_checkpoint="latest")
+    if trainer.args.process_index == 0:
+        torch.save(outcome(trainer), f"{folder}/outcome")
+
+
+def whole_run(folder: str) -> dict[str, Any]:
+    reset_accelerate()
+    trainer = failing("", folder)
+    trainer.train()
+    reset_accelerate()
+    return outcome(trainer)
+
+
+cannot_resume = pytest.mark.skipif(
+    transformers.__version__.startswith("5.17."), reason="transformers 5.17 cannot resume on several CPU processes"
+)
+
+
+@cannot_resume
+def test_torchrun_restarts_a_launch_whose_rank_was_killed_in_a_save(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ended = launch(restarted, 2, "killed in a save", str(out), folder=tmp_path / "log", restarts=1)
+    assert ended.exit_code == 0, ended.errors[0][-2000:]
+    assert "step 3, rank 0 of 2: rank 1 has ended without a word" in ended.errors[0], "of the first attempt"
+    assert f"{out / 'checkpoint-2'} is not whole: its save did not come to an end" in ended.errors[0]
+    assert_same_run(torch.load(out / "outcome", weights_only=False), tmp_path)
+
+
+def assert_same_run(run: dict[str, Any], tmp_path: Path) -> None:
+    whole = run_distributed(whole_run, 2, str(tmp_path / "whole"))[0]
+    for got, expected in zip(run["history"], whole["history"], strict=True):
+        assert got == pytest.approx(expected, rel=1e-5)
+    for name, expected in whole["parameters"].items():
+        assert abs(run["parameters"][name] - expected).max() < 1e-5, name
+
+
+class SignalToOneRank(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1 and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class SignalToLoaders(TrainerCallback):
+    """In a slow run that shows how far it is."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        Path(args.output_dir, f"step-{state.global_step}").touch()
+        time.sleep(0.1)
+        workers = psutil.Process().children()
+        assert workers
+        if state.global_step == 1:
+            for worker in workers:
+                worker.terminate()
+
+
+def preempted(kind: str, callback: type[TrainerCallback], folder: str, **changes: Any) -> None:
+    trainer = failing(kind, folder, save_steps=100, **changes)
+    trainer.add_callback(callback)
+    trainer.train()
+
+
+def preempted_here(folder: str) -> Any:
+    """The exit code; nobody else's process ends."""
+    reset_accelerate()
+    try:
+        preempted("", SignalToOneRank, folder)
+    except SystemExit as exit:
+        return exit.code
+    finally:
+        reset_accelerate()
+    return None
+
+
+def resumed(folder: str) -> dict[str, Any]:
+    reset_accelerate()
+    trainer = failing("", folder)
+    trainer.train(resume_from_checkpoint=True)
+    reset_accelerate()
+    return outcome(trainer)
+
+
+@cannot_resume
+def test_sigterm_saves_at_the_same_step_on_all_ranks(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run_distributed(preempted_here, 2, str(out)) == [143, 143]
+    assert checkpoints.steps(out) == [2] and checkpoints.newest(out) == out / "checkpoint-2"
+    for run in run_distributed(resumed, 2, str(out)):
+        assert_same_run(run, tmp_path)
+
+
+def test_sigterm_to_a_launch(tmp_path: Path) -> None:
+    """From the scheduler to torchrun, from there to the ranks, from wherever to the loader's workers."""
+    out = tmp_path / "out"
+    started = out / "step-3"
+    ended = launch(launched, 2, str(out), folder=tmp_path / "log", interrupt=started.exists)
+    (step,) = checkpoints.steps(out)
+    assert ended.exit_code != 0 and 3 <= step < 100 and checkpoints.problem(out / f"checkpoint-{step}") is None
+    assert f"SIGTERM: step {step} is saved in {out}" in ended.errors[0], ended.errors[0][-2000:]
+    assert "Traceback" not in ended.errors[0] + ended.errors[1]
+    saved = (out / f"checkpoint-{step}" / checkpoints.MANIFEST_NAME).stat().st_mtime
+    assert time.time() - saved < 25, "some process had to be killed, torchrun's 30 s later"
+
+
+def launched(folder: str) -> None:
+    preempted("long", SignalToLoaders, folder, max_steps=100, dataloader_num_workers=1)
+
+
+def test_what_is_said_when_the_store_has_ended_too(tmp_path: Path) -> None:
+    """Where torchrun does not hold the store, it goes with rank 0."""
+
+    def ended() -> None:
+        raise dist.DistNetworkError("Connection reset by peer")
+
+    args = SimpleNamespace(process_index=1, world_size=2, output_dir=tmp_path, ddp_timeout=60)
+    trainer = SimpleNamespace(args=args, state=SimpleNamespace(global_step=4))
+    words = SimpleNamespace(leave=lambda: None, hear=ended)
+    text = _lost(trainer, RuntimeError("gloo: Connection closed by peer"), words)
+    assert text.startswith("step 5, rank 1 of 2: another rank has ended") and "its own output says why" in text
+
+
+@pytest.mark.parametrize(
+    ("world", "degree", "rows_at_once", "checkpointing", "expected"),
+    [
+        (4, 2, 2, False, "Use per_device_train_batch_size=1 with gradient_accumulation_steps=6, or gradient_"),
+        (4, 2, 1, True, "Use sequence_parallel_size=4 with gradient_accumulation_steps=6, 250 tokens a rank."),
+        (4, 4, 1, True, "Use sequence_parallel_size=8 on 8 processes, 125 tokens a rank."),
+        (6, 2, 1, False, "Use gradient_checkpointing=True, or sequence_parallel_size=3, 334 tokens a rank."),
+    ],
+)
+def test_the_next_degree_to_try(world: int, degree: int, rows_at_once: int, checkpointing: bool, expected: str) -> None:
+    args = SimpleNamespace(
+        per_device_train_batch_size=rows_at_once,
+        gradient_accumulation_steps=3,
+        gradient_checkpointing=checkpointing,
+        world_size=world,
+    )
+    context = SimpleNamespace(world_size=degree)
+    trainer = SimpleNamespace(args=args, sequence_parallel_context=context, batch_shape=(rows_at_once, 1000))
+    assert expected in _less_memory(trainer)

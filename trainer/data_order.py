@@ -1,0 +1,157 @@
+"""Which rows a step takes, on any grid of processes: what an exact resume rests on.
+
+A step takes the next `rows_per_step` rows of the sampler's order or of the stream; the processes deal them out among
+themselves. So the position in the data is the number of rows consumed, and a resume on another grid goes on there, as
+long as the order and the rows of a step are the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import DataLoader, IterableDataset
+from transformers.trainer_utils import has_length
+
+from ..sequence_parallel.context import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
+
+
+class WholeSteps(IterableDataset):
+    """The rows of a stream, without the last ones of a pass if they do not fill a step.
+
+    Trainer would accumulate their gradients into the first step of the next pass. accelerate takes this dataset for
+    one that it has to deal out row by row, not file by file: the order then depends on the number of processes.
+    """
+
+    def __init__(self, rows: Any, rows_per_step: int) -> None:
+        self.rows, self.rows_per_step = rows, rows_per_step
+
+    def __iter__(self) -> Iterator[Any]:
+        step: list[Any] = []
+        whole = 0
+        for row in self.rows:
+            step.append(row)
+            if len(step) == self.rows_per_step:
+                yield from step
+                step, whole = [], whole + 1
+        if not whole:
+            raise ValueError(
+                f"a stream must hold the rows of a step, {self.rows_per_step}, got {len(step)}; add data, or lower "
+                "per_device_train_batch_size or gradient_accumulation_steps"
+            )
+        if step:
+            logger.info("the last %d rows of a pass do not fill a step and are left out", len(step))
+
+    def __len__(self) -> int:
+        """Raises `TypeError` where the stream's own length is unknown."""
+        return len(self.rows) // self.rows_per_step * self.rows_per_step
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "rows":  # not there yet: a copy is being made
+            raise AttributeError(name)
+        return getattr(self.rows, name)  # set_epoch, generator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataOrder:
+    """What must stay the same for a resume to go on in the data where the run stopped.
+
+    `rows_per_epoch` is None for a stream without a length. `workers` says how a stream is read by several loader
+    workers, which take turns: (their number, rows in one batch of all processes).
+    """
+
+    rows_per_step: int
+    rows_per_epoch: int | None
+    sampler: str
+    seed: int | None
+    workers: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, loader: DataLoader, *, rows_per_step: int, rows_per_batch: int, drop_last: bool) -> DataOrder:
+        """Of a prepared loader; `rows_per_batch` are those of one batch of all processes together."""
+        if isinstance(loader.dataset, IterableDataset):
+            dataset: Any = loader.dataset
+            workers = (loader.num_workers, rows_per_batch) if loader.num_workers > 1 else None
+            rows = len(dataset) if has_length(dataset) else None
+            return cls(rows_per_step=rows_per_step, rows_per_epoch=rows, sampler="stream", seed=None, workers=workers)
+        sampler = _sampler(loader)
+        rows = len(sampler) // rows_per_batch * rows_per_batch if drop_last else len(sampler)
+        return cls(
+            rows_per_step=rows_per_step,
+            rows_per_epoch=rows,
+            sampler=type(sampler).__name__,
+            seed=getattr(sampler, "initial_seed", None),
+            workers=None,
+        )
+
+    def check(self, saved: dict[str, Any], *, accumulation: int) -> None:
+        """`ValueError` unless this order is the one that a checkpoint holds.
+
+        Args:
+            accumulation: this launch's gradient_accumulation_steps.
+        """
+        start_anew = "set ignore_data_skip=True to begin the epoch's data anew"
+        steps = saved["rows_per_step"] * accumulation / self.rows_per_step
+        remedies = {
+            "rows_per_step": f"set gradient_accumulation_steps={steps:g}"
+            if steps.is_integer()
+            else "choose per_device_train_batch_size and gradient_accumulation_steps that give it",
+            "rows_per_epoch": "train on the same data, with dataloader_drop_last=False",
+            "sampler": "use the same train_sampling_strategy and kind of data",
+            "seed": "set the same data_seed, or seed",
+            "workers": "use the same dataloader_num_workers and batch size (or one worker, from the start)",
+        }
+        for name, now in asdict(self).items():
+            now = list(now) if isinstance(now, tuple) else now
+            if saved.get(name) != now:
+                raise ValueError(
+                    f"a resumed run needs the {name} that it had, {saved.get(name)}, got {now}; {remedies[name]}, or "
+                    f"{start_anew}"
+                )
+        if self.sampler in _NOT_REPEATABLE:
+            raise ValueError(
+                f"a resumed run needs an order of the rows that a seed repeats, got a {self.sampler}; use "
+                "train_sampling_strategy 'random' (with accelerate's seedable sampler, the default) or 'sequential', "
+                f"or {start_anew}"
+            )
+
+
+_NOT_REPEATABLE = ("LengthGroupedSampler", "BatchRebalanceSampler", "RandomSampler")
+
+
+def _sampler(loader: DataLoader) -> Any:
+    sampler: Any = loader.batch_sampler
+    while hasattr(sampler, "batch_sampler"):
+        sampler = sampler.batch_sampler
+    return getattr(sampler, "sampler", sampler)
+
+
+def repeated_rows(loader: DataLoader) -> tuple[int, int]:
+    """Rows of this process in a batch, and how many of them in an epoch's last batch are there for the second time.
+
+    accelerate fills the last batches up with the epoch's first rows, so that all processes have equally many. (0, 0) on
+    all processes if it need not.
+    """
+    shard = loader.batch_sampler
+    if not isinstance(shard, BatchSamplerShard) or not shard.even_batches or shard.drop_last or not shard.batch_size:
+        return 0, 0
+    own = shard.batch_size // shard.num_processes if shard.split_batches else shard.batch_size
+    left = len(_sampler(loader)) % (own * shard.num_processes)
+    real = min(max(left - own * shard.process_index, 0), own)
+    return (own, own - real) if left else (0, 0)
+
+
+def without_labels(batch: dict[str, Any], rows: int) -> dict[str, Any]:
+    """A batch whose last `rows` rows have no labels."""
+    batch = dict(batch)
+    for name in ("labels", "shift_labels"):
+        if name in batch:
+            labels = batch[name].clone()
+            labels[len(labels) - rows :] = IGNORE_INDEX
+            batch[name] = labels
+    return batch
