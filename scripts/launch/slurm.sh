@@ -25,7 +25,7 @@ read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 srun --kill-on-bad-exit=1 torchrun \
   --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" --max_restarts 3 \
   --rdzv_backend c10d --rdzv_endpoint "$first:$((29500 + SLURM_JOB_ID % 1000))" --rdzv_id "$SLURM_JOB_ID" \
-  -m linear_llama3.trainer "$@" &
+  -m linear_llama3.trainer "$@" training.resume_from_checkpoint=latest &
 step=$!
 stopped=no
 trap 'stopped=yes; kill -TERM "$step"' TERM # srun hands it on

@@ -19,6 +19,7 @@ from tests.trainer.test_recipe import recipe_with, write_corpus, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "scripts" / "launch"
+LATEST = "training.resume_from_checkpoint=latest"  # a launch that comes back goes on
 SETTINGS = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "270", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
@@ -31,6 +32,7 @@ def options(command: list[str]) -> dict[str, str]:
     assert command[0] == "torchrun"
     end = command.index("-m")
     assert command[end : end + 2] == ["-m", "linear_llama3.trainer"] and command[end + 2].endswith(".yaml")
+    assert command[end + 3 :] == [LATEST]
     return dict(option.removeprefix("--").split("=") for option in command[1:end])
 
 
@@ -96,8 +98,8 @@ def test_skypilot(tmp_path: Path) -> None:
     assert {f"{name}={value}" for name, value in SETTINGS.items()} < set(
         (tmp_path / "arguments.env").read_text().split()
     )
-    assert arguments[-3:] == ["-m", "linear_llama3.trainer", "a recipe.yaml"]
-    assert " ".join(arguments[:-3]) == (
+    assert arguments[-4:] == ["-m", "linear_llama3.trainer", "a recipe.yaml", LATEST]
+    assert " ".join(arguments[:-4]) == (
         "--nnodes 2 --nproc_per_node 8 --max_restarts 3 "
         "--rdzv_backend c10d --rdzv_endpoint 10.0.0.1:29500 --rdzv_id sky-1"
     )
@@ -168,10 +170,12 @@ def test_slurm_asks_for_a_recipe(tmp_path: Path) -> None:
 DIES_ONCE = """
 import os, signal, sys
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from linear_llama3.trainer import __main__ as program
 
 class Dies(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        print("begins at", state.global_step, flush=True)
+
     def on_step_end(self, args, state, control, **kwargs):
         died = args.output_dir + "/died"
         if (state.global_step, args.process_index) == (3, 1) and not os.path.exists(died):
@@ -183,11 +187,8 @@ def build(recipe, build_trainer=program.build_trainer):
     trainer.add_callback(Dies())
     return trainer
 
-out = sys.argv[-1]
-last = get_last_checkpoint(out) if os.path.isdir(out) else None
-print("begins at", last, flush=True)
 program.build_trainer = build
-program.main(sys.argv[1:-1] + ([] if last is None else [f"training.resume_from_checkpoint={last}"]))
+program.main(sys.argv[1:])
 program.leave()
 """
 
@@ -200,7 +201,7 @@ from torch.distributed.run import main
 options, module = sys.argv[1:], sys.argv.index("-m") - 1
 assert options[module + 1] == "linear_llama3.trainer"
 folder = Path(__file__).parent
-main([*options[:module], str(folder / "dies.py"), *options[module + 2 :], str(folder / "out")])
+main([*options[:module], str(folder / "dies.py"), *options[module + 2 :]])
 """
 
 
@@ -225,10 +226,9 @@ def test_two_nodes_of_slurm_and_a_rank_that_dies(tmp_path: Path) -> None:
     command = ["bash", LAUNCH / "slurm.sh", recipe, *changes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("1 data-parallel x 2 sequence-parallel processes, 5 tokens of every row each") == 2
+    assert done.stdout.count("1 data-parallel x 2 sequence-parallel processes, 6 tokens of every row each") == 2
     assert done.stderr.count("1 of 1 sequence-parallel groups cross nodes of 1 processes") == 2
-    assert done.stdout.count("begins at None") == 2
-    assert done.stdout.count(f"begins at {tmp_path}/out/checkpoint-2") == 2
+    assert done.stdout.count("begins at 0") == 2 and done.stdout.count("begins at 2") == 2
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 4
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
