@@ -125,6 +125,10 @@ def memory_account(
     elif devices > 1:
         held["communication"] = trained * number  # DDP's buckets
     tape = _model(setting, checkpointing=checkpointing, offload=offload, chunked_loss=chunked_loss)
+    if setting.compute != number and (checkpointing or tiling):  # autocast's copies of the weights, until the loss
+        tape.steps[-1] = dataclasses.replace(
+            tape.steps[-1], work=tape.steps[-1].work + (whole - 2 * embedding) * setting.compute
+        )
     peak = tape.peak()
     categories = Counter(held)
     for name, size in peak.items():
@@ -201,11 +205,13 @@ def _chunked_head(graph: Graph, x: str) -> None:
     logits, item = tokens * config.vocab_size, setting.compute
     copy = item if item != WORK else 0
     gradient = head * setting.weights if setting.learns else 0
+    cast = head * item if item != setting.weights else 0  # autocast's weights, and their gradients
     graph.step(
         "loss", [x], 0, WORK,
         kept=graph.tape.sizes[x] + (head * WORK if setting.learns else 0),
         # logits, their logarithms of probabilities in float32, their gradients; then those of the weights
-        work=max(logits * (item + WORK + copy), logits * 2 * item + gradient) + tokens * config.hidden_size * item,
+        work=cast + max(logits * (item + WORK + copy), logits * 2 * item + gradient + cast)
+        + tokens * config.hidden_size * item,
         backward_work=head * WORK if setting.learns else 0,
         parameters=gradient,
     )  # fmt: skip

@@ -248,7 +248,8 @@ def softmax_attention(graph: Graph, y: str) -> str:
     more = {
         "kept": lse + remote * item,
         "work": tokens * width * WORK + operands,  # one tile's output beside their sum
-        "backward_work": operands + tokens * (2 * width + 2 * pairs) * WORK,  # in float32, a tile's and their sum
+        # in float32, a tile's and their sum, which is cast at last
+        "backward_work": operands + tokens * (width + pairs) * (2 * WORK - item),
         "exchanged": max(2 * gathered * item, (2 * gathered + tokens * pairs) * WORK) if gathered else 0,
     }
     out = graph.step("out", inputs, width, WORK, [*inputs, "out"], **more)

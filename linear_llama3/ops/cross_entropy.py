@@ -57,28 +57,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         learns: bool,
         *parameters: Tensor,
     ) -> Tensor:
-        work = working_dtype(hidden_states)
         # leaves of their own: a hook on a parameter is for its whole gradient, and runs once
         leaves = [parameter.detach().requires_grad_(learns) for parameter in parameters]
+        x = hidden_states.detach().requires_grad_(learns and ctx.needs_input_grad[0])
         sums = [torch.zeros_like(leaf, dtype=working_dtype(leaf)) for leaf in leaves] if learns else []
-        d_hidden = torch.zeros_like(hidden_states) if learns and ctx.needs_input_grad[0] else None
-
-        total = hidden_states.new_zeros((), dtype=torch.float64)
+        d_hidden = torch.zeros_like(x) if x.requires_grad else None
+        total = x.new_zeros((), dtype=torch.float64)
         for rows in (targets != ignore_index).nonzero().squeeze(1).split(size):
-            x = hidden_states[rows].requires_grad_(d_hidden is not None)
-            inputs = [*leaves, x] if d_hidden is not None else leaves
             with torch.set_grad_enabled(learns):
-                logits = functional_call(head, dict(zip(names, leaves, strict=True)), x)
-            loss, gradients = _loss(logits, targets[rows].unsqueeze(1), inputs, work)
-            del logits  # before the next ones are made
+                loss, gradients = _chunk(head, dict(zip(names, leaves, strict=True)), x, rows, targets)
             total += loss
-            for d_sum, gradient in zip(sums, gradients, strict=False):
-                d_sum += gradient
+            for d_sum in sums:
+                d_sum += gradients.pop(0)
             if d_hidden is not None:
-                d_hidden[rows] = gradients[-1]
+                d_hidden[rows] = gradients.pop()
         ctx.save_for_backward(d_hidden, *sums)
         ctx.dtypes = [parameter.dtype for parameter in parameters]
-        return total.to(work)
+        return total.to(working_dtype(x))
 
     @staticmethod
     @once_differentiable
@@ -88,14 +83,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (None if d_hidden is None else d_loss * d_hidden, *[None] * 6, *d_parameters)
 
 
-def _loss(
-    logits: Tensor, targets: Tensor, inputs: list[Tensor], work: torch.dtype
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The sum over the logits `[n, V]` with targets `[n, 1]`, and its gradients, if there are any."""
-    log_p = logits.detach().log_softmax(-1, dtype=work)
+def _chunk(
+    head: nn.Module, parameters: dict[str, Tensor], hidden_states: Tensor, rows: Tensor, targets: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The sum over some tokens, and the gradients of the parameters and of their hidden states, if they have any."""
+    x, targets = hidden_states[rows], targets[rows].unsqueeze(1)
+    logits = functional_call(head, parameters, x)
+    log_p = logits.detach().log_softmax(-1, dtype=working_dtype(logits))
     loss = -log_p.gather(1, targets).sum(dtype=torch.float64)
     if not logits.requires_grad:
-        return loss, ()
+        return loss, []
     d_logits = log_p.exp_().scatter_add_(1, targets, log_p.new_full(targets.shape, -1)).to(logits.dtype)
     del log_p
-    return loss, torch.autograd.grad(logits, inputs, d_logits)
+    inputs = [*parameters.values(), *([x] if x.requires_grad else [])]
+    return loss, list(torch.autograd.grad(logits, inputs, d_logits))
