@@ -95,7 +95,7 @@ def memory_account(
         ValueError: an unknown optimizer or backend; offload without checkpointing.
     """
     _check(optimizer, backend, checkpointing=checkpointing, offload=offload)
-    whole, largest_layer, embedding = _count(config)
+    whole, layers, embedding = _count(config)
     local = -(-tokens // sequence_parallel) * rows
     number = weights.itemsize
     setting = Setting(
@@ -121,14 +121,12 @@ def memory_account(
         "batch": INTEGER * (3 * tokens * rows + 4 * local) + 2 * local * (config.head_dim or 0) * number,
     }
     if fsdp:  # a layer in use and the next one, with gradients before and after they are reduced; embedding or head
-        held["communication"] = (4 * largest_layer + 2 * embedding) * number
+        held["communication"] = (4 * max(layers) + 2 * embedding) * number
     elif devices > 1:
         held["communication"] = trained * number  # DDP's buckets
     tape = _model(setting, checkpointing=checkpointing, offload=offload, chunked_loss=chunked_loss)
     if setting.compute != number and (checkpointing or tiling):  # autocast's copies of the weights, until the loss
-        tape.steps[-1] = dataclasses.replace(
-            tape.steps[-1], work=tape.steps[-1].work + (whole - 2 * embedding) * setting.compute
-        )
+        tape.steps[-1] = dataclasses.replace(tape.steps[-1], work=tape.steps[-1].work + sum(layers) * setting.compute)
     peak = tape.peak()
     categories = Counter(held)
     for name, size in peak.items():
@@ -151,12 +149,12 @@ def _check(optimizer: str, backend: str, *, checkpointing: bool, offload: bool) 
         raise ValueError("offload=True moves what checkpointing keeps, got checkpointing=False; set it to True")
 
 
-def _count(config: LinearLlama3Config) -> tuple[int, int, int]:
-    """Numbers of the model, of its largest layer, and of the embedding."""
+def _count(config: LinearLlama3Config) -> tuple[int, list[int], int]:
+    """Numbers of the model, of its layers, and of the embedding."""
     with torch.device("meta"):
         model = LinearLlama3ForCausalLM(config)
     layers = [sum(p.numel() for p in x.parameters()) for x in model.model.layers]
-    return model.num_parameters(), max(layers), model.model.embed_tokens.weight.numel()
+    return model.num_parameters(), layers, model.model.embed_tokens.weight.numel()
 
 
 def _model(setting: Setting, *, checkpointing: bool, offload: bool, chunked_loss: bool) -> Tape:
