@@ -230,12 +230,16 @@ class LinearLlama3Trainer(SequenceParallelMixin, Trainer):
             enable_sequence_tiling(model)
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """As Trainer's, without logits that nobody reads."""
         if not return_outputs and self._can_skip_logits(inputs):
             inputs = {**inputs, "skip_logits": True}
-        return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(
         self,
