@@ -137,7 +137,7 @@ def _check(optimizer: str, *, checkpointing: bool, offload: bool, ranks: int) ->
         )
 
 
-def _virtual(model: nn.Module, run: VirtualRun) -> Any:
+def _virtual(model: Any, run: VirtualRun) -> Any:
     """A copy of the model (without an adapter's wrapper) with virtual parameters."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     memo: dict[int, Any] = {id(x): run.parameter(x) for x in model.parameters()}
@@ -149,7 +149,8 @@ def _switch(model: Any, run: VirtualRun, host: Host, *, checkpointing: bool, off
     """What the arguments ask for, and where the run's stages begin."""
     enable_sequence_tiling(model, tiling)
     if checkpointing:  # the older name is that of transformers before 5.23
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     decoder = model.get_decoder()
     for layer in decoder.layers:
         layer.register_forward_pre_hook(lambda layer, args: run.move(args[0], "layer inputs"))

@@ -67,10 +67,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(learns):
                 loss, gradients = _chunk(head, dict(zip(names, leaves, strict=True)), x, rows, targets)
             total += loss
-            for d_sum in sums:
-                d_sum += gradients.pop(0)
+            for d_sum, gradient in zip(sums, gradients, strict=False):
+                d_sum += gradient
             if d_hidden is not None:
-                d_hidden[rows] = gradients.pop()
+                d_hidden[rows] = gradients[-1]
+            del gradients  # before the next logits are made
         ctx.save_for_backward(d_hidden, *sums)
         ctx.dtypes = [parameter.dtype for parameter in parameters]
         return total.to(working_dtype(x))
@@ -85,15 +86,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _chunk(
     head: nn.Module, parameters: dict[str, Tensor], hidden_states: Tensor, rows: Tensor, targets: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The sum over some tokens, and the gradients of the parameters and of their hidden states, if they have any."""
     x, targets = hidden_states[rows], targets[rows].unsqueeze(1)
     logits = functional_call(head, parameters, x)
     log_p = logits.detach().log_softmax(-1, dtype=working_dtype(logits))
     loss = -log_p.gather(1, targets).sum(dtype=torch.float64)
     if not logits.requires_grad:
-        return loss, []
+        return loss, ()
     d_logits = log_p.exp_().scatter_add_(1, targets, log_p.new_full(targets.shape, -1)).to(logits.dtype)
     del log_p
     inputs = [*parameters.values(), *([x] if x.requires_grad else [])]
-    return loss, list(torch.autograd.grad(logits, inputs, d_logits))
+    # a parameter may take no part, as those of an adapter that is switched off
+    return loss, torch.autograd.grad(logits, inputs, d_logits, materialize_grads=True)

@@ -144,13 +144,27 @@ class Adapted(nn.Module):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.a, self.b = (nn.Parameter(torch.randn(*shape, dtype=base.weight.dtype)) for shape in ((DIM, 2), (2, VOCAB)))
+        self.a, self.b = (nn.Parameter(torch.randn(*shape).to(base.weight)) for shape in ((DIM, 2), (2, VOCAB)))
+        self.on = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + x @ self.a @ self.b
+        return self.base(x) + x @ self.a @ self.b if self.on else self.base(x)
 
 
 def test_any_head_that_maps_tokens() -> None:
     (x, y), layer = inputs(), Adapted(head())
     got = gradients(chunked_cross_entropy(x, y, layer, vocab_size=VOCAB), x, layer.a, layer.b)
     torch.testing.assert_close(got, gradients(definition(x, y, layer), x, layer.a, layer.b), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_parameters_that_take_no_part(needs_gradient: bool) -> None:
+    (x, y), layer = inputs(), Adapted(head())
+    layer.on = False
+    x = x.detach().requires_grad_(needs_gradient)
+    loss = chunked_cross_entropy(x, y, layer, vocab_size=VOCAB)
+    loss.backward()
+    assert abs(loss.item() - definition(x, y, layer).item()) < 1e-12
+    assert layer.a.grad is not None and layer.a.grad.abs().max() == 0
+    if needs_gradient:
+        torch.testing.assert_close(x.grad, gradients(definition(x, y, layer), x)[0], rtol=0, atol=1e-13)
