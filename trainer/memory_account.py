@@ -38,10 +38,12 @@ class MemoryAccount:
 
     `lines`: "weights", "gradients", "optimizer"; "layer inputs" (what checkpointing keeps), "inside layers", "head and
     loss", "states exchanged" (by sequence parallelism, keys and values of softmax layers too); "communication" (of
-    DDP's or FSDP2's gradients and weights). `host`: bytes in the host's memory, of offloaded inputs of layers.
+    DDP's or FSDP2's gradients and weights). `exchanged`: the most that is being exchanged at any moment, perhaps
+    another one. `host`: bytes in the host's memory, of offloaded inputs of layers.
     """
 
     lines: dict[str, int]
+    exchanged: int
     host: int
 
     @property
@@ -73,7 +75,8 @@ def memory_account(
     chunked_loss: bool = True,
     gpu: bool = True,
 ) -> MemoryAccount:
-    """The account of a causal language model, of a micro-batch with gradients of earlier ones and a label per token.
+    """The account of a causal language model, of a micro-batch behind others (all gradients are there), with a label
+    for every token.
 
     Computed, not measured: what allocators round up or leave unused, the CUDA context and NCCL's buffers (1 to 3 GB in
     all, as a rule) come on top, and so do temporaries of an optimizer that is not fused.
@@ -122,7 +125,8 @@ def memory_account(
             loss = virtual(**batch, num_items_in_batch=tokens * rows, skip_logits=chunked_loss).loss
         loss.backward()
     held = _held(virtual, optimizer, devices=ranks * replicas, fsdp=fsdp)
-    return MemoryAccount(lines={**held, **{name: size for name, size in run.peak.items() if name}}, host=host.size)
+    lines = {**held, **{name: size for name, size in run.peak.items() if name}}
+    return MemoryAccount(lines=lines, exchanged=run.exchanged, host=host.size)
 
 
 def _check(optimizer: str, *, checkpointing: bool, offload: bool, ranks: int) -> None:

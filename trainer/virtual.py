@@ -33,12 +33,12 @@ class VirtualRun(TorchDispatchMode):
     """What is made inside is virtual.
 
     `stage` names what is made from now on. `peak` are the bytes of each stage at the moment when they were most in all;
-    what collectives send and receive is a stage of its own, EXCHANGED.
+    what collectives send and receive is a stage of its own, EXCHANGED, `exchanged` its most bytes at any moment.
     """
 
     def __init__(self, stage: str) -> None:
         super().__init__()
-        self.stage, self.alive, self.peak = stage, Counter[str](), Counter[str]()
+        self.stage, self.alive, self.peak, self.exchanged = stage, Counter[str](), Counter[str](), 0
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._storages: dict[int, tuple[str, int]] = {}
 
@@ -97,6 +97,7 @@ class VirtualRun(TorchDispatchMode):
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor):
                 self.move(x, EXCHANGED)
+        self.exchanged = max(self.exchanged, self.alive[EXCHANGED])
         args, kwargs = tree_map_only(FakeTensor, lambda x: torch.empty(x.shape, dtype=x.dtype), (args, kwargs))
         return func(*args, **kwargs)
 
