@@ -1,11 +1,11 @@
 """The longest sequence that a model trains on one device, and where the memory goes, before and after each measure.
 
-    python scripts/bench_memory.py [--memory 80 141] [--tokens 524288] [--out FILE.json]
+    python scripts/bench_memory.py [--memory 80 139] [--tokens 524288] [--out FILE.json]
 
 Linear-Llama3-1B, purely linear and with every fourth layer softmax, in bfloat16 with AdamW, a row of one document. On a
-GPU the lengths are found by bisection on real steps; elsewhere they are computed from the account of
-`linear_llama3.trainer.memory_account`, for a GPU with the Triton kernels. A small model's steps are then measured here
-beside their account, and the loss alone with and without logits.
+GPU the lengths are found by bisection on real steps; elsewhere they are computed, from the accounts
+(`linear_llama3.trainer.memory_account`) of the goal and of half of it: bytes grow evenly with tokens. A small model's
+steps are then measured here beside their account, and the loss alone with and without logits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import gc
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +39,8 @@ MEASURES: dict[str, dict[str, bool]] = {  # each beside those before it
     "tiles": {"tiling": True},
     "offload": {"offload": True},
 }
-STEP = 4096  # lengths are multiples of it
+STEP = 1024  # lengths are multiples of it
+CONSTANT = ("weights", "gradients", "optimizer")
 USABLE = 0.95  # of a device: its context, and what allocators cannot use, take the rest
 SMALL = {  # a model for CPUs; its tiles are small as well
     "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
@@ -113,25 +114,34 @@ def measured_bytes(config: LinearLlama3Config, tokens: int, switched: dict[str, 
 
 
 def account(config: LinearLlama3Config, tokens: int, switched: dict[str, bool]) -> MemoryAccount:
-    return memory_account(config, tokens=tokens, weights=torch.bfloat16, **switched)
+    return memory_account(config, tokens=tokens, dtype=torch.bfloat16, **switched)
 
 
-def lengths(name: str, goal: int, memories: list[float]) -> list[dict[str, Any]]:
+def lengths(name: str, goal: int, memories: list[float]) -> Iterator[dict[str, Any]]:
     """One row for every measure: the longest lengths, and the account of the goal."""
-    config, rows = LinearLlama3Config.from_preset(name), []
-    gpu = torch.cuda.is_available()
+    config, gpu = LinearLlama3Config.from_preset(name), torch.cuda.is_available()
     for measure, switched in measures():
-        at_goal = account(config, goal, switched)
+        half, whole = (account(config, tokens, switched) for tokens in (goal // 2, goal))
 
         def needed(tokens: int, switched: dict[str, bool] = switched) -> int:
             return measured_bytes(config, tokens, switched) if gpu else account(config, tokens, switched).total
 
-        found = {f"{gb:g}": longest(lambda n, limit=USABLE * gb * 1e9: needed(n) <= limit) for gb in memories}
-        rows.append({
-            "model": name, "measure": measure, "how": "measured" if gpu else "computed", "longest": found,
-            "goal": goal, "goal_bytes": needed(goal), "goal_account": at_goal.categories, "host": at_goal.host,
-        })  # fmt: skip
-    return rows
+        def found(limit: float, half: int = half.total, whole: int = whole.total) -> int:
+            if gpu:
+                return longest(lambda tokens: needed(tokens) <= limit)
+            slope = 2 * (whole - half) / goal
+            tokens = goal + (limit - whole) / slope
+            while tokens < goal // 2 and (excess := needed(int(tokens)) - limit) > 0:  # the loss may need most
+                tokens -= max(STEP, excess / slope)
+            return int(tokens) // STEP * STEP
+
+        limits = {f"{gb:g}": USABLE * gb * 2**30 for gb in memories}
+        yield {
+            "model": name, "measure": measure, "how": "measured" if gpu else "computed",
+            "longest": {gb: found(limit) for gb, limit in limits.items()},
+            "goal": goal, "goal_bytes": needed(goal) if gpu else whole.total,
+            "goal_account": whole.lines, "host": whole.host,
+        }  # fmt: skip
 
 
 def small_steps() -> list[dict[str, Any]]:
@@ -147,12 +157,10 @@ def small_steps() -> list[dict[str, Any]]:
             step = training_step(model, SMALL_TOKENS, **switched)
             step()  # makes the gradients
             measured = allocated_peak(step)
-            backend = "triton" if device == "cuda" else "chunked"
             whole_account = memory_account(
-                config, tokens=SMALL_TOKENS, weights=torch.bfloat16, backend=backend, **switched
+                config, tokens=SMALL_TOKENS, dtype=torch.bfloat16, gpu=device == "cuda", **switched
             )
-            constant = sum(whole_account.categories[x] for x in ("weights", "gradients", "optimizer"))
-            computed = whole_account.total - constant
+            computed = whole_account.total - sum(whole_account.lines[x] for x in CONSTANT)
             rows.append({
                 "model": "hybrid 1/4" if interval else "pure", "measure": measure,
                 "measured": measured, "account": computed, "ratio": computed / measured,
@@ -178,24 +186,26 @@ def losses(hidden: int = 128, vocab_size: int = 128256) -> list[dict[str, Any]]:
 
 
 def print_lengths(rows: list[dict[str, Any]]) -> None:
-    goal, memories = rows[0]["goal"], list(rows[0]["longest"])
-    columns = ["weights, gradients, AdamW", "layer inputs", "inside layers", "head and loss", "total"]
-    how = "measured" if rows[0]["how"] == "measured" else "computed from the account, not measured"
-    print(f"\nBytes and lengths {how}; {USABLE:.0%} of a device are used. GB = 1e9 bytes.\n")
-    print(f"| | {' | '.join(f'longest, {gb} GB' for gb in memories)} | {' | '.join(columns)} |")
-    print("|---" * (1 + len(memories) + len(columns)) + "|")
+    goal, memories, columns = (
+        rows[0]["goal"],
+        list(rows[0]["longest"]),
+        ("layer inputs", "inside layers", "head and loss"),
+    )
+    how = "measured" if rows[0]["how"] == "measured" else "computed, not measured"
+    print(f"\nBytes and lengths {how}; {USABLE:.0%} of a device are used. GiB at {goal:,} tokens.\n")
+    titles = [*(f"longest, {gb} GiB" for gb in memories), "weights, gradients, AdamW", *columns, "total", "on the host"]
+    print(f"| | {' | '.join(titles)} |")
+    print("|---" * (1 + len(titles)) + "|")
     for row in rows:
         parts = row["goal_account"]
-        constant = sum(parts[x] for x in ("weights", "gradients", "optimizer"))
-        sizes = [constant, *(parts.get(x, 0) for x in columns[1:-1]), row["goal_bytes"]]
-        cells = [*(f"{n:,}" for n in row["longest"].values()), *(f"{size / 1e9:.1f}" for size in sizes)]
+        sizes = [sum(parts[x] for x in CONSTANT), *(parts.get(x, 0) for x in columns), row["goal_bytes"], row["host"]]
+        cells = [*(f"{n:,}" for n in row["longest"].values()), *(f"{size / 2**30:.1f}" for size in sizes)]
         print(f"| {row['measure']} | {' | '.join(cells)} |")
-    print(f"\nGB at {goal:,} tokens. {rows[-1]['host'] / 1e9:.1f} GB are in the host's memory with offload.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", type=float, nargs="+", default=[80, 141], help="of devices, in GB")
+    parser.add_argument("--memory", type=float, nargs="+", default=[80, 139], help="of devices, in GiB")
     parser.add_argument("--tokens", type=int, default=524288, help="the length at which memory is itemised")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -206,11 +216,6 @@ def main() -> None:
     }  # fmt: skip
     print(f"{device}, {setting['date']}, {setting['versions']}")
     result: dict[str, Any] = {**setting, "lengths": []}
-    for name in MODELS:
-        print(f"\n{name}")
-        rows = lengths(name, options.tokens, options.memory)
-        print_lengths(rows)
-        result["lengths"] += rows
     result["small_steps"], result["losses"] = small_steps(), losses()
     print("\n| a small model's step on this device | measured MiB | account MiB | ratio |\n|---|---|---|---|")
     for row in result["small_steps"]:
@@ -219,6 +224,11 @@ def main() -> None:
     print("\n| loss over 128,256 words, tokens | with logits, MiB | in pieces, MiB |\n|---|---|---|")
     for row in result["losses"]:
         print(f"| {row['tokens']:,} | {row['plain'] / 2**20:.0f} | {row['chunked'] / 2**20:.0f} |")
+    for name in MODELS:
+        print(f"\n{name}")
+        rows = list(lengths(name, options.tokens, options.memory))
+        print_lengths(rows)
+        result["lengths"] += rows
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 

