@@ -98,6 +98,7 @@ def test_models_without_such_a_loss_are_left_alone(tmp_path: Path) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.inner = tiny_model()
+            self.config = self.inner.config
 
         def forward(self, input_ids: Any, labels: Any, skip_logits: bool = False) -> Any:
             assert not skip_logits
