@@ -102,6 +102,7 @@ def test_a_step_needs_what_the_account_says(mixer: str, interval: int, options: 
     ("ranks", "linear", "softmax"), [(2, "lasp2", "lasp2h"), (2, "lasp1", "ulysses"), (4, "all_to_all", "ring")]
 )
 def test_of_a_rank_too(ranks: int, linear: str, softmax: str) -> None:
+    """In float32: in bfloat16 two ranks of this hybrid need 13 % more than the account, for a reason not found yet."""
     options = {"checkpointing": True, "tiling": True}
     strategies = SequenceParallelConfig(linear=linear, softmax=softmax)
     account = memory_account(
