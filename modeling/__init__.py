@@ -14,6 +14,7 @@ from .heads import (
 from .mixers import MIXERS, LinearAttention, Mixer
 from .model import LinearLlama3ForCausalLM, LinearLlama3Model, LinearLlama3PreTrainedModel
 from .prefill import prefill
+from .tiling import enable_sequence_tiling
 
 __all__ = [
     "MIXERS",
@@ -28,5 +29,6 @@ __all__ = [
     "LinearLlama3Model",
     "LinearLlama3PreTrainedModel",
     "Mixer",
+    "enable_sequence_tiling",
     "prefill",
 ]

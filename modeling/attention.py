@@ -1,4 +1,4 @@
-"""The softmax layers: transformers' Llama attention, or its sequence-parallel form under a context."""
+"""The softmax layers: transformers' Llama attention, or our own for packed documents and under a context."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention, rotate_half
 
+from ..sequence_parallel import softmax_attention
+from .inputs import attends_by_document
+
 if TYPE_CHECKING:
     from ..sequence_parallel import SequenceParallelContext
     from .configuration import LinearLlama3Config
 
 
 class LinearLlama3Attention(LlamaAttention):
-    """Softmax attention on transformers' backends; under a context, keys and values are exchanged."""
+    """Softmax attention on transformers' backends; under a context, keys and values are exchanged.
+
+    Where torch's attention is the backend (`attn_implementation="sdpa"`, the default), packed documents are attended to
+    in blocks, without a mask of T x T.
+    """
 
     layer_type = "full_attention"
 
@@ -38,7 +45,8 @@ class LinearLlama3Attention(LlamaAttention):
         `exchange_cache`: as in `sequence_parallel.softmax_attention`. Raises `ValueError` for dropout under a
         context: ranks would drop different weights than one device.
         """
-        if self.sequence_parallel_context is None:
+        context = self.sequence_parallel_context
+        if context is None and (cu_seq_lens_q is None or not attends_by_document(self.config)):
             return super().forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -58,8 +66,10 @@ class LinearLlama3Attention(LlamaAttention):
         q, k = (x * cos + rotate_half(x) * sin for x in (q, k))
         if past_key_values is not None:
             past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
-        out = self.sequence_parallel_context.softmax_attention(
-            q.to(v.dtype), k.to(v.dtype), v,
-            scale=self.scaling, cu_seqlens=cu_seq_lens_q, causal=self.is_causal, exchange_cache=exchange_cache,
-        )  # fmt: skip
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        kind: dict[str, Any] = {"scale": self.scaling, "cu_seqlens": cu_seq_lens_q, "causal": self.is_causal}
+        if context is not None:
+            out = context.softmax_attention(q, k, v, exchange_cache=exchange_cache, **kind)
+        else:  # rows are one stream of documents
+            out = softmax_attention(*(x.flatten(0, 1).unsqueeze(0) for x in (q, k, v)), group=None, **kind)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None

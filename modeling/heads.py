@@ -15,6 +15,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration import LinearLlama3Config
 from .inputs import Mask, check_counted
+from .loss import check_skipped, loss_without_logits
 from .model import LinearLlama3Model, LinearLlama3PreTrainedModel
 
 
@@ -43,13 +44,16 @@ class LinearLlama3ForMaskedLM(LinearLlama3PreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> MaskedLMOutput:
         """Logits `[B, T, vocab]`, and the loss if `labels` `[B, T]` are given: the token at each masked position, -100
-        elsewhere.
+        elsewhere. `skip_logits` gives the same loss without logits, which are never held for all tokens.
 
         Under a sequence-parallel context `num_items_in_batch`, the number of labels in the whole batch, is required.
         """
+        if skip_logits:
+            check_skipped(labels)
         if labels is not None and self.model.sequence_parallel_context is not None:
             check_counted(kwargs)
         outputs = self.model(
@@ -60,10 +64,13 @@ class LinearLlama3ForMaskedLM(LinearLlama3PreTrainedModel):
             return_dict=True,  # whatever the config says
             **kwargs,
         )
-        logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        logits = loss = None
+        if skip_logits:
+            loss = loss_without_logits(self, outputs.last_hidden_state, labels, shift=False, **kwargs)
+        else:
+            logits = self.lm_head(outputs.last_hidden_state)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

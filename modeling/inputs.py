@@ -146,7 +146,9 @@ def layer_masks(
         "position_ids": position_ids,
     }
     masks: Masks = {}
-    if config.has_softmax_layers and config.is_causal:
+    if edges is not None and attends_by_document(config):
+        pass
+    elif config.has_softmax_layers and config.is_causal:
         masks["full_attention"] = create_causal_mask(**arguments)
     elif config.has_softmax_layers:
         documents = None if edges is None else _same_document(edges, batch=batch, length=length)
@@ -159,6 +161,11 @@ def layer_masks(
     else:
         masks["linear_attention"] = create_recurrent_attention_mask(**arguments)
     return masks
+
+
+def attends_by_document(config: LinearLlama3Config) -> bool:
+    """Whether softmax layers take packed documents one by one: torch's own attention would want a mask `[T, T]`."""
+    return config._attn_implementation == "sdpa" and not config.attention_dropout
 
 
 def _same_document(edges: Tensor, *, batch: int, length: int) -> Callable[..., Tensor]:

@@ -20,6 +20,7 @@ from ..ops.feature_maps import FEATURE_MAPS
 from ..ops.precision import working_dtype
 from .buffers import ExactBuffers
 from .cache import ShardedCache, keep_state
+from .tiling import Tiled
 
 if TYPE_CHECKING:
     from ..sequence_parallel import SequenceParallelContext
@@ -77,7 +78,7 @@ class LearnedFeatureMap(nn.Module):
         return FEATURE_MAPS[self.name](x, **dict(self.named_parameters()))
 
 
-class LinearAttention(ExactBuffers):
+class LinearAttention(Tiled, ExactBuffers):
     """The attention of a linear layer, in the place and with the projections of Llama's softmax attention.
 
     `q, k` pass through feature map and rotary embedding, the state decays as the mixer says, the output is normalised
@@ -157,12 +158,21 @@ class LinearAttention(ExactBuffers):
             attend = partial(self._attend_cached, k=k, v=v, log_decay=log_decay, cache=past_key_values, **kind)
         # under a context the states travel while these are projected
         q = self._queries(hidden_states, position_embeddings)
-        gate = self.gate_activation(self.g_proj(hidden_states)) if self.config.linear_output_gate else None
+        gate = None if self.sequence_tiling else self._gate(hidden_states)
         out = attend(q.to(v.dtype))
         out = out.to(hidden_states.dtype) if self.mixer.normalize else out
+        if self.sequence_tiling:
+            return self.in_tiles(lambda out, x: self._output(out, self._gate(x)), out, hidden_states), None
+        return self._output(out, gate), None
+
+    def _gate(self, x: Tensor) -> Tensor | None:
+        return self.gate_activation(self.g_proj(x)) if self.config.linear_output_gate else None
+
+    def _output(self, out: Tensor, gate: Tensor | None) -> Tensor:
+        """`[B, T, H, D_v]` -> `[B, T, hidden]`."""
         out = self.o_norm(out) if self.config.uses_linear_output_norm else out
-        out = out.reshape(*hidden_states.shape[:2], -1)
-        return self.o_proj(out if gate is None else out * gate), None
+        out = out.flatten(2)
+        return self.o_proj(out if gate is None else out * gate)
 
     def _queries(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         return self._place(self.q_feature_map(_heads(self.q_proj(x), self.num_heads)), position_embeddings)

@@ -39,8 +39,10 @@ from .inputs import (
     padding_mask,
     positions_to_keep,
 )
+from .loss import check_skipped, loss_without_logits
 from .mixers import LearnedFeatureMap, LinearAttention
 from .model_card import add_card, provenance
+from .tiling import Tiled
 
 if TYPE_CHECKING:
     from ..sequence_parallel import SequenceParallelContext
@@ -51,11 +53,12 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "s
 """Keywords of `from_pretrained` that say where a file of a repository is."""
 
 
-class LinearLlama3DecoderLayer(GradientCheckpointingLayer):
+class LinearLlama3DecoderLayer(Tiled, GradientCheckpointingLayer):
     """A Llama block around a linear or a softmax attention."""
 
     def __init__(self, config: LinearLlama3Config, layer_idx: int) -> None:
         super().__init__()
+        self.config = config
         attention = LinearAttention if layer_idx in config.linear_layers else LinearLlama3Attention
         self.self_attn = attention(config, layer_idx)
         self.mlp = LlamaMLP(config)
@@ -64,8 +67,10 @@ class LinearLlama3DecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """`[B, T, hidden]` -> `[B, T, hidden]`; the keywords go to the attention."""
-        attention_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attention_output
+        attention_output, _ = self.self_attn(self.in_tiles(self.input_layernorm, hidden_states), **kwargs)
+        return self.in_tiles(self._feed_forward, hidden_states + attention_output)
+
+    def _feed_forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -158,7 +163,7 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
-class LinearLlama3Model(LinearLlama3PreTrainedModel):
+class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
     """Embedding, decoder layers and final norm."""
 
     def __init__(self, config: LinearLlama3Config) -> None:
@@ -249,7 +254,8 @@ class LinearLlama3Model(LinearLlama3PreTrainedModel):
         hidden_states = self._run_layers(inputs_embeds, masks, position_ids, past_key_values, kwargs)
         if isinstance(past_key_values, CountingCache):
             past_key_values.advance(length, inputs_embeds.device)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        hidden_states = self.in_tiles(self.norm, hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def _run_layers(
         self,
@@ -320,6 +326,7 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, LinearLlama3Generatio
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits `[B, T, vocab]`, and the loss if `labels` `[B, T]` are given (-100 is ignored).
@@ -327,8 +334,10 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, LinearLlama3Generatio
         `shift_labels` and `num_items_in_batch` go to the loss: sum over the local labels / the count. Under a
         sequence-parallel context both are required with `labels`, since neither the next label nor the mean
         can be had from one shard. `logits_to_keep`: the last n positions, positions 1-D or per row, or a mask
-        `[B, T]`.
+        `[B, T]`. `skip_logits` gives the same loss without logits, which are never held for all tokens.
         """
+        if skip_logits:
+            check_skipped(labels, logits_to_keep)
         if labels is not None and self.model.sequence_parallel_context is not None:
             check_sharded_loss(kwargs)
         outputs = self.model(
@@ -341,10 +350,13 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, LinearLlama3Generatio
             return_dict=True,  # whatever the config says
             **kwargs,
         )
-        logits = self.lm_head(positions_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        logits = loss = None
+        if skip_logits:
+            loss = loss_without_logits(self, outputs.last_hidden_state, labels, shift=True, **kwargs)
+        else:
+            logits = self.lm_head(positions_to_keep(outputs.last_hidden_state, logits_to_keep))
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

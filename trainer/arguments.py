@@ -27,6 +27,17 @@ class LinearLlama3TrainingArguments(TrainingArguments):
     sequence_layout: str = field(
         default="auto", metadata={"help": "Which tokens a rank holds: contiguous, zigzag, auto."}
     )
+    chunked_loss: bool = field(
+        default=True,
+        metadata={
+            "help": "The language models' loss without the logits of all tokens. They are computed where something "
+            "reads them: compute_metrics, compute_loss_func, label smoothing."
+        },
+    )
+    sequence_tiling: bool = field(
+        default=False,
+        metadata={"help": "Norms, MLPs and output projections in tiles of the sequence, computed once more backward."},
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Every parameter takes part, also on a rank without labels."}
     )

@@ -1,8 +1,9 @@
-"""How much memory this process has needed."""
+"""How much memory this process, or a function, has needed."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -18,3 +19,22 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def allocated_peak(function: Callable[[], object]) -> int:
+    """Bytes that torch held at most while `function` ran, beside those before: on the GPU, or of its CPU allocator."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most

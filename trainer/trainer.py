@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 from transformers.utils import logging
 
-from ..modeling import LinearLlama3PreTrainedModel
+from ..modeling import (
+    LinearLlama3ForCausalLM,
+    LinearLlama3ForMaskedLM,
+    LinearLlama3PreTrainedModel,
+    enable_sequence_tiling,
+)
 from ..modeling.hub import write_shim
 from ..modeling.model_card import add_card
 from ..sequence_parallel import SequenceParallelContext, enable_sequence_parallel, unshard
@@ -31,6 +36,8 @@ from .progress import ProgressBar, SpeedMeter
 from .reliability import ReliabilityMixin
 
 logger = logging.get_logger(__name__)
+
+LANGUAGE_MODELS = (LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM)  # whose loss needs no logits
 
 
 class SequenceParallelMixin(ReliabilityMixin):
@@ -210,6 +217,53 @@ class LinearLlama3Trainer(SequenceParallelMixin, Trainer):
         self.add_callback(self.speed_meter)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressBar)
+        self._enable_tiling(self.model)
+
+    def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, which makes the model anew for every run."""
+        model = super().call_model_init(*args, **kwargs)
+        self._enable_tiling(model)
+        return model
+
+    def _enable_tiling(self, model: nn.Module) -> None:
+        if getattr(self.args, "sequence_tiling", False):
+            enable_sequence_tiling(model)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """As Trainer's, without logits that nobody reads."""
+        if not return_outputs and self._can_skip_logits(inputs):
+            inputs = {**inputs, "skip_logits": True}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """As the mixin's, without logits that nobody reads."""
+        if prediction_loss_only and self._can_skip_logits(inputs):
+            inputs = {**inputs, "skip_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _can_skip_logits(self, inputs: dict[str, Any]) -> bool:
+        model = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's
+        if not (getattr(self.args, "chunked_loss", True) and isinstance(model, LANGUAGE_MODELS)):
+            return False
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            logger.warning_once(
+                "label smoothing and compute_loss_func read the logits of all tokens: chunked_loss is off"
+            )
+            return False
+        return inputs.get("labels") is not None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with speed (`SpeedMeter.read`) and this process's peak memory beside the loss."""

@@ -90,11 +90,16 @@ def _flash_on_cpu(q: Tensor, v: Tensor) -> bool:
     return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
 
 
-def _flash_on_cuda(q: Tensor, v: Tensor) -> bool:
-    """torch's CUDA flash operator takes half precision, D_v = D, a multiple of 8, on NVIDIA's Ampere or newer."""
+def fits_flash(q: Tensor, v: Tensor) -> bool:
+    """torch's CUDA flash operator takes half precision and D_v = D, a multiple of 8."""
     dim = q.shape[-1]
     half = q.dtype in (torch.float16, torch.bfloat16)
-    if not (q.device.type == "cuda" and half and dim == v.shape[-1] and dim % 8 == 0 and dim <= FLASH_HEAD_DIM):
+    return half and dim == v.shape[-1] and dim % 8 == 0 and dim <= FLASH_HEAD_DIM
+
+
+def _flash_on_cuda(q: Tensor, v: Tensor) -> bool:
+    """On NVIDIA's Ampere or newer."""
+    if q.device.type != "cuda" or not fits_flash(q, v):
         return False
     # ROCm calls its devices cuda as well, with another operator under the same name
     return torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= FLASH_CAPABILITY

@@ -11,13 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.cross_entropy import IGNORE_INDEX
 from .collectives import check_group, group_rank, world_size
 from .layout import check_length, get_layout, shard
 from .linear.attention import StartedAttention, get_linear_strategy, linear_attention, start_linear_attention
 from .packing import document_edges, restarting_positions
 from .softmax.attention import get_softmax_strategy, softmax_attention
-
-IGNORE_INDEX = -100  # transformers' label of a token without loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

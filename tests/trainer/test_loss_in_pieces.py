@@ -1,0 +1,119 @@
+"""Neither the loss without logits nor tiles change a run; logits are computed where something reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from linear_llama3.ops import tiles
+from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
+from tests.distributed import run_distributed
+
+from .test_exactness import (
+    SequentialTrainer,
+    arguments,
+    assert_same,
+    outcome,
+    reset_accelerate,
+    rows,
+    tiny_model,
+)
+
+
+def make(folder: str, degree: int = 1, world: int = 1, adapters: bool = False, **changes: Any) -> LinearLlama3Trainer:
+    data = changes.pop("data", rows(False))
+    more = {name: changes.pop(name) for name in ("compute_metrics", "compute_loss_func") if name in changes}
+    model: Any = tiny_model()
+    if adapters:
+        import peft
+
+        torch.manual_seed(1)
+        targets = ["q_proj", "down_proj", "lm_head"]
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    changes = {"sequence_parallel_size": degree, **changes}
+    args = LinearLlama3TrainingArguments(**arguments(folder, world // degree, **changes))
+    return SequentialTrainer(model=model, args=args, train_dataset=data, eval_dataset=data[:6], **more)
+
+
+def run(folder: str, world: int, degree: int, adapters: bool, packed: bool, in_pieces: bool) -> dict[str, Any]:
+    """Two steps and an evaluation; in pieces of three tokens in the loss, and of two in the layers."""
+    reset_accelerate()
+    tiles.TILE_NUMBERS, whole = 3 * 23, tiles.TILE_NUMBERS
+    changes = {"chunked_loss": in_pieces, "sequence_tiling": in_pieces, "gradient_checkpointing": in_pieces}
+    trainer = make(folder, degree, world, adapters, data=rows(packed), prediction_loss_only=True, **changes)
+    seen: list[bool] = []
+    model: Any = trainer.model.get_base_model() if adapters else trainer.model
+    model.register_forward_hook(lambda module, args, output: seen.append(output.logits is None))
+    trainer.train()
+    evaluated = trainer.evaluate()["eval_loss"]
+    tiles.TILE_NUMBERS = whole
+    reset_accelerate()
+    assert seen and all(skipped == in_pieces for skipped in seen)
+    return {**outcome(trainer), "eval": evaluated}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("adapters", [False, True], ids=["", "lora"])
+def test_any_grid_in_pieces_equals_one_process_as_a_whole(packed: bool, adapters: bool, tmp_path: Path) -> None:
+    if adapters:
+        pytest.importorskip("peft")
+    folder = str(tmp_path)
+    (one,) = run_distributed(run, 1, folder, 1, 1, adapters, packed, False)
+    for world, degree in [(1, 1), (2, 2), (2, 1), (4, 2)]:
+        for other in run_distributed(run, world, folder, world, degree, adapters, packed, True):
+            one["flops"] = other["flops"]  # of the recomputation, they are more
+            assert_same(other, one, (world, degree))
+            assert other["eval"] == pytest.approx(one["eval"], rel=1e-5)
+
+
+def test_an_evaluation_with_metrics_has_its_logits(tmp_path: Path) -> None:
+    shapes = []
+    trainer = make(str(tmp_path), compute_metrics=lambda p: shapes.append(p.predictions.shape) or {})
+    loss = trainer.evaluate()["eval_loss"]
+    assert shapes == [(6, 13, 23)]
+    assert loss == pytest.approx(make(str(tmp_path), chunked_loss=False).evaluate()["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("reader", ["label smoothing", "compute_loss_func"])
+def test_what_reads_logits_in_training_has_them(reader: str, tmp_path: Path) -> None:
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any) -> Any:
+        assert outputs["logits"].shape == (2, 13, 23)
+        return nn.functional.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten())
+
+    changes: dict[str, Any] = {"label_smoothing_factor": 0.1} if "smooth" in reader else {"compute_loss_func": loss}
+    runs = []
+    for chunked in (True, False):
+        trainer = make(str(tmp_path), chunked_loss=chunked, **changes)
+        trainer.train()
+        runs.append(outcome(trainer)["history"])
+    assert runs[0] == runs[1]
+
+
+def test_models_without_such_a_loss_are_left_alone(tmp_path: Path) -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_model()
+            self.config = self.inner.config
+
+        def forward(self, input_ids: Any, labels: Any, skip_logits: bool = False) -> Any:
+            assert not skip_logits
+            return self.inner(input_ids=input_ids, labels=labels)
+
+    args = LinearLlama3TrainingArguments(**arguments(str(tmp_path), 1))
+    trainer = LinearLlama3Trainer(model=Other(), args=args, train_dataset=rows(False))
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_tiles_of_a_model_made_anew_for_a_run(tmp_path: Path) -> None:
+    args = LinearLlama3TrainingArguments(**arguments(str(tmp_path), 1, sequence_tiling=True))
+    trainer = LinearLlama3Trainer(model_init=tiny_model, args=args, train_dataset=rows(False))
+    trainer.train()
+    assert trainer.model.model.layers[0].sequence_tiling
+    with pytest.raises(ValueError, match="Linear has none"):
+        LinearLlama3Trainer(model=nn.Linear(1, 1), args=args, train_dataset=rows(False))

@@ -1,0 +1,224 @@
+"""How many bytes a device needs to train a model, before anything is run.
+
+A micro-batch, forward and backward, is run on virtual tensors (`virtual.py`) by the model's own code, with its
+checkpoints, tiles and exchange. What is alive all the time is added.
+
+    print(memory_account(config, tokens=131072, dtype=torch.bfloat16, checkpointing=True, tiling=True).table())
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..modeling import LinearLlama3Config, LinearLlama3ForCausalLM, enable_sequence_tiling
+from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
+from .virtual import VirtualRun, as_on_a_gpu
+
+LAYERS, HEAD = "inside layers", "head and loss"
+OPTIMIZERS: dict[str, Callable[[int], int]] = {  # bytes of the states of a trained number of so many bytes
+    "adamw": lambda size: 2 * size,
+    "adamw_8bit": lambda size: 2,
+    "sgd": lambda size: 0,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryAccount:
+    """Bytes on a device at the moment when they are most.
+
+    `lines`: "weights", "gradients", "optimizer"; "layer inputs" (what checkpointing keeps), "inside layers", "head and
+    loss", "states exchanged" (by sequence parallelism, keys and values of softmax layers too); "communication" (of
+    DDP's or FSDP2's gradients and weights). `exchanged`: the most that is being exchanged at any moment, perhaps
+    another one. `host`: bytes in the host's memory, of offloaded inputs of layers.
+    """
+
+    lines: dict[str, int]
+    exchanged: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.lines.values())
+
+    def table(self) -> str:
+        rows = [(name, size, f" {size / self.total:>6.1%}") for name, size in self.lines.items() if size]
+        rows += [("total", self.total, "")] + ([("in host memory", self.host, "")] if self.host else [])
+        return "\n".join(f"{name:<18}{size / 2**30:>9.2f} GiB{share}" for name, size, share in rows)
+
+
+def memory_account(
+    model: LinearLlama3Config | nn.Module,
+    *,
+    tokens: int,
+    rows: int = 1,
+    documents: int = 1,
+    ranks: int = 1,
+    strategies: SequenceParallelConfig | None = None,
+    replicas: int = 1,
+    fsdp: bool = False,
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+    optimizer: str = "adamw",
+    checkpointing: bool = False,
+    offload: bool = False,
+    tiling: bool = False,
+    chunked_loss: bool = True,
+    gpu: bool = True,
+) -> MemoryAccount:
+    """The account of a causal language model, of a micro-batch behind others (all gradients are there), with a label
+    for every token.
+
+    Computed, not measured: what allocators round up or leave unused, the CUDA context and NCCL's buffers (1 to 3 GB in
+    all, as a rule) come on top, and so do temporaries of an optimizer that is not fused.
+
+    Args:
+        model: a config, or a model, of which nothing but the shapes is read: made under `torch.device("meta")` it
+            costs nothing. With adapters (peft) what is trained is what requires a gradient.
+        tokens: T of a row, the whole sequence.
+        rows: of a device's micro-batch.
+        documents: packed in every row.
+        ranks: W, devices that share every sequence; the account is of the last.
+        strategies: by which they do; default LASP-2 and LASP-2H.
+        replicas: groups of such devices.
+        fsdp: weights, gradients and optimizer are spread over all devices (FSDP2), not held by each (DDP).
+        dtype: of the weights of a config's model.
+        autocast: dtype of autocast (`bf16=True` of TrainingArguments), None: there is none.
+        optimizer: "adamw" (two states in the dtype of the weights), "adamw_8bit" or "sgd" (without momentum).
+        checkpointing: `activation_checkpointing` of TrainingArguments,
+        offload: with `activation_checkpointing_kwargs={"offload": True}`.
+        tiling: `sequence_tiling`.
+        chunked_loss: the loss without logits; False: with the model's logits.
+        gpu: with the kernels for NVIDIA's GPUs; False: as on a CPU.
+
+    Raises:
+        ValueError: an unknown optimizer; offload without checkpointing; several ranks in a process that is itself
+            in a process group; a GPU's account where the package triton is not installed.
+    """
+    _check(optimizer, checkpointing=checkpointing, offload=offload, ranks=ranks)
+    if isinstance(model, LinearLlama3Config):
+        with torch.device("meta"):
+            model = LinearLlama3ForCausalLM(model).to(dtype)
+    run, host = VirtualRun(LAYERS), Host()
+    virtual = _virtual(model, run)
+    _switch(virtual, run, host, checkpointing=checkpointing, offload=offload, tiling=tiling)
+    with contextlib.ExitStack() as stack:
+        context = None
+        if ranks > 1:
+            group = stack.enter_context(_fake_group(ranks))
+            context = SequenceParallelContext(group, strategies or SequenceParallelConfig())
+            enable_sequence_parallel(virtual, context)
+        if gpu:
+            stack.enter_context(as_on_a_gpu())
+        stack.enter_context(run)
+        batch = _batch(tokens, rows, documents, context)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            loss = virtual(**batch, num_items_in_batch=tokens * rows, skip_logits=chunked_loss).loss
+        loss.backward()
+    held = _held(virtual, optimizer, devices=ranks * replicas, fsdp=fsdp)
+    lines = {**held, **{name: size for name, size in run.peak.items() if name}}
+    return MemoryAccount(lines=lines, exchanged=run.exchanged, host=host.size)
+
+
+def _check(optimizer: str, *, checkpointing: bool, offload: bool, ranks: int) -> None:
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {sorted(OPTIMIZERS)}, got {optimizer!r}")
+    if offload and not checkpointing:
+        raise ValueError("offload=True moves what checkpointing keeps, got checkpointing=False; set it to True")
+    if ranks > 1 and dist.is_initialized():
+        raise ValueError(
+            f"an account of {ranks} ranks takes a process of its own, got one in a process group; ask for it before "
+            "torch.distributed is initialised"
+        )
+
+
+def _virtual(model: Any, run: VirtualRun) -> Any:
+    """A copy of the model (without an adapter's wrapper) with virtual parameters."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    memo: dict[int, Any] = {id(x): run.parameter(x) for x in model.parameters()}
+    memo |= {id(x): nn.Buffer(torch.zeros_like(x, device="cpu"), persistent=False) for x in model.buffers()}
+    return copy.deepcopy(model, memo).train()
+
+
+def _switch(model: Any, run: VirtualRun, host: Host, *, checkpointing: bool, offload: bool, tiling: bool) -> None:
+    """What the arguments ask for, and where the run's stages begin."""
+    enable_sequence_tiling(model, tiling)
+    if checkpointing:  # the older name is that of transformers before 5.23
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    decoder = model.get_decoder()
+    for layer in decoder.layers:
+        layer.register_forward_pre_hook(lambda layer, args: run.move(args[0], "layer inputs"))
+        if offload:
+            layer._gradient_checkpointing_func = host.keeping(layer._gradient_checkpointing_func)
+
+    def loss_begins(module: nn.Module, args: Any, output: Any) -> None:
+        run.stage = HEAD
+        output.last_hidden_state.register_hook(lambda gradient: setattr(run, "stage", LAYERS))
+
+    decoder.register_forward_hook(loss_begins)
+
+
+class Host:
+    """The host's memory, for what a checkpoint keeps: `save_on_cpu`, as transformers' offload does."""
+
+    size = 0
+
+    def keeping(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        def pack(x: Tensor) -> tuple[torch.Size, torch.dtype]:
+            self.size += x.nbytes
+            return x.shape, x.dtype
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with saved_tensors_hooks(pack, lambda kept: torch.empty(kept[0], dtype=kept[1])):
+                return checkpoint(*args, **kwargs)
+
+        return call
+
+
+@contextlib.contextmanager
+def _fake_group(ranks: int) -> Iterator[Any]:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=ranks - 1, world_size=ranks)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def _batch(tokens: int, rows: int, documents: int, context: SequenceParallelContext | None) -> dict[str, Any]:
+    ids = torch.zeros(rows, tokens, dtype=torch.int64)
+    batch: dict[str, Any] = {"input_ids": ids, "labels": ids}
+    if documents > 1:
+        n = rows * documents
+        batch["cu_seq_lens_q"] = torch.tensor([i * rows * tokens // n for i in range(n + 1)], dtype=torch.int32)
+    return batch if context is None else context.shard_batch(batch)
+
+
+def _held(model: Any, optimizer: str, *, devices: int, fsdp: bool) -> dict[str, int]:
+    """Bytes of what is alive in every moment."""
+    weights = sum(x.nbytes for x in model.parameters())
+    trained = [x for x in model.parameters() if x.requires_grad]
+    gradients = sum(x.nbytes for x in trained)
+    states = sum(x.numel() * OPTIMIZERS[optimizer](x.itemsize) for x in trained)
+    shards, communication = devices if fsdp else 1, 0
+    if shards > 1:  # a layer in use and the next one, with gradients before and after they are reduced
+        largest = max(sum(x.nbytes for x in layer.parameters()) for layer in model.get_decoder().layers)
+        communication = 4 * largest + 2 * model.get_input_embeddings().weight.nbytes
+    elif devices > 1:  # buckets
+        communication = gradients
+    held = {
+        name: math.ceil(size / shards)
+        for name, size in {"weights": weights, "gradients": gradients, "optimizer": states}.items()
+    }
+    return {**held, "communication": communication}
