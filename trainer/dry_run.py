@@ -17,6 +17,7 @@ from ..sequence_parallel.costs import Sizes, choose_linear, choose_softmax, line
 from .arguments import LinearLlama3TrainingArguments
 from .build import build_model, load_tokenizer
 from .flops import attention_pairs, count_flops
+from .memory_account import memory_account
 from .parallelism import describe_grid, local_tokens, resolve_parallelism
 from .recipe import Recipe
 
@@ -108,7 +109,7 @@ def dry_run(recipe: Recipe, processes: int, *, gpu: bool) -> str:
     context.settle(model)
     ranks = 1 if grid is None else grid.cp_size
     run = DryRun(recipe=recipe, model=model, processes=processes, ranks=ranks, layout=context.layout, gpu=gpu)
-    return "\n".join([*_model(run), *_step(run), *_flops(run), *_exchange(run)])
+    return "\n".join([*_model(run), *_step(run), *_flops(run), *_exchange(run), *_memory(run)])
 
 
 def _model(run: DryRun) -> list[str]:
@@ -134,6 +135,36 @@ def _flops(run: DryRun) -> list[str]:
         f"FLOPs       {flops.training:.4g} a step, {flops.training / run.processes:.4g} on each device "
         "(softmax layers: for rows of one document)"
     ]
+
+
+def _memory(run: DryRun) -> list[str]:
+    """Of a device, at the moment of a step when it is most."""
+    optimizer = str(run.setting("optim"))
+    known = "sgd" if optimizer == "sgd" else "adamw_8bit" if "8bit" in optimizer else "adamw"
+    kwargs = run.recipe.training.get("activation_checkpointing_kwargs") or {}
+    account = memory_account(
+        run.model,
+        tokens=run.recipe.sequence_length,
+        rows=run.rows,
+        documents=1 if run.recipe.data.packing == "none" else 2,
+        ranks=run.ranks,
+        strategies=run.recipe.sequence_parallel.config(),
+        replicas=run.replicas,
+        fsdp=bool(run.setting("fsdp")),
+        autocast=torch.bfloat16 if run.setting("bf16") else torch.float16 if run.setting("fp16") else None,
+        optimizer=known,
+        checkpointing=run.recomputes,
+        offload=bool(kwargs.get("offload")),
+        tiling=run.setting("sequence_tiling"),
+        chunked_loss=run.setting("chunked_loss"),
+        gpu=run.gpu,
+    )
+    assumed = "" if optimizer.startswith(known) else f", {optimizer} counted as {known}"
+    lines = [
+        f"memory      of a device at its peak, computed{assumed}; allocator, CUDA and NCCL come on top (1 to 3 GB):"
+    ]
+    lines += [f"  {line}" for line in account.table().splitlines()]
+    return [*lines, f"  at most {account.exchanged / 2**20:,.1f} MiB are being exchanged at a time"]
 
 
 def _exchange(run: DryRun) -> list[str]:

@@ -146,7 +146,10 @@ class _NoKernel:
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Code inside goes the ways of NVIDIA's compute capability 9.0; kernels are not launched. Needs triton."""
-    from ..ops.triton import launch
+    try:
+        from ..ops.triton import launch
+    except ImportError as error:
+        raise ValueError("a GPU's account needs the package triton, which is not installed; give gpu=False") from error
 
     chosen, attended = backends.choose_backend, F.scaled_dot_product_attention
 

@@ -12,9 +12,11 @@ import torch.distributed as dist
 
 from linear_llama3.sequence_parallel import SequenceParallelContext, enable_sequence_parallel
 from linear_llama3.sequence_parallel.traffic import Traffic
+from linear_llama3.trainer import dry_run as module
 from linear_llama3.trainer.build import build_model, load_tokenizer
 from linear_llama3.trainer.dry_run import dry_run
 from linear_llama3.trainer.flops import batch_flops
+from linear_llama3.trainer.memory_account import memory_account
 from linear_llama3.trainer.recipe import load_recipe
 from tests.distributed import run_distributed
 from tests.trainer.test_recipe import MODEL, recipe_with, write_tokenizer
@@ -127,3 +129,46 @@ def test_a_strategy_that_cannot_be_used(tmp_path: Path) -> None:
     path = recipe_of(tmp_path, sequence_parallel={"softmax": "ulysses"})
     with pytest.raises(ValueError, match="ulysses cannot divide the heads of the softmax layers among 4 ranks; use"):
         described(path, processes=4)
+
+
+PLAIN = {
+    "tokens": LENGTH, "rows": 1, "documents": 2, "ranks": 2, "replicas": 1, "fsdp": False, "autocast": None,
+    "optimizer": "adamw", "checkpointing": False, "offload": False, "tiling": False, "chunked_loss": True, "gpu": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([], {}),
+        (["data.packing=none", "training.per_device_train_batch_size=3"], {"documents": 1, "rows": 3}),
+        (["sequence_parallel.size=1"], {"ranks": 1, "replicas": 2}),
+        (
+            ["training.gradient_checkpointing=true", "training.sequence_tiling=true"],
+            {"checkpointing": True, "tiling": True},
+        ),
+        (["training.bf16=true", "training.optim=sgd"], {"autocast": torch.bfloat16, "optimizer": "sgd"}),
+        (["training.fp16=true", "training.optim=adamw_8bit"], {"autocast": torch.float16, "optimizer": "adamw_8bit"}),
+        (["training.chunked_loss=false"], {"chunked_loss": False}),
+    ],
+    ids=str,
+)
+def test_memory(changes: list[str], expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the account is asked, and that its table is printed."""
+    asked: list[dict[str, Any]] = []
+
+    def account(model: Any, **arguments: Any) -> Any:
+        asked.append(arguments)
+        return memory_account(model, **arguments)
+
+    monkeypatch.setattr(module, "memory_account", account)
+    path = recipe_of(tmp_path)
+    text = described(path, *changes, processes=2)
+    (arguments,) = asked
+    assert arguments.pop("strategies") == load_recipe(path).sequence_parallel.config()
+    assert arguments == PLAIN | expected
+    assert re.search(r"  weights +[\d.]+ GiB", text) and re.search(r"  total +[\d.]+ GiB", text)
+
+
+def test_an_optimizer_without_an_account(tmp_path: Path) -> None:
+    assert "computed, adafactor counted as adamw;" in described(recipe_of(tmp_path), "training.optim=adafactor")
