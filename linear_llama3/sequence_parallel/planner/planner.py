@@ -1,0 +1,157 @@
+"""The plan of a step: micro-batches, and in each the groups that are done first (FlexSP, arXiv 2412.01523).
+
+All arithmetic that decides is on integers, nothing depends on time or chance: every rank that plans the same lengths
+makes the same plan, and nothing has to be broadcast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from .chunks import cut_evenly
+from .group_costs import Costs, Table, tabulate
+from .milp import solve_milp
+from .one_degree import MICRO_BATCH_COUNTS, parts_of_one_degree
+from .placement import NEVER, Part, Placement
+from .polish import polish
+from .search import enumerate_groups
+from .step_plan import Cluster, Group, MicroBatch, StepPlan
+
+Solver = Callable[[Table, int], Placement | None]
+SOLVERS: dict[str, Solver] = {
+    "enumeration": enumerate_groups,
+    "milp": lambda table, limit: solve_milp(table).placement,
+}
+
+
+def plan(
+    lengths: Sequence[int],
+    cluster: Cluster,
+    costs: Costs,
+    *,
+    micro_batches: int | None = None,
+    solver: str = "enumeration",
+) -> StepPlan:
+    """Groups for the sequences of one optimiser step.
+
+    Args:
+        lengths: tokens of every sequence, in any order; a plan names sequences by their positions here.
+        costs: of groups of this model on this cluster (`model_costs`).
+        micro_batches: how many; None tries several numbers and takes the fastest.
+        solver: "enumeration", or "milp": FlexSP's mixed-integer program (`milp.py`), a slow reference that needs
+            scipy and whose time limit makes it unfit to run on every rank.
+
+    Returns:
+        Every sequence once, no group without a sequence, and never slower than `plan_one_degree`.
+
+    Raises:
+        ValueError: a sequence that fits no group, or sequences that so many devices or micro-batches cannot hold.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {sorted(SOLVERS)}, got {solver!r}")
+    table = tabulate(lengths, cluster, costs)
+    parts = parts_of_one_degree(table, micro_batches=micro_batches)
+    parts = _adaptive_parts(table, SOLVERS[solver], micro_batches, _ticks(parts)) or parts
+    if not parts:
+        raise ValueError(_infeasible(table, cluster, micro_batches))
+    return _step_plan(table, polish(table, parts), costs)
+
+
+def plan_one_degree(
+    lengths: Sequence[int], cluster: Cluster, costs: Costs, *, degree: int | None = None
+) -> StepPlan | None:
+    """The fastest plan all of whose groups have this degree, or the best one degree; None where there is none."""
+    table = tabulate(lengths, cluster, costs)
+    parts = parts_of_one_degree(table, degree=degree)
+    return _step_plan(table, parts, costs) if parts else None
+
+
+def lower_bound(lengths: Sequence[int], cluster: Cluster, costs: Costs) -> float:
+    """Seconds that no plan stays below.
+
+    The least number of micro-batches, with all work divided evenly over the devices, or with the longest sequence on
+    its fastest degree and nothing beside it.
+    """
+    table = tabulate(lengths, cluster, costs)
+    fits = dict(zip(table.degrees.tolist(), table.capacity.tolist(), strict=True))
+    fixed = min(costs.by_degree[degree].fixed for degree in fits)
+
+    def least(length: int, devices: bool) -> float:
+        own = {d: costs.seconds([length], d) - costs.seconds([], d) for d, tokens in fits.items() if length <= tokens}
+        return min(d * own[d] if devices else own[d] + costs.by_degree[d].fixed - fixed for d in own)
+
+    even = sum(least(length, devices=True) for length in table.lengths.tolist()) / cluster.devices
+    return _least_micro_batches(table) * fixed + max(even, least(int(table.lengths[0]), devices=False))
+
+
+def _adaptive_parts(table: Table, solve: Solver, micro_batches: int | None, limit: int) -> list[Part]:
+    """The fastest parts in fewer ticks than `limit`; empty where there are none."""
+    best: list[Part] = []
+    least = _least_micro_batches(table)
+    last = len(table) if micro_batches is None else min(micro_batches, len(table))
+    for tried, count in enumerate(range(least if micro_batches is None else micro_batches, last + 1)):
+        if tried >= MICRO_BATCH_COUNTS and limit < NEVER:
+            break
+        rows = [np.arange(cut.start, cut.stop) for cut in cut_evenly(table.lengths, count)]
+        bounds = [_bound(table.part(own)) for own in rows]
+        parts: list[Part] = []
+        for n, own in enumerate(rows):
+            left = limit - sum(part.placement.ticks for part in parts) - sum(bounds[n + 1 :])
+            placement = solve(table.part(own), left) if bounds[n] < left else None
+            if placement is None or placement.ticks >= left:
+                break
+            parts.append(Part(own, placement))
+        else:
+            best, limit = parts, _ticks(parts)
+    return best
+
+
+def _least_micro_batches(table: Table) -> int:
+    """No fewer hold all tokens."""
+    most = int((table.capacity // table.degrees).max()) * table.devices
+    return -(-int(table.lengths.sum()) // most)
+
+
+def _bound(table: Table) -> int:
+    """Ticks that no placement stays below."""
+    longest = (table.fixed + table.times[0])[table.allowed[0]].min()
+    return int(max(longest, table.fixed.min() + table.work.sum() // table.devices))
+
+
+def _ticks(parts: list[Part]) -> int:
+    return sum(part.placement.ticks for part in parts) if parts else int(NEVER)
+
+
+def _step_plan(table: Table, parts: list[Part], costs: Costs) -> StepPlan:
+    return StepPlan(
+        devices=table.devices,
+        micro_batches=tuple(MicroBatch(groups=_groups(table.part(part.rows), part.placement, costs)) for part in parts),
+    )
+
+
+def _groups(table: Table, placement: Placement, costs: Costs) -> tuple[Group, ...]:
+    groups = []
+    for index, (degree, end) in enumerate(zip(placement.degrees.tolist(), placement.degrees.cumsum().tolist())):
+        own = np.flatnonzero(placement.groups == index)
+        group = Group(
+            degree=degree,
+            first_rank=end - degree,  # largest first: a multiple of the degree
+            sequences=tuple(table.ids[own].tolist()),
+            tokens=int(table.lengths[own].sum()),
+            seconds=costs.seconds(table.lengths[own].tolist(), degree),
+        )
+        groups.append(group)
+    return tuple(groups)
+
+
+def _infeasible(table: Table, cluster: Cluster, micro_batches: int | None) -> str:
+    count = "any number of" if micro_batches is None else f"{micro_batches}"
+    return (
+        f"a step must keep every device busy within its memory: {len(table)} sequences of {table.lengths.sum():,} tokens "
+        f"found no place in {count} micro-batches on {cluster.devices} devices, of which each micro-batch needs at least "
+        f"{cluster.devices.bit_count()} sequences and holds up to "
+        f"{int((table.capacity // table.degrees).max()) * table.devices:,} tokens; take more sequences a step, another "
+        "number of micro-batches, or more memory"
+    )
