@@ -62,11 +62,15 @@ def longest_first(table: Table, partitions: Integers, rule: Rule = RULES[0]) -> 
     times = np.column_stack([table.times, np.zeros(len(table), dtype=np.int64)])
     chosen = np.empty((len(table), len(partitions)), dtype=np.int64)
     for row, length in enumerate(table.lengths):
-        finish = groups.load + times[row][groups.kind]
+        finish = times[row].take(groups.kind) + groups.load
         left = groups.room - length
+        full = left < 0
+        np.copyto(finish, NEVER, where=full)
         score = rule(finish, left, capacity)
-        best = np.where(left >= 0, score, NEVER).argmin(1)
-        groups.load[every, best] = np.where(left[every, best] >= 0, finish[every, best], NEVER)
+        if score is not finish:
+            score = np.where(full, NEVER, score)
+        best = score.argmin(1)
+        groups.load[every, best] = finish[every, best]
         groups.room[every, best] = left[every, best]
         chosen[row] = best
     real = groups.kind < len(table.degrees)

@@ -6,11 +6,12 @@ makes the same plan, and nothing has to be broadcast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from .chunks import cut_evenly
+from .exact import FEW, exact_parts
 from .group_costs import Costs, Table, tabulate
 from .milp import solve_milp
 from .one_degree import MICRO_BATCH_COUNTS, parts_of_one_degree
@@ -19,11 +20,8 @@ from .polish import polish
 from .search import enumerate_groups
 from .step_plan import Cluster, Group, MicroBatch, StepPlan
 
-Solver = Callable[[Table, int], Placement | None]
-SOLVERS: dict[str, Solver] = {
-    "enumeration": enumerate_groups,
-    "milp": lambda table, limit: solve_milp(table).placement,
-}
+SOLVERS = ("enumeration", "milp")
+CLOSE = 16  # candidates that are slower than the fastest by up to this fraction are polished too
 
 
 def plan(
@@ -40,23 +38,30 @@ def plan(
         lengths: tokens of every sequence, in any order; a plan names sequences by their positions here.
         costs: of groups of this model on this cluster (`model_costs`).
         micro_batches: how many; None tries several numbers and takes the fastest.
-        solver: "enumeration", or "milp": FlexSP's mixed-integer program (`milp.py`), a slow reference that needs
-            scipy and whose time limit makes it unfit to run on every rank.
+        solver: "enumeration" (up to `FEW` sequences: all plans), or "milp": FlexSP's mixed-integer program (`milp.py`),
+            a slow reference that needs scipy and whose time limit makes it unfit to run on every rank.
 
     Returns:
-        Every sequence once, no group without a sequence, and never slower than `plan_one_degree`.
+        Every sequence once, no group without a sequence; from "enumeration" never slower than `plan_one_degree`.
 
     Raises:
         ValueError: a sequence that fits no group, or sequences that so many devices or micro-batches cannot hold.
     """
     if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {sorted(SOLVERS)}, got {solver!r}")
+        raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
     table = tabulate(lengths, cluster, costs)
-    parts = parts_of_one_degree(table, micro_batches=micro_batches)
-    parts = _adaptive_parts(table, SOLVERS[solver], micro_batches, _ticks(parts)) or parts
+    if solver == "milp":
+        parts = _fastest(_candidates(table, lambda part, limit: solve_milp(part).placement, micro_batches))
+    elif len(table) <= FEW:
+        parts = exact_parts(table, micro_batches)
+    else:
+        one_degree = parts_of_one_degree(table, micro_batches=micro_batches)
+        found = [one_degree, *_candidates(table, enumerate_groups, micro_batches, _ticks(one_degree) or int(NEVER))]
+        limit = _close(_ticks(_fastest(found)))
+        parts = _fastest([polish(table, parts) for parts in found if parts and _ticks(parts) <= limit])
     if not parts:
         raise ValueError(_infeasible(table, cluster, micro_batches))
-    return _step_plan(table, polish(table, parts), costs)
+    return _step_plan(table, parts, costs)
 
 
 def plan_one_degree(
@@ -86,26 +91,29 @@ def lower_bound(lengths: Sequence[int], cluster: Cluster, costs: Costs) -> float
     return _least_micro_batches(table) * fixed + max(even, least(int(table.lengths[0]), devices=False))
 
 
-def _adaptive_parts(table: Table, solve: Solver, micro_batches: int | None, limit: int) -> list[Part]:
-    """The fastest parts in fewer ticks than `limit`; empty where there are none."""
-    best: list[Part] = []
-    least = _least_micro_batches(table)
-    last = len(table) if micro_batches is None else min(micro_batches, len(table))
-    for tried, count in enumerate(range(least if micro_batches is None else micro_batches, last + 1)):
-        if tried >= MICRO_BATCH_COUNTS and limit < NEVER:
+def _candidates(
+    table: Table, solve: Solver, micro_batches: int | None, known: int = int(NEVER)
+) -> Iterator[list[Part]]:
+    """For several numbers of micro-batches, the least possible one first, unless they are far slower than `known`."""
+    least, last = _least_micro_batches(table), len(table)
+    if micro_batches is not None:
+        least, last = micro_batches, min(micro_batches, last)
+    for tried, count in enumerate(range(least, last + 1)):
+        if tried >= MICRO_BATCH_COUNTS and known < NEVER:
             break
+        limit = _close(known)
         rows = [np.arange(cut.start, cut.stop) for cut in cut_evenly(table.lengths, count)]
         bounds = [_bound(table.part(own)) for own in rows]
         parts: list[Part] = []
         for n, own in enumerate(rows):
-            left = limit - sum(part.placement.ticks for part in parts) - sum(bounds[n + 1 :])
+            left = limit - _ticks(parts) - sum(bounds[n + 1 :])
             placement = solve(table.part(own), left) if bounds[n] < left else None
-            if placement is None or placement.ticks >= left:
+            if placement is None:
                 break
             parts.append(Part(own, placement))
         else:
-            best, limit = parts, _ticks(parts)
-    return best
+            known = min(known, _ticks(parts))
+            yield parts
 
 
 def _least_micro_batches(table: Table) -> int:
@@ -121,7 +129,16 @@ def _bound(table: Table) -> int:
 
 
 def _ticks(parts: list[Part]) -> int:
-    return sum(part.placement.ticks for part in parts) if parts else int(NEVER)
+    return sum(part.placement.ticks for part in parts)
+
+
+def _close(ticks: int) -> int:
+    return ticks + ticks // CLOSE
+
+
+def _fastest(found: Iterable[list[Part]]) -> list[Part]:
+    """Empty where there is none."""
+    return min((parts for parts in found if parts), key=_ticks, default=[])
 
 
 def _step_plan(table: Table, parts: list[Part], costs: Costs) -> StepPlan:

@@ -11,6 +11,7 @@ from .placement import NEVER, RULES, Placement, group_degrees, longest_first
 BLOCK = 64  # partitions at once
 BUDGET = 2**29  # beyond EXHAUSTIVE devices: groups x sequences x partitions that are tried for a micro-batch
 WEIGHT = 2**16
+SLACK = 256  # what can win by less than this fraction is not tried
 
 
 def candidates(table: Table) -> tuple[Integers, Integers]:
@@ -50,13 +51,13 @@ def lower_bounds(table: Table, options: Integers) -> Integers:
 def enumerate_groups(table: Table, limit: int = int(NEVER)) -> Placement | None:
     """The best placement over all partitions, or None where there is none in fewer ticks than `limit`.
 
-    A partition is left out only where its bound says that it cannot win, and beyond EXHAUSTIVE devices after BUDGET
-    trials. Where longest-first finds no room, two rules that leave more of it are tried.
+    A partition is left out only where its bound says that it cannot win by more than 1 / SLACK, and beyond EXHAUSTIVE
+    devices after BUDGET trials. Where longest-first finds no room, two rules that leave more of it are tried.
     """
     options, bounds = candidates(table)
     best, budget = None, BUDGET
     for start in range(0, len(options), BLOCK):
-        if bounds[start] >= limit or budget <= 0:
+        if bounds[start] >= limit - limit // SLACK or budget <= 0:
             break
         block = options[start : start + BLOCK]
         for rule in RULES:
