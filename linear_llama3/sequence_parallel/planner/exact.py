@@ -8,7 +8,7 @@ from .group_costs import Integers, Table
 from .partitions import partitions
 from .placement import NEVER, Part, Placement, group_degrees
 
-FEW = 8  # sequences: K of them form 2^K sets, and 3^K pairs of a set and a part of it
+FEW = 10  # sequences: K of them form 2^K sets, and 3^K pairs of a set and a part of it
 
 
 def exact_parts(table: Table, micro_batches: int | None = None) -> list[Part]:

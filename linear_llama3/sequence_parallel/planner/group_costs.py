@@ -27,6 +27,8 @@ class DegreeCosts:
     per_square: float
     fixed_bytes: float
     bytes_per_token: float
+    linear: str = ""  # the strategies that this is of, if there are layers of the kind
+    softmax: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,8 +128,8 @@ def tabulate(lengths: Sequence[int], cluster: Cluster, costs: Costs) -> Table:
 def _check_longest(longest: int, degrees: Integers, capacity: Integers, cluster: Cluster, costs: Costs) -> None:
     if len(degrees) == 0:
         raise ValueError(
-            f"no group fits {cluster.devices} devices, the costs know degrees {sorted(costs.by_degree)}; take a profile "
-            "with smaller ones"
+            f"some degree must be no larger than the {cluster.devices} devices, got {sorted(costs.by_degree)}; "
+            "take a profile with smaller ones"
         )
     if longest > capacity.max():
         best = degrees[capacity.argmax()]

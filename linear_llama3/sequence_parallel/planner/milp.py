@@ -1,7 +1,7 @@
 """FlexSP's mixed-integer program of one micro-batch (arXiv 2412.01523, section 4.1, equations 17 to 22): a reference.
 
-For every degree d there are N / d virtual groups p. Chosen are which of them exist, m_p in {0, 1}, and how many sequences
-of bucket q each takes, A_qp:
+For every degree d there are N / d virtual groups p. Chosen are which of them exist, m_p in {0, 1}, and how many
+sequences of bucket q each takes, A_qp:
 
     least C with  fixed_p m_p + sum_q t_qp A_qp <= C     sum_q s_q A_qp <= capacity_p m_p     m_p <= sum_q A_qp
                   sum_p A_qp = members of bucket q       sum_p d_p m_p = N
@@ -80,7 +80,7 @@ def _constraints(table: Table, starts: Integers, count: Integers, kind: Integers
 
     one, groups = np.ones((1, len(starts))), len(kind)
 
-    def rows(weights: Integers) -> Any:  # [Q, P] -> sums over the buckets of every group
+    def rows(weights: np.ndarray) -> Any:  # [Q, P] -> sums over the buckets of every group
         return kron(csr_array(one), eye_array(groups)) @ diags_array(weights.ravel().astype(float))
 
     times, fixed = table.times[starts][:, kind] / scale, table.fixed[kind] / scale

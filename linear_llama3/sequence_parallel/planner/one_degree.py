@@ -34,7 +34,7 @@ def parts_of_one_degree(table: Table, *, degree: int | None = None, micro_batche
     left = np.arange(len(options))
     for rule in RULES:
         ticks, chosen = longest_first(table, partitions[left], rule)
-        for row in np.flatnonzero(ticks < NEVER):
+        for row in np.flatnonzero(ticks < NEVER).tolist():
             kind, groups, _ = options[left[row]]
             parts = _together(table, kind, groups, chosen[row])
             best = min(best, (sum(part.placement.ticks for part in parts), parts), key=lambda plan: plan[0])

@@ -20,6 +20,7 @@ from .polish import polish
 from .search import enumerate_groups
 from .step_plan import Cluster, Group, MicroBatch, StepPlan
 
+Solver = Callable[[Table, int], Placement | None]  # in fewer ticks than the second argument, if it can
 SOLVERS = ("enumeration", "milp")
 CLOSE = 16  # candidates that are slower than the fastest by up to this fraction are polished too
 
@@ -128,6 +129,13 @@ def _bound(table: Table) -> int:
     return int(max(longest, table.fixed.min() + table.work.sum() // table.devices))
 
 
+def _fewest_groups(table: Table) -> int:
+    rest, count = table.devices, 0
+    for degree in table.degrees[::-1].tolist():
+        count, rest = count + rest // degree, rest % degree
+    return count
+
+
 def _ticks(parts: list[Part]) -> int:
     return sum(part.placement.ticks for part in parts)
 
@@ -150,7 +158,8 @@ def _step_plan(table: Table, parts: list[Part], costs: Costs) -> StepPlan:
 
 def _groups(table: Table, placement: Placement, costs: Costs) -> tuple[Group, ...]:
     groups = []
-    for index, (degree, end) in enumerate(zip(placement.degrees.tolist(), placement.degrees.cumsum().tolist())):
+    ends = placement.degrees.cumsum().tolist()
+    for index, (degree, end) in enumerate(zip(placement.degrees.tolist(), ends, strict=True)):
         own = np.flatnonzero(placement.groups == index)
         group = Group(
             degree=degree,
@@ -166,9 +175,9 @@ def _groups(table: Table, placement: Placement, costs: Costs) -> tuple[Group, ..
 def _infeasible(table: Table, cluster: Cluster, micro_batches: int | None) -> str:
     count = "any number of" if micro_batches is None else f"{micro_batches}"
     return (
-        f"a step must keep every device busy within its memory: {len(table)} sequences of {table.lengths.sum():,} tokens "
-        f"found no place in {count} micro-batches on {cluster.devices} devices, of which each micro-batch needs at least "
-        f"{cluster.devices.bit_count()} sequences and holds up to "
+        f"a step must keep every device busy within its memory: {len(table)} sequences of {table.lengths.sum():,} "
+        f"tokens found no place in {count} micro-batches on {cluster.devices} devices, of which each micro-batch needs "
+        f"at least {_fewest_groups(table)} sequences and holds up to "
         f"{int((table.capacity // table.degrees).max()) * table.devices:,} tokens; take more sequences a step, another "
         "number of micro-batches, or more memory"
     )

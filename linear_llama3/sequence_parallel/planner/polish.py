@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .group_costs import Integers, Table
-from .placement import NEVER, Part, Placement
+from .placement import Part, Placement
 
 WORTH = 2**14  # a change must save more than this fraction of the step
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from .exact import FEW, exact_parts
 from .group_costs import Integers, Table
 from .partitions import EXHAUSTIVE, partitions
-from .placement import NEVER, RULES, Placement, group_degrees, longest_first
+from .placement import NEVER, RULES, Part, Placement, group_degrees, longest_first
+from .polish import polish
 
 BLOCK = 64  # partitions at once
 BUDGET = 2**29  # beyond EXHAUSTIVE devices: groups x sequences x partitions that are tried for a micro-batch
 WEIGHT = 2**16
+SMALL = 24  # sequences up to which every rule is tried, not only where longest-first finds no room,
+POOL = 8  # and so many placements are polished
 SLACK = 256  # what can win by less than this fraction is not tried
 
 
@@ -51,24 +55,34 @@ def lower_bounds(table: Table, options: Integers) -> Integers:
 def enumerate_groups(table: Table, limit: int = int(NEVER)) -> Placement | None:
     """The best placement over all partitions, or None where there is none in fewer ticks than `limit`.
 
-    A partition is left out only where its bound says that it cannot win by more than 1 / SLACK, and beyond EXHAUSTIVE
-    devices after BUDGET trials. Where longest-first finds no room, two rules that leave more of it are tried.
+    Exact for up to FEW sequences. Otherwise every partition is filled longest first, unless its bound says that it
+    cannot win by more than 1 / SLACK, and beyond EXHAUSTIVE devices until BUDGET trials are spent. Of up to SMALL
+    sequences the best POOL placements are polished.
     """
+    if len(table) <= FEW:
+        parts = exact_parts(table, 1)
+        return parts[0].placement if parts and parts[0].placement.ticks < limit else None
     options, bounds = candidates(table)
-    best, budget = None, BUDGET
+    small = len(table) <= SMALL
+    found: list[Placement] = []  # fastest first
+    best, budget = limit, BUDGET
     for start in range(0, len(options), BLOCK):
-        if bounds[start] >= limit - limit // SLACK or budget <= 0:
+        if bounds[start] >= best - best // SLACK or budget <= 0:
             break
         block = options[start : start + BLOCK]
         for rule in RULES:
             ticks, groups = longest_first(table, block, rule)
             if table.devices > EXHAUSTIVE:
                 budget -= block.sum(1).max() * groups.size
-            winner = ticks.argmin()
-            if ticks[winner] < limit:
-                limit = int(ticks[winner])
-                best = Placement(limit, group_degrees(table, block[winner]), groups[winner])
-            block = block[ticks == NEVER]
+            for row in ticks.argsort(kind="stable")[: POOL if small else 1]:
+                if ticks[row] < NEVER:
+                    found.append(Placement(int(ticks[row]), group_degrees(table, block[row]), groups[row]))
+            found = sorted(found, key=lambda placement: placement.ticks)[: POOL if small else 1]
+            best = min([best, *(placement.ticks for placement in found)])
+            block = block if small else block[ticks == NEVER]
             if not len(block):
                 break
-    return best
+    if small:
+        found = [polish(table, [Part(np.arange(len(table)), placement)])[0].placement for placement in found]
+    winner = min(found, key=lambda placement: placement.ticks, default=None)
+    return winner if winner is not None and winner.ticks < limit else None

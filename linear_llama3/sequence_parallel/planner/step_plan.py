@@ -12,10 +12,9 @@ class Cluster:
 
     devices: int
     memory: float  # bytes of each device that a run may fill
-    node_size: int = 8  # neighbours with fast links: ranks [0, node_size), [node_size, 2 node_size), ...
 
     def __post_init__(self) -> None:
-        for name in ("devices", "memory", "node_size"):
+        for name in ("devices", "memory"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} of a cluster must be positive, got {getattr(self, name)}")
 
