@@ -149,6 +149,8 @@ def model_costs(
     """
     model = model or profile.model
     profile.require(model)
+    for kind, name in (("linear", linear), ("softmax", softmax)):
+        _check_name(kind, name, model)
     by_degree = {1: _device_costs(profile, model, devices)}
     for degree, link in sorted(profile.links.items()):
         if 1 < degree <= devices:
@@ -187,7 +189,6 @@ def _group_costs(
             if name == "auto":
                 name = min(allowed, key=lambda option: options[option][0] + TYPICAL * options[option][1])
             if name not in options:
-                _check_name(kind, name, model, link)
                 return None
             chosen[kind] = name
             transfer += layers * options[name][0]
@@ -218,7 +219,7 @@ def _transfers(kind: str, model: Model, degree: int, link: LinkSpeed) -> dict[st
     return {name: (none[name].seconds, one[name].seconds - none[name].seconds) for name in none}
 
 
-def _check_name(kind: str, name: str, model: Model, link: LinkSpeed) -> None:
-    known = _transfers(kind, replace(model, q_heads=2, kv_heads=2), 2, link)
-    if name not in known:
+def _check_name(kind: str, name: str, model: Model) -> None:
+    known = _transfers(kind, replace(model, q_heads=2, kv_heads=2), 2, LinkSpeed(0.0, 1.0))
+    if name != "auto" and name not in known:
         raise ValueError(f"a strategy for {kind} layers must be one of {sorted(known)} or 'auto', got {name!r}")

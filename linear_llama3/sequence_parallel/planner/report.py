@@ -18,10 +18,8 @@ from .profile import Profile, load_profile, model_costs, profile_names
 from .step_plan import Cluster, StepPlan
 
 MODELS = {"softmax": 1, "hybrid 1/4": 4, "hybrid 1/8": 8, "pure linear": None}  # every n-th layer is a softmax layer
-ENOUGH = (
-    1.03  # one degree for all is as good if it takes no longer than this times the adaptive plan: half of the error
-)
-# that FlexSP reports for its cost model
+ENOUGH = 1.03  # a static plan is as good if it takes no longer than this times the adaptive one: half of the error that
+# FlexSP reports for its cost model
 WAYS = ("static", "best one degree", "adaptive", "lower bound")
 
 
