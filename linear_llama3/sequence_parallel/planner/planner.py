@@ -22,7 +22,7 @@ from .step_plan import Cluster, Group, MicroBatch, StepPlan
 
 Solver = Callable[[Table, int], Placement | None]  # in fewer ticks than the second argument, if it can
 SOLVERS = ("enumeration", "milp")
-CLOSE = 16  # candidates that are slower than the fastest by up to this fraction are polished too
+CLOSE = 16  # what is slower than the fastest by up to 1 / CLOSE is polished too
 
 
 def plan(
@@ -50,6 +50,8 @@ def plan(
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
+    if micro_batches is not None and micro_batches < 1:
+        raise ValueError(f"a step needs one or more micro_batches, got {micro_batches}; None chooses")
     table = tabulate(lengths, cluster, costs)
     if solver == "milp":
         parts = _fastest(_candidates(table, lambda part, limit: solve_milp(part).placement, micro_batches))
@@ -60,6 +62,7 @@ def plan(
         found = [one_degree, *_candidates(table, enumerate_groups, micro_batches, _ticks(one_degree) or int(NEVER))]
         limit = _close(_ticks(_fastest(found)))
         parts = _fastest([polish(table, parts) for parts in found if parts and _ticks(parts) <= limit])
+        parts = polish(table, parts, pairs=True) if parts else []
     if not parts:
         raise ValueError(_infeasible(table, cluster, micro_batches))
     return _step_plan(table, parts, costs)

@@ -1,6 +1,8 @@
-"""Improves a finished plan: moves a sequence to another group, or swaps two, also between micro-batches."""
+"""Improves a finished plan: moves and swaps sequences, also between micro-batches, and divides two groups anew."""
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import numpy as np
 
@@ -8,16 +10,21 @@ from .group_costs import Integers, Table
 from .placement import Part, Placement
 
 WORTH = 2**14  # a change must save more than this fraction of the step
+PAIR = 10  # sequences of two groups that are divided anew in all 2^PAIR ways
 
 
-def polish(table: Table, parts: list[Part]) -> list[Part]:
+def polish(table: Table, parts: list[Part], *, pairs: bool = False) -> list[Part]:
     """The best change of one or two sequences again and again, while it is worth it.
 
     Never slower, never out of memory, no group left empty; the groups themselves stay.
+
+    Args:
+        pairs: where no such change is left, divide the slowest group of a micro-batch and another one anew, if they
+            hold few sequences together. Finds more, and takes longer.
     """
     step = _Step(table, parts)
     least = sum(part.placement.ticks for part in parts) // WORTH
-    while step.improve(least):
+    while step.improve(least) or (pairs and step.divide_two(least)):
         pass
     return step.parts()
 
@@ -34,6 +41,7 @@ class _Step:
         self.group = np.empty(len(table), dtype=np.int64)  # [K]
         for part, first in zip(parts, np.cumsum(self.sizes) - self.sizes, strict=True):
             self.group[part.rows] = first + part.placement.groups
+        self.divided: set[tuple[int, int, bytes]] = set()  # two groups and their sequences, once divided the best way
         # Behind the sequences one of no length in every group: swapping with it is a move. [K + G]
         self.length = np.append(table.lengths, np.zeros_like(self.kind))
         self.time = np.vstack([table.times, np.zeros((len(self.kind), len(table.degrees)), dtype=np.int64)])[
@@ -74,6 +82,36 @@ class _Step:
         self.group[rows[row, 0]] = target[column]
         return True
 
+    def divide_two(self, least: int) -> bool:
+        """Takes over `least` ticks from the slowest group of a micro-batch by the best division with another one."""
+        load, _ = self._load_and_room()
+        ends = np.cumsum(self.sizes)
+        for first, end in zip(ends - self.sizes, ends, strict=True):
+            slowest = first + int(load[first:end].argmax())
+            for other in range(first, end):
+                rows = np.flatnonzero((self.group == slowest) | (self.group == other))
+                if other == slowest or len(rows) > PAIR or (slowest, other, rows.tobytes()) in self.divided:
+                    continue
+                self.divided.add((slowest, other, rows.tobytes()))
+                if self._divide(rows, slowest, other, load[slowest] - least):
+                    return True
+        return False
+
+    def _divide(self, rows: Integers, a: int, b: int, limit: int) -> bool:
+        """Gives every one of these sequences to group a or b, if both then take less than `limit` ticks."""
+        first = _divisions(len(rows))
+        slower = np.zeros(len(first), dtype=np.int64)
+        for group, own in ((a, first), (b, 1 - first)):
+            kind = self.kind[group]
+            ticks = self.table.fixed[kind] + own @ self.table.times[rows, kind]
+            fits = own @ self.table.lengths[rows] <= self.table.capacity[kind]
+            slower = np.maximum(slower, np.where(fits, ticks, limit))
+        best = slower.argmin()
+        if slower[best] >= limit:
+            return False
+        self.group[rows] = np.where(first[best] > 0, a, b)
+        return True
+
     def parts(self) -> list[Part]:
         load, _ = self._load_and_room()
         parts, first = [], 0
@@ -91,3 +129,9 @@ class _Step:
         np.add.at(load, self.group, self.time[np.arange(len(self.table)), self.group])
         np.subtract.at(room, self.group, self.table.lengths)
         return load, room
+
+
+@lru_cache
+def _divisions(count: int) -> Integers:
+    """All ways to divide so many sequences in two, [2^count - 2, count]: 1 for the first part; none is empty."""
+    return np.arange(1, 2**count - 1)[:, None] >> np.arange(count) & 1

@@ -83,6 +83,8 @@ def enumerate_groups(table: Table, limit: int = int(NEVER)) -> Placement | None:
             if not len(block):
                 break
     if small:
-        found = [polish(table, [Part(np.arange(len(table)), placement)])[0].placement for placement in found]
+        found = [
+            polish(table, [Part(np.arange(len(table)), placement)], pairs=True)[0].placement for placement in found
+        ]
     winner = min(found, key=lambda placement: placement.ticks, default=None)
     return winner if winner is not None and winner.ticks < limit else None
