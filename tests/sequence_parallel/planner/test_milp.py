@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 from math import inf
 
@@ -50,10 +51,11 @@ def test_equals_the_best_of_all_plans(devices: int, sequences: int) -> None:
 
 
 def few_lengths(seed: int, devices: int) -> Case:
-    """More sequences than are planned exactly, of three lengths: a small program, and no rounding."""
+    """More sequences than are planned exactly, of four lengths: a small program, and no rounding."""
     lengths, cluster, costs = random_case(seed, sequences=16, devices=devices, tightest=1.5)
     rng = np.random.default_rng(seed)
-    return [int(s) for s in np.sort(lengths)[rng.integers(0, 3, 12) * 7]], cluster, costs
+    chosen = np.sort(lengths)[rng.integers(0, 4, 14) * 5]
+    return chosen.tolist(), replace(cluster, memory=cluster.memory * rng.uniform(1, 2)), costs
 
 
 @pytest.mark.parametrize(("devices", "cases"), [(2, 10), (4, 10), (8, 6)])

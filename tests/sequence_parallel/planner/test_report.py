@@ -46,11 +46,10 @@ def test_table_groups_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_packing_is_enough_only_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    """With a scan inside a node; not for softmax layers, and not with a gather of all states over 64 ranks."""
+    """With a scan inside a node; not over 64 ranks with softmax layers or a gather of all states."""
     report(devices=8, batch=64, steps=1, max_length=40000, linear="all_to_all")
-    before, linear = capsys.readouterr().out.split("pure linear:")
+    linear = capsys.readouterr().out.split("pure linear:")[1]
     assert "Plain packing is enough: groups of 8 for everything take" in linear
-    assert "Plain packing" not in before.split("softmax:")[1].split("hybrid 1/4:")[0]
     report(devices=64, batch=256, steps=1, max_length=196608, linear="lasp2")
     assert "Plain packing" not in capsys.readouterr().out
 
