@@ -13,6 +13,7 @@ from linear_llama3.sequence_parallel.planner.report import MODELS
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="llama-3.1-8b-h100")
+    parser.add_argument("--devices", type=int, nargs="+", default=[8, 64, 256, 1024])
     parser.add_argument("--sequences", type=int, default=512, help="of a step")
     parser.add_argument("--max-length", type=int, default=196608)
     parser.add_argument("--repeats", type=int, default=3, help="steps")
@@ -26,7 +27,7 @@ def main() -> None:
     print(
         "| devices | model | slowest plan, s of one core | the first, with its list of partitions |\n|---|---|---|---|"
     )
-    for devices in (8, 64, 256, 1024):
+    for devices in arguments.devices:
         for name, every in MODELS.items():
             costs = model_costs(profile, devices, model=profile.model.with_softmax_every(every))
             cluster, seconds = Cluster(devices=devices, memory=profile.bytes.device), []
