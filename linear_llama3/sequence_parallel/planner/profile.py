@@ -30,7 +30,7 @@ TYPICAL = 4096  # tokens of a rank at which "auto" compares
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What the costs need to know of a model; `element` and `layout` as it is trained."""
+    """What the costs need to know of a model."""
 
     softmax_layers: int
     linear_layers: int
@@ -39,7 +39,7 @@ class Model:
     head_dim: int
     state: tuple[int, int, int]  # of linear layers: heads, D_k, D_v, a normaliser's column included
     decays: bool  # travel with the state
-    element: int  # bytes of an activation
+    element: int  # bytes of an activation in training
 
     @property
     def chunks_per_rank(self) -> int:

@@ -9,7 +9,7 @@ from math import inf
 import numpy as np
 import pytest
 
-from linear_llama3.sequence_parallel.planner import plan
+from linear_llama3.sequence_parallel.planner import Cluster, Costs, DegreeCosts, plan
 from linear_llama3.sequence_parallel.planner.buckets import bucket_starts
 from linear_llama3.sequence_parallel.planner.group_costs import tabulate
 from linear_llama3.sequence_parallel.planner.milp import solve_milp
@@ -89,3 +89,12 @@ def test_many_lengths_are_rounded_up_to_buckets() -> None:
     for group, column in enumerate(kind):
         assert 0 < table.lengths[groups == group].sum() <= table.capacity[column]
         assert table.fixed[column] + table.times[groups == group, column].sum() <= ticks
+
+
+def test_buckets_do_not_round_out_of_memory() -> None:
+    """Two devices are filled to the last token: with two buckets nothing would fit."""
+    cost = DegreeCosts(fixed=1, per_token=1, per_square=0, fixed_bytes=0, bytes_per_token=1)
+    table = tabulate([30, 25, 5, 29, 20, 11], Cluster(devices=2, memory=60), Costs(by_degree={1: cost}))
+    solution = solve_milp(table, buckets=2)
+    assert solution.placement is not None
+    assert solution.placement.ticks == int(table.fixed[0] + table.times[:, 0].sum() // 2)
