@@ -1,6 +1,6 @@
 """What adaptive groups would bring, predicted without any device: `linear-llama3 plan`.
 
-python -m linear_llama3.sequence_parallel.planner.report --lengths FILE --devices 64 --plot plan.png
+linear-llama3 plan --lengths FILE --devices 64 --plot plan.png
 """
 
 from __future__ import annotations

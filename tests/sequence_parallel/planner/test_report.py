@@ -7,7 +7,9 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from linear_llama3.cli import app
 from linear_llama3.sequence_parallel.planner import Cluster, load_profile, lower_bound, model_costs, plan
 from linear_llama3.sequence_parallel.planner.lengths import WIKIPEDIA, read_lengths
 from linear_llama3.sequence_parallel.planner.report import report
@@ -43,6 +45,15 @@ def test_table_groups_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str
     counted = [line.split(": ")[1].split(" ")[0] for line in hybrid.splitlines() if line.startswith("  degree")]
     assert sum(map(int, counted)) == 80
     assert matplotlib.image.imread(tmp_path / "plan.png").std() > 0.05
+
+
+def test_command_line(tmp_path: Path) -> None:
+    options = ["--devices", "8", "--batch", "24", "--steps", "1", "--max-length", "9000", "--linear", "lasp2"]
+    done = CliRunner().invoke(app, ["plan", *options])
+    assert done.exit_code == 0
+    assert list(rows(done.output)) == ["softmax", "hybrid 1/4", "hybrid 1/8", "pure linear"]
+    assert "degree 8 (lasp2" in done.output
+    assert CliRunner().invoke(app, ["plan", "--softmax", "lasp9"]).exit_code == 1
 
 
 def test_packing_is_enough_only_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
