@@ -48,11 +48,11 @@ def test_table_groups_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_command_line(tmp_path: Path) -> None:
-    options = ["--devices", "8", "--batch", "24", "--steps", "1", "--max-length", "9000", "--linear", "lasp2"]
+    options = ["--devices", "8", "--batch", "24", "--steps", "1", "--max-length", "9000", "--linear", "lasp1"]
     done = CliRunner().invoke(app, ["plan", *options])
     assert done.exit_code == 0
     assert list(rows(done.output)) == ["softmax", "hybrid 1/4", "hybrid 1/8", "pure linear"]
-    assert "degree 8 (lasp2" in done.output
+    assert "(lasp1, " in done.output and "(lasp1)" in done.output
     assert CliRunner().invoke(app, ["plan", "--softmax", "lasp9"]).exit_code == 1
 
 
