@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import typer
 
+from .sequence_parallel.planner.report import report
+
 if TYPE_CHECKING:
     from .trainer.recipe import Recipe
 
@@ -21,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("plan")(report)
 
 
 @app.command(no_args_is_help=True)

@@ -53,7 +53,7 @@ def test_what_works() -> None:
     (rows,) = tables("What works, and what does not yet")
     assert names(rows[0][0]) == list(MIXERS) and names(rows[1][0]) == list(FEATURE_MAPS)
     for what, state, tests in rows:
-        files = re.findall(r"\]\((tests/\w+/test_\w+\.py)\)", tests)
+        files = re.findall(r"\]\((tests/(?:\w+/)*test_\w+\.py)\)", tests)
         assert files or state.startswith(("no.", "no,", "not ")) or "**not run" in state, what
         assert all((ROOT / file).is_file() for file in files), what
 

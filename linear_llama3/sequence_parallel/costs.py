@@ -14,6 +14,9 @@ that hides a transfer is left out. "auto" takes the least time forward + backwar
 - softmax layers: Ulysses where heads divide; LASP-2H unless what it gathers exceeds `GATHERED_LIMIT`; Ring;
   TokenRing inside a node for H_q <= 2 H_kv, the only case in which its queries weigh less than K and V. RSA never:
   its scores take memory of C * T.
+
+The planner of adaptive groups (`planner/`) reads the same formulas with measured link speeds, and without torch: at
+run time this file imports none.
 """
 
 from __future__ import annotations
@@ -22,18 +25,19 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from math import sqrt
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch.distributed as dist
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
 
-from .collectives import number_of_nodes
-from .linear.all_scan import number_of_blocks
-from .part import Part
+    from .part import Part
 
 logger = logging.getLogger(__name__)
 
 GATHERED_LIMIT = 8 * 2**30  # bytes of gathered K and V, and their gradients, that LASP-2H may hold in a layer
+LATENCY_BYTES = 64 * 1024  # latency times bandwidth: what a link carries while one message of All-Scan starts
 FLOAT32 = 4
 
 
@@ -77,6 +81,8 @@ class Sizes:
 
 def sizes_of(q: Tensor, v: Tensor, part: Part, group: dist.ProcessGroup, *, decays: bool = False) -> Sizes:
     """What the cost model has to know of q `[B, n, H_q, D_k]` and v `[B, n, H_kv, D_v]`; the same on every rank."""
+    from .collectives import number_of_nodes
+
     return Sizes(
         batch=q.shape[0],
         tokens=part.local,
@@ -98,75 +104,94 @@ class Cost(NamedTuple):
 
     forward: float
     backward: float
-    seconds: float  # of both, by the model above
+    forward_seconds: float  # by the model above
+    backward_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Of both directions."""
+        return self.forward_seconds + self.backward_seconds
 
 
-def linear_costs(sizes: Sizes) -> dict[str, Cost]:
-    """By strategy. A state is `[B, H_kv, D_k, D_v]` in float32; every chunk of the layout is a link of the chain."""
+def linear_costs(sizes: Sizes, link: LinkSpeed | None = None) -> dict[str, Cost]:
+    """By strategy. A state is `[B, H_kv, D_k, D_v]` in float32; every chunk of the layout is a link of the chain.
+
+    Args:
+        link: between the ranks; default: that of `LINKS` which the sizes name.
+    """
     s, ranks, links = sizes, sizes.ranks, sizes.chunks_per_rank
-    latency, bandwidth = LINKS[s.link]
+    latency, bandwidth = link or LINKS[s.link]
     bare = s.batch * s.kv_heads * s.key_dim * s.value_dim * FLOAT32
     state = bare + s.batch * s.kv_heads * s.key_dim * FLOAT32 * s.decays
     hops = links * (ranks - 1)  # between ranks: what folds from chunk to chunk on a rank is free
     blocks = number_of_blocks(bare, rows=s.key_dim, hops=links * ranks - 1)
     both_ways = (state + bare) * links * (ranks - 1) / ranks
     return {
-        "lasp1": _cost(hops * bare / ranks, 2 * hops * (latency + bare / bandwidth)),
-        "lasp2": _cost((ranks - 1) * links * state, 2 * (latency + (ranks - 1) * links * state / bandwidth)),
-        "all_scan": _cost(hops * bare / ranks, 2 * (hops - 1 + blocks) * (latency + bare / blocks / bandwidth)),
-        "all_to_all": _cost(both_ways, 2 * (2 * latency + both_ways / bandwidth)),
+        "lasp1": _same_both_ways(hops * bare / ranks, hops * (latency + bare / bandwidth)),
+        "lasp2": _same_both_ways((ranks - 1) * links * state, latency + (ranks - 1) * links * state / bandwidth),
+        "all_scan": _same_both_ways(hops * bare / ranks, (hops - 1 + blocks) * (latency + bare / blocks / bandwidth)),
+        "all_to_all": _same_both_ways(both_ways, 2 * latency + both_ways / bandwidth),
     }
 
 
-def _cost(one_direction: float, seconds: float) -> Cost:
-    return Cost(one_direction, one_direction, seconds)
+def number_of_blocks(size: int, *, rows: int, hops: int) -> int:
+    """K of All-Scan (`linear/all_scan.py`) for a state of `size` bytes with D_k = `rows`."""
+    return max(1, min(rows, round(sqrt((hops - 1) * size / LATENCY_BYTES))))
 
 
-def softmax_costs(sizes: Sizes) -> dict[str, Cost]:
-    """By strategy, without those that cannot be used. Gradients and partial results travel in float32."""
+def _same_both_ways(sent: float, seconds: float) -> Cost:
+    return Cost(sent, sent, seconds, seconds)
+
+
+def softmax_costs(sizes: Sizes, link: LinkSpeed | None = None) -> dict[str, Cost]:
+    """By strategy, without those that cannot be used. Gradients and partial results travel in float32.
+
+    Args:
+        link: as of `linear_costs`.
+    """
     s, ranks = sizes, sizes.ranks
-    latency, bandwidth = LINKS[s.link]
+    latency, bandwidth = link = link or LINKS[s.link]
     rows, hops = s.batch * s.tokens, ranks - 1
     keys_values = rows * s.kv_heads * (s.key_dim + s.value_dim)  # elements of a rank's K and V
     # Of the rows that go round a whole ring, the causal mask leaves half or, on the zigzag layout, three quarters;
     # but on the contiguous one the rank before the last passes all of them on.
     mean, busiest = (0.5, 1.0) if s.chunks_per_rank == 1 else (0.75, 0.75)
     costs = {
-        "lasp2h": _total(
-            hops * keys_values * s.element, hops * keys_values * FLOAT32, messages=2, link=(latency, bandwidth)
-        ),
-        "rsa": _total(
+        "lasp2h": _cost(hops * keys_values * s.element, hops * keys_values * FLOAT32, messages=(1, 1), link=link),
+        "rsa": _cost(
             hops * keys_values * s.element,
             hops * keys_values * (s.element + FLOAT32),
-            messages=4 * hops + 1,
-            link=(latency, bandwidth),
+            messages=(2 * hops, 2 * hops + 1),
+            link=link,
         ),
-        "ring": _total(
+        "ring": _cost(
             mean * hops * keys_values * s.element,
             mean * hops * keys_values * (s.element + FLOAT32),
-            messages=2 * ranks,
-            link=(latency, bandwidth * mean / busiest),
+            messages=(ranks, ranks),
+            link=LinkSpeed(latency, bandwidth * mean / busiest),
         ),
     }
     # TokenRing: queries one way, results the other
     query, result = rows * s.q_heads * s.key_dim, rows * s.q_heads * (s.value_dim + 1) * FLOAT32
     bundle = rows * s.q_heads * ((s.key_dim + s.value_dim) * s.element + 2 * FLOAT32)
-    duplex = max(query * s.element, result) + max(bundle, query * FLOAT32)
     costs["token_ring"] = Cost(
         mean * hops * (query * s.element + result),
         mean * hops * (bundle + query * FLOAT32),
-        2 * ranks * latency + busiest * hops * duplex / bandwidth,
+        ranks * latency + busiest * hops * max(query * s.element, result) / bandwidth,
+        ranks * latency + busiest * hops * max(bundle, query * FLOAT32) / bandwidth,
     )
     if s.q_heads % ranks == 0 and (s.kv_heads % ranks == 0 or ranks % s.kv_heads == 0):
         heads = max(s.kv_heads, ranks)
         features = s.q_heads * (s.key_dim + s.value_dim) + heads * (s.key_dim + s.value_dim)
         moved = hops / ranks * rows * features * s.element
-        costs["ulysses"] = _total(moved, moved, messages=4, link=(latency, bandwidth))
+        costs["ulysses"] = _cost(moved, moved, messages=(2, 2), link=link)
     return costs
 
 
-def _total(forward: float, backward: float, *, messages: int, link: tuple[float, float]) -> Cost:
-    return Cost(forward, backward, messages * link[0] + (forward + backward) / link[1])
+def _cost(forward: float, backward: float, *, messages: tuple[int, int], link: LinkSpeed) -> Cost:
+    """messages: one after another, in the forward and in the backward pass."""
+    (latency, bandwidth), (before, after) = link, messages
+    return Cost(forward, backward, before * latency + forward / bandwidth, after * latency + backward / bandwidth)
 
 
 def choose_linear(sizes: Sizes, *, log: bool) -> str:

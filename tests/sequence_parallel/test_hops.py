@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from linear_llama3.sequence_parallel import LAYOUTS
+from linear_llama3.sequence_parallel import LAYOUTS, costs
 from linear_llama3.sequence_parallel.collectives import Pending, Transfer
-from linear_llama3.sequence_parallel.linear import all_scan
 from tests.distributed import run_distributed
 from tests.sequence_parallel import test_linear, test_softmax
 
@@ -64,7 +63,7 @@ class Losing:
         Transfer.wait, Pending.wait = self.transfer_wait, self.pending_wait  # type: ignore[method-assign]
 
 
-@patch.object(all_scan, "LATENCY_BYTES", 1)  # a block for every row of the state
+@patch.object(costs, "LATENCY_BYTES", 1)  # a block for every row of the state
 def lose_each(strategy: str, layout: str) -> list[tuple[int, int, float]]:
     """(rank, message, largest difference on any rank) for every message that any rank receives."""
     rank, ranks = dist.get_rank(), dist.get_world_size()

@@ -13,8 +13,7 @@ import torch.distributed as dist
 
 from linear_llama3.ops import chunked
 from linear_llama3.ops import linear_attention as one_device
-from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES, collectives, linear_attention, shard
-from linear_llama3.sequence_parallel.linear import all_scan
+from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES, collectives, costs, linear_attention, shard
 from linear_llama3.sequence_parallel.linear.attention import StateExchange
 from tests.attention_cases import GATES, Case, join, leaves, relative_error, shards
 from tests.distributed import run_distributed, strided_group
@@ -91,7 +90,7 @@ def whole_run(case: Case) -> tuple[np.ndarray, Result]:
     return out.detach().numpy(), {name: g.numpy() for name, g in zip(variables, gradients, strict=True)}
 
 
-@patch.object(all_scan, "LATENCY_BYTES", 1)  # All-Scan: a block for every row of the state
+@patch.object(costs, "LATENCY_BYTES", 1)  # All-Scan: a block for every row of the state
 def run_cases(all_cases: list[Case], strategy: str, layout: str) -> list[tuple[np.ndarray, Result]]:
     return [sharded_run(case, strategy, layout) for case in all_cases]
 
@@ -125,8 +124,8 @@ def test_equals_one_device(world_size: int, gate: str, strategy: str, layout: st
 def all_strategies(layout: str, latency_bytes: int) -> list[tuple[np.ndarray, Result]]:
     """Every strategy on one case in float32; All-Scan in as many blocks as rows, or in fewer."""
     case = Case(tokens=37, gate="channel", documents=(0, 5, 29, 37), groups=2, dtype=torch.float32)
-    with patch.object(all_scan, "LATENCY_BYTES", latency_bytes):
-        assert all_scan.number_of_blocks(120, rows=5, hops=3) == (5 if latency_bytes == 1 else 2)
+    with patch.object(costs, "LATENCY_BYTES", latency_bytes):
+        assert costs.number_of_blocks(120, rows=5, hops=3) == (5 if latency_bytes == 1 else 2)
         return [sharded_run(case, strategy, layout) for strategy in LINEAR_STRATEGIES]
 
 

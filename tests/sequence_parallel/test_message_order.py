@@ -12,8 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 
-from linear_llama3.sequence_parallel import LAYOUTS
-from linear_llama3.sequence_parallel.linear import all_scan
+from linear_llama3.sequence_parallel import LAYOUTS, costs
 from tests.distributed import run_distributed
 from tests.sequence_parallel import test_linear, test_softmax
 
@@ -27,7 +26,7 @@ SOFTMAX = [
 ]
 
 
-@patch.object(all_scan, "LATENCY_BYTES", 1)  # a block for every row of the state
+@patch.object(costs, "LATENCY_BYTES", 1)  # a block for every row of the state
 def record(strategy: str, layout: str) -> list[list[Batch]]:
     """The batches of this rank, of every case."""
     linear, cases = strategy in test_linear.LINEAR_STRATEGIES, []

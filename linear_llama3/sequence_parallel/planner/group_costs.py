@@ -1,0 +1,142 @@
+"""Time and memory of a group, by its degree, and the integers that the search works on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import floor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .step_plan import Cluster
+
+Integers = NDArray[np.int64]
+TICKS = 2**36  # of a step whose sequences all run one after another; products with weights stay in 63 bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DegreeCosts:
+    """A group of one degree with sequences of lengths s, n tokens together, forward and backward:
+
+    fixed + sum(per_token s + per_square s^2) seconds and fixed_bytes + bytes_per_token n bytes on each rank.
+    """
+
+    fixed: float
+    per_token: float
+    per_square: float
+    fixed_bytes: float
+    bytes_per_token: float
+    linear: str = ""  # the strategies that this is of, if there are layers of the kind
+    softmax: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Of groups of all degrees that may be used (powers of two). `profile.model_costs` makes them of a model.
+
+    Causal work is taken as even over the ranks of a group, transfers as not hidden by computing.
+    """
+
+    by_degree: Mapping[int, DegreeCosts]
+    chunks_per_rank: int = 1  # of the layout: a group's tokens are padded to a multiple of degree * chunks_per_rank
+
+    def __post_init__(self) -> None:
+        wrong = [degree for degree in self.by_degree if degree < 1 or degree & (degree - 1)]
+        if wrong or not self.by_degree:
+            raise ValueError(f"costs need degrees that are powers of two, got {sorted(self.by_degree)}")
+
+    def seconds(self, lengths: Sequence[int], degree: int) -> float:
+        """Predicted time of a group with these sequences."""
+        c = self.by_degree[degree]
+        return c.fixed + sum(c.per_token * s + c.per_square * s * s for s in lengths)
+
+    def memory(self, tokens: int, degree: int) -> float:
+        """Bytes on each rank of a group with so many tokens, padding included."""
+        c, multiple = self.by_degree[degree], degree * self.chunks_per_rank
+        return c.fixed_bytes + c.bytes_per_token * (-(-tokens // multiple) * multiple)
+
+    def capacity(self, degree: int, memory: float) -> int:
+        """Tokens that fit a group whose ranks have `memory` bytes each."""
+        c, multiple = self.by_degree[degree], degree * self.chunks_per_rank
+        free = memory - c.fixed_bytes
+        if free <= 0:
+            return 0
+        return floor(free / c.bytes_per_token / multiple) * multiple if c.bytes_per_token else 2**40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Sequences and degrees of a step in integers: sums are exact in any order, on any processor.
+
+    Floating-point sums may round differently on another processor or numpy, and two ranks would make two plans.
+    """
+
+    devices: int
+    ids: Integers  # [K] positions in the caller's lengths
+    lengths: Integers  # [K], descending
+    degrees: Integers  # [D], ascending
+    times: Integers  # [K, D] ticks of a sequence in a group
+    fixed: Integers  # [D] ticks
+    capacity: Integers  # [D] tokens of a group
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def allowed(self) -> NDArray[np.bool_]:
+        """[K, D]: the sequence fits a group of this degree."""
+        return self.lengths[:, None] <= self.capacity
+
+    @property
+    def work(self) -> Integers:
+        """[K] device-ticks that a sequence takes at least."""
+        return np.where(self.allowed, self.times * self.degrees, np.iinfo(np.int64).max).min(1)
+
+    def part(self, rows: slice | Integers) -> Table:
+        """Some of the sequences."""
+        return replace(self, ids=self.ids[rows], lengths=self.lengths[rows], times=self.times[rows])
+
+
+def tabulate(lengths: Sequence[int], cluster: Cluster, costs: Costs) -> Table:
+    """The table of a step; ValueError for lengths that cannot be planned."""
+    given = np.asarray(lengths)
+    if given.ndim != 1 or len(given) == 0 or given.dtype.kind not in "iu" or given.min() < 1:
+        raise ValueError(f"lengths must be one or more positive integers, got {np.array2string(given, threshold=8)}")
+    degrees = np.array(sorted(degree for degree in costs.by_degree if degree <= cluster.devices))
+    by_degree = [costs.by_degree[degree] for degree in degrees]
+    capacity = np.array([costs.capacity(degree, cluster.memory) for degree in degrees])
+    order = np.argsort(-given.astype(np.int64), kind="stable")
+    ordered = given[order].astype(np.int64)
+    _check_longest(int(ordered[0]), degrees, capacity, cluster, costs)
+
+    s = ordered[:, None].astype(np.float64)
+    seconds = np.array([c.per_token for c in by_degree]) * s + np.array([c.per_square for c in by_degree]) * (s * s)
+    fixed = np.array([c.fixed for c in by_degree])
+    tick = (seconds.max() * len(ordered) + fixed.max()) / TICKS
+    return Table(
+        devices=cluster.devices,
+        ids=order,
+        lengths=ordered,
+        degrees=degrees,
+        times=np.rint(seconds / tick).astype(np.int64),
+        fixed=np.rint(fixed / tick).astype(np.int64),
+        capacity=capacity,
+    )
+
+
+def _check_longest(longest: int, degrees: Integers, capacity: Integers, cluster: Cluster, costs: Costs) -> None:
+    if len(degrees) == 0:
+        raise ValueError(
+            f"some degree must be no larger than the {cluster.devices} devices, got {sorted(costs.by_degree)}; "
+            "take a profile with smaller ones"
+        )
+    if longest > capacity.max():
+        best = degrees[capacity.argmax()]
+        need = min(costs.memory(longest, int(degree)) for degree in degrees)
+        raise ValueError(
+            f"every sequence must fit some group of {cluster.devices} devices with {cluster.memory / 2**30:.1f} GiB "
+            f"each, got one of {longest:,} tokens: it needs {need / 2**30:.1f} GiB on each, and {best} devices hold "
+            f"{capacity.max():,} tokens; leave longer sequences out or cut them, recompute activations, or plan for "
+            "more devices or memory"
+        )

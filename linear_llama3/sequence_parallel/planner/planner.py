@@ -1,0 +1,186 @@
+"""The plan of a step: micro-batches, and in each the groups that are done first (FlexSP, arXiv 2412.01523).
+
+All arithmetic that decides is on integers, nothing depends on time or chance: every rank that plans the same lengths
+makes the same plan, and nothing has to be broadcast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from .chunks import cut_evenly
+from .exact import FEW, exact_parts
+from .group_costs import Costs, Table, tabulate
+from .milp import solve_milp
+from .one_degree import MICRO_BATCH_COUNTS, parts_of_one_degree
+from .placement import NEVER, Part, Placement
+from .polish import polish
+from .search import enumerate_groups
+from .step_plan import Cluster, Group, MicroBatch, StepPlan
+
+Solver = Callable[[Table, int], Placement | None]  # in fewer ticks than the second argument, if it can
+SOLVERS = ("enumeration", "milp")
+CLOSE = 16  # what is slower than the fastest by up to 1 / CLOSE is polished too
+
+
+def plan(
+    lengths: Sequence[int],
+    cluster: Cluster,
+    costs: Costs,
+    *,
+    micro_batches: int | None = None,
+    solver: str = "enumeration",
+) -> StepPlan:
+    """Groups for the sequences of one optimiser step.
+
+    Args:
+        lengths: tokens of every sequence, in any order; a plan names sequences by their positions here.
+        costs: of groups of this model on this cluster (`model_costs`).
+        micro_batches: how many; None tries several numbers and takes the fastest.
+        solver: "enumeration" (up to `FEW` sequences: all plans), or "milp": FlexSP's mixed-integer program (`milp.py`),
+            a slow reference that needs scipy and whose time limit makes it unfit to run on every rank.
+
+    Returns:
+        Every sequence once, no group without a sequence; from "enumeration" never slower than `plan_one_degree`.
+
+    Raises:
+        ValueError: a sequence that fits no group, or sequences that so many devices or micro-batches cannot hold.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
+    if micro_batches is not None and micro_batches < 1:
+        raise ValueError(f"a step needs one or more micro_batches, got {micro_batches}; None chooses")
+    table = tabulate(lengths, cluster, costs)
+    if solver == "milp":
+        parts = _fastest(_candidates(table, lambda part, limit: solve_milp(part).placement, micro_batches))
+    elif len(table) <= FEW:
+        parts = exact_parts(table, micro_batches)
+    else:
+        one_degree = parts_of_one_degree(table, micro_batches=micro_batches)
+        found = [one_degree, *_candidates(table, enumerate_groups, micro_batches, _ticks(one_degree) or int(NEVER))]
+        limit = _close(_ticks(_fastest(found)))
+        parts = _fastest([polish(table, parts) for parts in found if parts and _ticks(parts) <= limit])
+        parts = polish(table, parts, pairs=True) if parts else []
+    if not parts:
+        raise ValueError(_infeasible(table, cluster, micro_batches))
+    return _step_plan(table, parts, costs)
+
+
+def plan_one_degree(
+    lengths: Sequence[int], cluster: Cluster, costs: Costs, *, degree: int | None = None
+) -> StepPlan | None:
+    """The fastest plan all of whose groups have this degree, or the best one degree; None where there is none."""
+    table = tabulate(lengths, cluster, costs)
+    parts = parts_of_one_degree(table, degree=degree)
+    return _step_plan(table, parts, costs) if parts else None
+
+
+def lower_bound(lengths: Sequence[int], cluster: Cluster, costs: Costs) -> float:
+    """Seconds that no plan stays below.
+
+    The least number of micro-batches, with all work divided evenly over the devices, or with the longest sequence on
+    its fastest degree and nothing beside it.
+    """
+    table = tabulate(lengths, cluster, costs)
+    fits = dict(zip(table.degrees.tolist(), table.capacity.tolist(), strict=True))
+    fixed = min(costs.by_degree[degree].fixed for degree in fits)
+
+    def least(length: int, devices: bool) -> float:
+        own = {d: costs.seconds([length], d) - costs.seconds([], d) for d, tokens in fits.items() if length <= tokens}
+        return min(d * own[d] if devices else own[d] + costs.by_degree[d].fixed - fixed for d in own)
+
+    even = sum(least(length, devices=True) for length in table.lengths.tolist()) / cluster.devices
+    return _least_micro_batches(table) * fixed + max(even, least(int(table.lengths[0]), devices=False))
+
+
+def _candidates(
+    table: Table, solve: Solver, micro_batches: int | None, known: int = int(NEVER)
+) -> Iterator[list[Part]]:
+    """For several numbers of micro-batches, the least possible one first, unless they are far slower than `known`."""
+    least, last = _least_micro_batches(table), len(table)
+    if micro_batches is not None:
+        least, last = micro_batches, min(micro_batches, last)
+    for tried, count in enumerate(range(least, last + 1)):
+        if tried >= MICRO_BATCH_COUNTS and known < NEVER:
+            break
+        limit = _close(known)
+        rows = [np.arange(cut.start, cut.stop) for cut in cut_evenly(table.lengths, count)]
+        bounds = [_bound(table.part(own)) for own in rows]
+        parts: list[Part] = []
+        for n, own in enumerate(rows):
+            left = limit - _ticks(parts) - sum(bounds[n + 1 :])
+            placement = solve(table.part(own), left) if bounds[n] < left else None
+            if placement is None:
+                break
+            parts.append(Part(own, placement))
+        else:
+            known = min(known, _ticks(parts))
+            yield parts
+
+
+def _least_micro_batches(table: Table) -> int:
+    """No fewer hold all tokens."""
+    most = int((table.capacity // table.degrees).max()) * table.devices
+    return -(-int(table.lengths.sum()) // most)
+
+
+def _bound(table: Table) -> int:
+    """Ticks that no placement stays below."""
+    longest = (table.fixed + table.times[0])[table.allowed[0]].min()
+    return int(max(longest, table.fixed.min() + table.work.sum() // table.devices))
+
+
+def _fewest_groups(table: Table) -> int:
+    rest, count = table.devices, 0
+    for degree in table.degrees[::-1].tolist():
+        count, rest = count + rest // degree, rest % degree
+    return count
+
+
+def _ticks(parts: list[Part]) -> int:
+    return sum(part.placement.ticks for part in parts)
+
+
+def _close(ticks: int) -> int:
+    return ticks + ticks // CLOSE
+
+
+def _fastest(found: Iterable[list[Part]]) -> list[Part]:
+    """Empty where there is none."""
+    return min((parts for parts in found if parts), key=_ticks, default=[])
+
+
+def _step_plan(table: Table, parts: list[Part], costs: Costs) -> StepPlan:
+    return StepPlan(
+        devices=table.devices,
+        micro_batches=tuple(MicroBatch(groups=_groups(table.part(part.rows), part.placement, costs)) for part in parts),
+    )
+
+
+def _groups(table: Table, placement: Placement, costs: Costs) -> tuple[Group, ...]:
+    groups = []
+    ends = placement.degrees.cumsum().tolist()
+    for index, (degree, end) in enumerate(zip(placement.degrees.tolist(), ends, strict=True)):
+        own = np.flatnonzero(placement.groups == index)
+        group = Group(
+            degree=degree,
+            first_rank=end - degree,  # largest first: a multiple of the degree
+            sequences=tuple(table.ids[own].tolist()),
+            tokens=int(table.lengths[own].sum()),
+            seconds=costs.seconds(table.lengths[own].tolist(), degree),
+        )
+        groups.append(group)
+    return tuple(groups)
+
+
+def _infeasible(table: Table, cluster: Cluster, micro_batches: int | None) -> str:
+    count = "any number of" if micro_batches is None else f"{micro_batches}"
+    return (
+        f"a step must keep every device busy within its memory: {len(table)} sequences of {table.lengths.sum():,} "
+        f"tokens found no place in {count} micro-batches on {cluster.devices} devices, of which each micro-batch needs "
+        f"at least {_fewest_groups(table)} sequences and holds up to "
+        f"{int((table.capacity // table.degrees).max()) * table.devices:,} tokens; take more sequences a step, another "
+        "number of micro-batches, or more memory"
+    )

@@ -1,0 +1,225 @@
+"""What a model costs on a machine: profiles (JSON), and the costs of groups that follow from them.
+
+A profile holds coefficients of forward and backward passes; those that come with the package lie in `profiles/` and say
+what they are: "published" constants of a paper, "simulated" ones (data sheets and assumptions), or "measured" ones.
+
+    seconds of a group of degree d with sequences of lengths s =  micro_batch
+        + sum over s of (token + layers * layer's token) s / d + softmax layers * softmax_square s^2 / d
+        + what its layers send (`costs.py`, with the link of degree d): the K/V of softmax layers grow with the tokens,
+          the states of linear layers depend on the degree alone
+    bytes of a rank  =  states (/ devices if sharded) + (token + layers * layer's token) tokens / d
+        + what LASP-2H gathers in one layer, of the whole group, and the states that LASP-2 gathers
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..costs import FLOAT32, GATHERED_LIMIT, LinkSpeed, Sizes, linear_costs, softmax_costs
+from .group_costs import Costs, DegreeCosts
+
+PROFILES = Path(__file__).parent / "profiles"
+ORIGINS = ("published", "simulated", "measured")
+AUTO = {"linear": ("lasp2", "all_to_all", "all_scan", "lasp1"), "softmax": ("ulysses", "lasp2h", "ring")}
+TYPICAL = 4096  # tokens of a rank at which "auto" compares
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What the costs need to know of a model."""
+
+    softmax_layers: int
+    linear_layers: int
+    q_heads: int  # of softmax layers
+    kv_heads: int
+    head_dim: int
+    state: tuple[int, int, int]  # of linear layers: heads, D_k, D_v, a normaliser's column included
+    decays: bool  # travel with the state
+    element: int  # bytes of an activation in training
+
+    @property
+    def chunks_per_rank(self) -> int:
+        """Of the layout "auto": zigzag for hybrids, contiguous for pure linear models."""
+        return 2 if self.softmax_layers else 1
+
+    def with_softmax_every(self, interval: int | None) -> Model:
+        """As many layers, of which each interval-th is a softmax layer; None: none is."""
+        layers = self.softmax_layers + self.linear_layers
+        count = layers // interval if interval else 0
+        return replace(self, softmax_layers=count, linear_layers=layers - count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seconds:
+    """Forward and backward; of a single device where not said otherwise."""
+
+    micro_batch: float  # whatever it holds
+    token: float  # of all that every layer has, and of embedding and head
+    softmax_square: float  # of one softmax layer, times length squared
+    softmax_token: float = 0.0  # of one softmax layer
+    linear_token: float = 0.0  # of one linear layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bytes:
+    device: float  # that a run may fill
+    states: float  # parameters, gradients and optimiser
+    sharded: bool  # states are divided over all devices (FSDP, ZeRO)
+    token: float  # activations, as of `Seconds`
+    softmax_token: float = 0.0
+    linear_token: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    name: str
+    origin: str  # one of ORIGINS
+    source: str  # where the figures are from
+    hardware: str
+    gradient_checkpointing: bool | None  # None: not told
+    model: Model
+    seconds: Seconds
+    bytes: Bytes
+    links: Mapping[int, LinkSpeed]  # by degree: the slowest link of a group of neighbours
+
+    def require(self, model: Model) -> None:
+        """ValueError unless this is a profile of that model. Layers may be of other kinds, but as many."""
+        mixed = replace(model, softmax_layers=self.model.softmax_layers, linear_layers=self.model.linear_layers)
+        own, asked = asdict(self.model), asdict(mixed)
+        layers = self.model.softmax_layers + self.model.linear_layers
+        wrong = [f"{key} {own[key]}, the model {asked[key]}" for key in own if own[key] != asked[key]]
+        if layers != model.softmax_layers + model.linear_layers:
+            wrong.append(f"{layers} layers, the model {model.softmax_layers + model.linear_layers}")
+        if wrong:
+            raise ValueError(
+                f"a profile must be of the model that is planned, got {self.name!r} with {'; '.join(wrong)}; "
+                "make a profile of this model"
+            )
+
+    def save(self, path: str | Path) -> None:
+        links = {str(degree): link._asdict() for degree, link in self.links.items()}
+        Path(path).write_text(json.dumps({**asdict(self), "links": links}, indent=2) + "\n")
+
+
+def profile_names() -> list[str]:
+    """Of the profiles that come with the package."""
+    return sorted(path.stem for path in PROFILES.glob("*.json"))
+
+
+def load_profile(name: str | Path) -> Profile:
+    """A profile of the package by its name, or of a file; ValueError where it is none."""
+    path = Path(name)
+    if path.suffix != ".json":
+        path = PROFILES / f"{name}.json"
+    if not path.exists():
+        raise ValueError(f"a profile must be one of {profile_names()} or a JSON file, got {str(name)!r}")
+    try:
+        data = json.loads(path.read_text())
+        profile = Profile(
+            **{
+                **data,
+                "model": Model(**{**data["model"], "state": tuple(data["model"]["state"])}),
+                "seconds": Seconds(**data["seconds"]),
+                "bytes": Bytes(**data["bytes"]),
+                "links": {int(degree): LinkSpeed(**link) for degree, link in data["links"].items()},
+            }
+        )
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        expected = ", ".join(field.name for field in fields(Profile))
+        raise ValueError(f"a profile holds {expected} (planner/profile.py), got {path}: {error!r}") from error
+    if profile.origin not in ORIGINS:
+        raise ValueError(f"a profile's origin must be one of {ORIGINS}, got {profile.origin!r} in {path}")
+    return profile
+
+
+def model_costs(
+    profile: Profile, devices: int, *, model: Model | None = None, linear: str = "auto", softmax: str = "auto"
+) -> Costs:
+    """Costs of groups of every degree that the profile has a link for and the strategies allow.
+
+    Args:
+        model: the profile's, with layers of other kinds if wanted.
+        linear: a name of `linear_costs`, or "auto": the fastest for each degree.
+        softmax: a name of `softmax_costs`, or "auto": the fastest of Ulysses where heads divide, Ring, and LASP-2H
+            where it gathers no more than `GATHERED_LIMIT`.
+    """
+    model = model or profile.model
+    profile.require(model)
+    for kind, name in (("linear", linear), ("softmax", softmax)):
+        _check_name(kind, name, model)
+    by_degree = {1: _device_costs(profile, model, devices)}
+    for degree, link in sorted(profile.links.items()):
+        if 1 < degree <= devices:
+            group = _group_costs(profile, model, devices, degree, link, {"linear": linear, "softmax": softmax})
+            if group is not None:
+                by_degree[degree] = group
+    return Costs(by_degree=by_degree, chunks_per_rank=model.chunks_per_rank)
+
+
+def _device_costs(profile: Profile, model: Model, devices: int) -> DegreeCosts:
+    s, b = profile.seconds, profile.bytes
+    return DegreeCosts(
+        fixed=s.micro_batch,
+        per_token=s.token + model.softmax_layers * s.softmax_token + model.linear_layers * s.linear_token,
+        per_square=model.softmax_layers * s.softmax_square,
+        fixed_bytes=b.states / devices if b.sharded else b.states,
+        bytes_per_token=b.token + model.softmax_layers * b.softmax_token + model.linear_layers * b.linear_token,
+    )
+
+
+def _group_costs(
+    profile: Profile, model: Model, devices: int, degree: int, link: LinkSpeed, strategies: Mapping[str, str]
+) -> DegreeCosts | None:
+    """None where a strategy that was asked for cannot serve the degree."""
+    one = _device_costs(profile, model, devices)
+    own = (profile.bytes.device - one.fixed_bytes) / one.bytes_per_token if one.bytes_per_token else TYPICAL  # tokens
+    gathered = 2 * model.kv_heads * model.head_dim * (model.element + FLOAT32)  # bytes a token of the group, LASP-2H
+    chosen, transfer, slope = {"linear": "", "softmax": ""}, 0.0, 0.0
+    for kind, layers in (("linear", model.linear_layers), ("softmax", model.softmax_layers)):
+        if layers:
+            options = _transfers(kind, model, degree, link)
+            allowed = [name for name in AUTO[kind] if name in options]
+            if gathered * own * degree > GATHERED_LIMIT and kind == "softmax":
+                allowed.remove("lasp2h")
+            name = strategies[kind]
+            if name == "auto":
+                name = min(allowed, key=lambda option: options[option][0] + TYPICAL * options[option][1])
+            if name not in options:
+                return None
+            chosen[kind] = name
+            transfer += layers * options[name][0]
+            slope += layers * options[name][1]
+    heads, features, columns = model.state
+    states = degree * model.chunks_per_rank * heads * features * columns * FLOAT32
+    return DegreeCosts(
+        fixed=one.fixed + transfer,
+        per_token=(one.per_token + slope) / degree,
+        per_square=one.per_square / degree,
+        fixed_bytes=one.fixed_bytes + states * (chosen["linear"] == "lasp2"),
+        bytes_per_token=one.bytes_per_token / degree + gathered * (chosen["softmax"] == "lasp2h"),
+        **chosen,
+    )
+
+
+def _transfers(kind: str, model: Model, degree: int, link: LinkSpeed) -> dict[str, tuple[float, float]]:
+    """Seconds of a layer's transfers by strategy: those of any group, and those of each token of a rank."""
+    common: dict[str, Any] = {"batch": 1, "element": model.element, "ranks": degree, "decays": model.decays}
+    common["chunks_per_rank"] = model.chunks_per_rank
+    if kind == "linear":
+        heads, features, columns = model.state
+        sizes = Sizes(tokens=0, q_heads=heads, kv_heads=heads, key_dim=features, value_dim=columns, **common)
+        return {name: (cost.seconds, 0.0) for name, cost in linear_costs(sizes, link).items()}
+    common |= {"q_heads": model.q_heads, "kv_heads": model.kv_heads}
+    common |= {"key_dim": model.head_dim, "value_dim": model.head_dim}
+    none, one = (softmax_costs(Sizes(tokens=tokens, **common), link) for tokens in (0, 1))
+    return {name: (none[name].seconds, one[name].seconds - none[name].seconds) for name in none}
+
+
+def _check_name(kind: str, name: str, model: Model) -> None:
+    known = _transfers(kind, replace(model, q_heads=2, kv_heads=2), 2, LinkSpeed(0.0, 1.0))
+    if name != "auto" and name not in known:
+        raise ValueError(f"a strategy for {kind} layers must be one of {sorted(known)} or 'auto', got {name!r}")

@@ -1,0 +1,93 @@
+"""The best groups of one micro-batch: all partitions, longest first, in the order of their lower bounds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .exact import FEW, exact_parts
+from .group_costs import Integers, Table
+from .partitions import EXHAUSTIVE, partitions
+from .placement import NEVER, RULES, Part, Placement, group_degrees, longest_first
+from .polish import polish
+
+BLOCK = 64  # partitions at once
+BUDGET = (
+    2**29
+)  # beyond EXHAUSTIVE devices: groups x sequences x partitions that are tried for a micro-batch; of 8 times as
+# many, steps of 256 devices gained nothing, those of 1,024 up to 5 %
+WEIGHT = 2**16
+SMALL = 24  # sequences up to which every rule is tried, not only where longest-first finds no room,
+POOL = 8  # and so many placements are polished
+SLACK = 256  # what can win by less than this fraction is not tried
+
+
+def candidates(table: Table) -> tuple[Integers, Integers]:
+    """Partitions that may hold the sequences [P, D], the most promising first, and their lower bounds [P]."""
+    options = partitions(table.devices, tuple(table.degrees.tolist()))
+    fits = (options.sum(1) <= len(table)) & (options @ table.capacity >= table.lengths.sum())
+    options = options[fits & (options[:, table.allowed[0]].sum(1) > 0)]
+    bounds = lower_bounds(table, options)
+    order = np.argsort(bounds, kind="stable")
+    return options[order], bounds[order]
+
+
+def lower_bounds(table: Table, options: Integers) -> Integers:
+    """Ticks [P] of the slowest group that no assignment whatsoever stays below.
+
+    For any weights w of the degrees the slowest group takes at least the weighted mean of all, and that at least
+
+        (sum over groups w fixed + sum over sequences min over the partition's degrees w time) / sum over groups w.
+
+    Two kinds of weights are tried: the devices of a group, and the speed at which it would work off all sequences.
+    Nor is it done before the longest sequence on its fastest degree.
+    """
+    kinds = len(table.degrees)
+    used, which = np.unique((options > 0) @ (1 << np.arange(kinds)), return_inverse=True)
+    subsets = [np.flatnonzero(subset >> np.arange(kinds) & 1) for subset in used]
+    every = np.maximum(table.times.sum(0), 1)
+    longest = np.where(table.allowed[0], table.fixed + table.times[0], NEVER)
+    bounds = np.array([longest[subset].min() for subset in subsets], dtype=np.int64)[which]
+    for weights in (table.degrees, np.maximum(WEIGHT * every.min() // every, 1)):
+        times = np.where(table.allowed, table.times * weights, NEVER // len(table))
+        least = np.array([times[:, subset].min(1).sum() for subset in subsets], dtype=np.int64)
+        total = options @ (weights * table.fixed) + least[which]
+        bounds = np.maximum(bounds, -(-total // (options @ weights)))
+    return bounds
+
+
+def enumerate_groups(table: Table, limit: int = int(NEVER)) -> Placement | None:
+    """The best placement over all partitions, or None where there is none in fewer ticks than `limit`.
+
+    Exact for up to FEW sequences. Otherwise every partition is filled longest first, unless its bound says that it
+    cannot win by more than 1 / SLACK, and beyond EXHAUSTIVE devices until BUDGET trials are spent. Of up to SMALL
+    sequences the best POOL placements are polished.
+    """
+    if len(table) <= FEW:
+        parts = exact_parts(table, 1)
+        return parts[0].placement if parts and parts[0].placement.ticks < limit else None
+    options, bounds = candidates(table)
+    small = len(table) <= SMALL
+    found: list[Placement] = []  # fastest first
+    best, budget = limit, BUDGET
+    for start in range(0, len(options), BLOCK):
+        if bounds[start] >= best - best // SLACK or budget <= 0:
+            break
+        block = options[start : start + BLOCK]
+        for rule in RULES:
+            ticks, groups = longest_first(table, block, rule)
+            if table.devices > EXHAUSTIVE:
+                budget -= block.sum(1).max() * groups.size
+            for row in ticks.argsort(kind="stable")[: POOL if small else 1]:
+                if ticks[row] < NEVER:
+                    found.append(Placement(int(ticks[row]), group_degrees(table, block[row]), groups[row]))
+            found = sorted(found, key=lambda placement: placement.ticks)[: POOL if small else 1]
+            best = min([best, *(placement.ticks for placement in found)])
+            block = block if small else block[ticks == NEVER]
+            if not len(block):
+                break
+    if small:
+        found = [
+            polish(table, [Part(np.arange(len(table)), placement)], pairs=True)[0].placement for placement in found
+        ]
+    winner = min(found, key=lambda placement: placement.ticks, default=None)
+    return winner if winner is not None and winner.ticks < limit else None
