@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -39,11 +40,15 @@ def make(folder: str, degree: int = 1, world: int = 1, adapters: bool = False, *
     return SequentialTrainer(model=model, args=args, train_dataset=data, eval_dataset=data[:6], **more)
 
 
-def run(folder: str, world: int, degree: int, adapters: bool, packed: bool, in_pieces: bool) -> dict[str, Any]:
-    """Two steps and an evaluation; in pieces of three tokens in the loss, and of two in the layers."""
+def run(
+    folder: str, world: int, degree: int, accumulation: int, adapters: bool, packed: bool, in_pieces: bool
+) -> dict[str, Any]:
+    """Two steps of 4 rows and an evaluation; in pieces of three tokens in the loss, and of two in the layers."""
     reset_accelerate()
     tiles.TILE_NUMBERS, whole = 3 * 23, tiles.TILE_NUMBERS
-    changes = {"chunked_loss": in_pieces, "sequence_tiling": in_pieces, "gradient_checkpointing": in_pieces}
+    changes: dict[str, Any] = dict.fromkeys(("chunked_loss", "sequence_tiling", "gradient_checkpointing"), in_pieces)
+    changes |= {"gradient_accumulation_steps": accumulation, "learning_rate": 0.1}
+    changes["per_device_train_batch_size"] = 4 * degree // world // accumulation
     trainer = make(folder, degree, world, adapters, data=rows(packed), prediction_loss_only=True, **changes)
     seen: list[bool] = []
     model: Any = trainer.model.get_base_model() if adapters else trainer.model
@@ -62,12 +67,12 @@ def test_any_grid_in_pieces_equals_one_process_as_a_whole(packed: bool, adapters
     if adapters:
         pytest.importorskip("peft")
     folder = str(tmp_path)
-    (one,) = run_distributed(run, 1, folder, 1, 1, adapters, packed, False)
-    for world, degree in [(1, 1), (2, 2), (2, 1), (4, 2)]:
-        for other in run_distributed(run, world, folder, world, degree, adapters, packed, True):
-            one["flops"] = other["flops"]  # of the recomputation, they are more
-            assert_same(other, one, (world, degree))
+    (one,) = run_distributed(run, 1, folder, 1, 1, 1, adapters, packed, False)
+    for world, degree, accumulation in [(1, 1, 4), (2, 2, 2), (2, 1, 1), (4, 2, 2), (4, 4, 1), (4, 4, 4)]:
+        for other in run_distributed(run, world, folder, world, degree, accumulation, adapters, packed, True):
+            assert_same(other, one, (world, degree, accumulation))
             assert other["eval"] == pytest.approx(one["eval"], rel=1e-5)
+            assert np.ravel(other["history"]) == pytest.approx(np.ravel(one["history"]), rel=1e-5)
 
 
 def test_an_evaluation_with_metrics_has_its_logits(tmp_path: Path) -> None:
