@@ -53,7 +53,7 @@ def train(
             seen.extend(inputs["input_ids"].tolist())
             return super().training_step(model, inputs, *args, **kwargs)
 
-    keywords = arguments(folder, dist.get_world_size() // degree, sequence_parallel_size=degree, learning_rate=0.1)
+    keywords = arguments(folder, dist.get_world_size() // degree, sequence_parallel_size=degree, learning_rate=0.03)
     data = rows(checkpoint, folder, streaming, seeds)
     assert isinstance(data, IterableDataset) == streaming
     try:
