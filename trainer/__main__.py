@@ -14,6 +14,7 @@ from transformers import default_data_collator, set_seed
 
 from ..modeling.hub import CARD_NAME
 from .build import build_model, load_tokenizer
+from .checkpoints import ResumeError
 from .data import training_rows
 from .packing import collate_whole
 from .parallelism import describe_grid, local_tokens
@@ -30,10 +31,13 @@ def main(arguments: list[str]) -> None:
     try:
         recipe = load_recipe(arguments[0], arguments[1:])
         trainer = build_trainer(recipe)
-    except ValueError as error:  # the user's; later ones keep their traceback
+    except (ValueError, ImportError) as error:  # the user's; later ones keep their traceback
         raise SystemExit(f"error: {error}") from error
     describe(trainer, recipe)
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    except ResumeError as error:
+        raise SystemExit(f"error: {error}") from error
     if trainer.is_world_process_zero():
         write_report(trainer, recipe)  # before the save, which may upload the folder
     save(trainer)

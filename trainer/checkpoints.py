@@ -26,6 +26,10 @@ _UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' own mark, of its e
 _THREADS = 8  # that read files; a checksum takes about a second for 1.5 GB in each
 
 
+class ResumeError(ValueError):
+    """A checkpoint that this launch cannot go on from exactly."""
+
+
 def begin(folder: Path) -> None:
     """An empty checkpoint folder that is known not to be whole."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -139,17 +143,17 @@ def newest(output_dir: Path) -> Path | None:
     return next((folder for folder in folders if problem(folder) is None), None)
 
 
-def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
-    """Trainer's `save_total_limit`, counting whole checkpoints only: the newest and the best one stay in any case, and
-    further new ones up to the limit; older ones and broken ones go."""
+def rotate(output_dir: Path, limit: int | None, *, saved: Path, best: str | None) -> None:
+    """Trainer's `save_total_limit`, counting whole checkpoints only: the one just saved and the best one stay in any
+    case, whatever a file system says of times, and further new ones up to the limit; older ones and broken ones go."""
     if limit is None or limit <= 0:
         return
     by_age = [Path(folder) for folder in sort_checkpoints(str(output_dir), use_mtime=True)]
     folders = [folder for folder in by_age if _FOLDER.fullmatch(folder.name)]
     whole = [folder for folder in folders if problem(folder) is None]
-    if not whole:
+    if saved not in whole:
         return
-    kept = {whole[-1], *(folder for folder in whole if best is not None and folder == Path(best))}
+    kept = {saved, *(folder for folder in whole if best is not None and folder == Path(best))}
     for folder in reversed(whole):
         if len(kept) < limit:
             kept.add(folder)

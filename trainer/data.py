@@ -43,7 +43,9 @@ def training_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase, length: 
     }
     if isinstance(documents, IterableDataset):
         arguments = {"documents": documents, "choices": choices, "data": data, "tokenizer": tokenizer}
-        return IterableDataset.from_generator(_streamed_rows, gen_kwargs=arguments, features=ROW_FEATURES)
+        rows = IterableDataset.from_generator(_streamed_rows, gen_kwargs=arguments, features=ROW_FEATURES)
+        rows.info.description = f"{choices}, {data.format}, a vocabulary of {len(tokenizer)}"  # a resume compares it
+        return rows
     columns = ("input_ids",) if data.format == "text" else ("input_ids", "labels")
     with explained(data):
         tokens = documents.map(

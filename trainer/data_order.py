@@ -7,16 +7,19 @@ long as the order and the rows of a step are the same.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import datasets
 from accelerate.data_loader import BatchSamplerShard
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.trainer_utils import has_length
 
 from ..sequence_parallel.context import IGNORE_INDEX
+from .checkpoints import ResumeError
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ class WholeSteps(IterableDataset):
             if len(step) == self.rows_per_step:
                 yield from step
                 step, whole = [], whole + 1
-        if not whole:
+        if not whole and (step or get_worker_info() is None):  # a loader worker may have none of the stream's files
             raise ValueError(
                 f"a stream must hold the rows of a step, {self.rows_per_step}, got {len(step)}; add data, or lower "
                 "per_device_train_batch_size or gradient_accumulation_steps"
@@ -62,7 +65,7 @@ class DataOrder:
     """What must stay the same for a resume to go on in the data where the run stopped.
 
     `rows_per_epoch` is None for a stream without a length. `workers` says how a stream is read by several loader
-    workers, which take turns: (their number, rows in one batch of all processes).
+    workers, which take turns: (their number, rows in one batch of all processes). `content` is a `content_hash`.
     """
 
     rows_per_step: int
@@ -70,15 +73,19 @@ class DataOrder:
     sampler: str
     seed: int | None
     workers: tuple[int, int] | None
+    content: str | None
 
     @classmethod
-    def of(cls, loader: DataLoader, *, rows_per_step: int, rows_per_batch: int, drop_last: bool) -> DataOrder:
+    def of(
+        cls, loader: DataLoader, *, rows_per_step: int, rows_per_batch: int, drop_last: bool, content: str | None
+    ) -> DataOrder:
         """Of a prepared loader; `rows_per_batch` are those of one batch of all processes together."""
         if isinstance(loader.dataset, IterableDataset):
             dataset: Any = loader.dataset
             workers = (loader.num_workers, rows_per_batch) if loader.num_workers > 1 else None
             rows = len(dataset) if has_length(dataset) else None
-            return cls(rows_per_step=rows_per_step, rows_per_epoch=rows, sampler="stream", seed=None, workers=workers)
+            kind: dict[str, Any] = {"sampler": "stream", "seed": None, "workers": workers}
+            return cls(rows_per_step=rows_per_step, rows_per_epoch=rows, content=content, **kind)
         sampler = _sampler(loader)
         rows = len(sampler) // rows_per_batch * rows_per_batch if drop_last else len(sampler)
         return cls(
@@ -87,10 +94,11 @@ class DataOrder:
             sampler=type(sampler).__name__,
             seed=getattr(sampler, "initial_seed", None),
             workers=None,
+            content=content,
         )
 
     def check(self, saved: dict[str, Any], *, accumulation: int) -> None:
-        """`ValueError` unless this order is the one that a checkpoint holds.
+        """`ResumeError` unless this order is the one that a checkpoint holds.
 
         Args:
             accumulation: this launch's gradient_accumulation_steps.
@@ -104,21 +112,32 @@ class DataOrder:
             "rows_per_epoch": "train on the same data, with dataloader_drop_last=False",
             "sampler": "use the same train_sampling_strategy and kind of data",
             "seed": "set the same data_seed, or seed",
+            "content": "train on the same data, cut into rows in the same way",
             "workers": "use the same dataloader_num_workers and batch size (or one worker, from the start)",
         }
         for name, now in asdict(self).items():
             now = list(now) if isinstance(now, tuple) else now
             if saved.get(name) != now:
-                raise ValueError(
+                raise ResumeError(
                     f"a resumed run needs the {name} that it had, {saved.get(name)}, got {now}; {remedies[name]}, or "
                     f"{start_anew}"
                 )
         if self.sampler in _NOT_REPEATABLE:
-            raise ValueError(
+            raise ResumeError(
                 f"a resumed run needs an order of the rows that a seed repeats, got a {self.sampler}; use "
                 "train_sampling_strategy 'random' (with accelerate's seedable sampler, the default) or 'sequential', "
                 f"or {start_anew}"
             )
+
+
+def content_hash(rows: Any) -> str | None:
+    """Of some rows of a stored `datasets.Dataset`, and of how a recipe's stream makes its rows; None of other data."""
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.info.description or None
+    if not isinstance(rows, datasets.Dataset) or rows.format["type"] == "custom" or not len(rows):
+        return None  # a transform may be random
+    some = rows.with_format(None)[sorted({i * (len(rows) - 1) // 15 for i in range(16)})]
+    return hashlib.blake2b(repr(sorted(some.items())).encode(), digest_size=8).hexdigest()
 
 
 _NOT_REPEATABLE = ("LengthGroupedSampler", "BatchRebalanceSampler", "RandomSampler")

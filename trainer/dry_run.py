@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +144,7 @@ def _memory(run: DryRun) -> list[str]:
     optimizer = str(run.setting("optim"))
     known = "sgd" if optimizer == "sgd" else "adamw_8bit" if "8bit" in optimizer else "adamw"
     kwargs = run.recipe.training.get("activation_checkpointing_kwargs") or {}
+    with_kernels = importlib.util.find_spec("triton") is not None
     account = memory_account(
         run.model,
         tokens=run.recipe.sequence_length,
@@ -150,16 +153,17 @@ def _memory(run: DryRun) -> list[str]:
         ranks=run.ranks,
         strategies=run.recipe.sequence_parallel.config(),
         replicas=run.replicas,
-        fsdp=bool(run.setting("fsdp")),
+        fsdp=bool(run.setting("fsdp")) or os.environ.get("ACCELERATE_USE_FSDP") == "true",
         autocast=torch.bfloat16 if run.setting("bf16") else torch.float16 if run.setting("fp16") else None,
         optimizer=known,
         checkpointing=run.recomputes,
         offload=bool(kwargs.get("offload")),
         tiling=run.setting("sequence_tiling"),
-        chunked_loss=run.setting("chunked_loss"),
-        gpu=run.gpu,
+        chunked_loss=run.setting("chunked_loss") and not run.setting("label_smoothing_factor"),
+        gpu=run.gpu and with_kernels,
     )
     assumed = "" if optimizer.startswith(known) else f", {optimizer} counted as {known}"
+    assumed += "" if with_kernels or not run.gpu else ", without the GPU's kernels, as triton is not installed"
     lines = [
         f"memory      of a device at its peak, computed{assumed}; allocator, CUDA and NCCL come on top (1 to 3 GB):"
     ]

@@ -40,7 +40,7 @@ def explained(trainer: Any) -> Iterator[None]:
             text = f"{where(trainer)}: out of memory. {_less_memory(trainer)} {how_to_resume(trainer)}"
             words.leave(text)
             raise torch.OutOfMemoryError(text) from error
-        if isinstance(error, TrainingFailure):
+        if isinstance(error, (TrainingFailure, checkpoints.ResumeError)):
             words.leave(str(error))
             raise
         words.leave(f"{where(trainer)}: {type(error).__name__}: {error}")

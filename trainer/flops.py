@@ -56,11 +56,6 @@ class Flops:
         """Forward and backward: what MFU counts."""
         return 3 * self.forward - self.frozen
 
-    @property
-    def recomputed(self) -> int:
-        """What gradient checkpointing computes again; HFU counts it on top of `training`."""
-        return self.forward - self.head
-
 
 def count_flops(model: nn.Module, tokens: int, pairs: int) -> Flops:
     """FLOPs of a model of this package, with any head or PEFT's adapters; it may be on the meta device.

@@ -163,7 +163,8 @@ def _switch(model: Any, run: VirtualRun, host: Host, *, checkpointing: bool, off
 
     def loss_begins(module: nn.Module, args: Any, output: Any) -> None:
         run.stage = HEAD
-        output.last_hidden_state.register_hook(lambda gradient: setattr(run, "stage", LAYERS))
+        if output.last_hidden_state.requires_grad:  # not if the head alone is trained
+            output.last_hidden_state.register_hook(lambda gradient: setattr(run, "stage", LAYERS))
 
     decoder.register_forward_hook(loss_begins)
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from transformers import SchedulerType
 
 from ..modeling import LinearLlama3Config
 from ..sequence_parallel import SequenceParallelConfig
@@ -178,7 +179,10 @@ def _apply(change: str, content: Any) -> None:
         content = content.setdefault(section, {}) if isinstance(content, dict) else None
     if not equals or not isinstance(content, dict):
         raise ValueError(f"a change must read section.key=value and name a section of the recipe, got {change!r}")
-    content[key] = yaml.load(value, _Loader)
+    try:
+        content[key] = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"a change's value must be YAML, {change!r} is not: {error}") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -212,8 +216,17 @@ def _check_values(recipe: Recipe) -> None:
     own = {"sequence_parallel_size", "linear_strategy", "softmax_strategy", "sequence_layout", "parallelism_config"}
     hints, fields = get_type_hints(LinearLlama3TrainingArguments), dataclasses.fields(LinearLlama3TrainingArguments)
     types = {f.name: hints[f.name] for f in fields if f.init and f.name not in own}
+    types["fsdp"] |= bool  # transformers 5.23 warns of strings
+    types["lr_scheduler_type"] = Literal[tuple(kind.value for kind in SchedulerType)]
     _check_names(recipe.training, list(types), "training")
     _check_types(recipe.training, types, "training")
+    if (when := recipe.training.get("eval_strategy", "no")) != "no":
+        raise ValueError(
+            f"a recipe has no data to evaluate on while it trains, got training.eval_strategy: {when}; leave it out, "
+            "and evaluate checkpoints by python -m linear_llama3.trainer.evaluation"
+        )
+    if recipe.training.get("deepspeed") is not None:
+        raise ValueError("DeepSpeed is not supported, got training.deepspeed; use fsdp, or leave it out")
 
 
 def _check_model(recipe: Recipe) -> None:

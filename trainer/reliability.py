@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from ..modeling import LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM
 from . import checkpoints
-from .data_order import DataOrder, WholeSteps, repeated_rows, without_labels
+from .data_order import DataOrder, WholeSteps, content_hash, repeated_rows, without_labels
 from .failures import FiniteCheck, explained, reading, saving
 from .parallelism import set_timeout
 from .preemption import EXIT_CODE, SaveOnSigterm, outlive_sigterm
@@ -75,7 +75,7 @@ class ReliabilityMixin(_Trainer):
         anew where there is none.
 
         Raises:
-            ValueError: a checkpoint that is not whole, or that this launch cannot go on from exactly.
+            ResumeError: a ValueError; a checkpoint that is not whole, or that this launch cannot go on from exactly.
             TrainingFailure: with the step, the rank and a remedy, if the run cannot go on.
             SystemExit: after a save that SIGTERM asked for.
         """
@@ -94,7 +94,9 @@ class ReliabilityMixin(_Trainer):
             if (trouble := self._trouble(Path(wanted))) is not None:
                 newest = checkpoints.newest(Path(wanted).parent)
                 remedy = f"{newest} is" if newest else f"none in {Path(wanted).parent} is"
-                raise ValueError(f"resume_from_checkpoint must be whole, got {wanted}: {trouble}; {remedy}")
+                raise checkpoints.ResumeError(
+                    f"resume_from_checkpoint must be whole, got {wanted}: {trouble}; {remedy}"
+                )
             return self._with_optimizer(Path(wanted))
         output_dir = Path(self.args.output_dir)
         steps = sorted(set(itertools.chain(*gather_object([checkpoints.steps(output_dir)]))), reverse=True)
@@ -105,7 +107,7 @@ class ReliabilityMixin(_Trainer):
             self._warn(f"{folder} is not whole: {trouble}; the one before it is tried")
         if wanted == LATEST:
             return None
-        raise ValueError(
+        raise checkpoints.ResumeError(
             f"resume_from_checkpoint=True needs a whole checkpoint in output_dir, got {output_dir} with none; "
             f'"{LATEST}" starts anew in that case'
         )
@@ -113,7 +115,7 @@ class ReliabilityMixin(_Trainer):
     @staticmethod
     def _with_optimizer(folder: Path) -> str:
         if not any(folder.glob("optimizer*")):  # Trainer would begin with a new one
-            raise ValueError(
+            raise checkpoints.ResumeError(
                 f"a resumed run needs the optimizer's state, got {folder} without it (save_only_model=True); load its "
                 "weights as those of a new run"
             )
@@ -183,6 +185,7 @@ class ReliabilityMixin(_Trainer):
             rows_per_step=rows_per_step,
             rows_per_batch=rows_per_step // self.args.gradient_accumulation_steps,
             drop_last=self.args.dataloader_drop_last,
+            content=content_hash(dataset),
         )
         self._repeated = repeated_rows(loader)
         if self._saves_on_sigterm and loader.num_workers:
@@ -274,7 +277,7 @@ class ReliabilityMixin(_Trainer):
             if self.args.should_save:
                 torch.save(self.args, folder / ARGUMENTS_NAME)  # with the limit
                 checkpoints.finish(folder, facts)
-                checkpoints.rotate(run_dir, limit, self.state.best_model_checkpoint)
+                checkpoints.rotate(run_dir, limit, saved=folder, best=self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
         if self._unpushed is not None:
             super()._push_from_checkpoint(self._unpushed)

@@ -94,9 +94,9 @@ def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
         (1, 2, (), [2, 4]),
         (2, 1, (), [1, 4]),
         (3, 1, (), [1, 3, 4]),
-        (1, None, (4,), [3]),
+        (1, None, (4,), [1, 2, 3, 4]),
         (2, None, (3,), [2, 4]),
-        (1, 4, (4, 3), [2]),
+        (1, 2, (2, 3), [4]),
         (1, None, (1, 2, 3, 4), [1, 2, 3, 4]),
     ],
 )
@@ -108,7 +108,8 @@ def test_a_limit_counts_whole_checkpoints(
         if step in broken:
             cut(tmp_path / f"checkpoint-{step}" / "model.safetensors")
     (tmp_path / "checkpoint-mine").mkdir()
-    checkpoints.rotate(tmp_path, limit, None if best is None else str(tmp_path / f"checkpoint-{best}"))
+    best_folder = None if best is None else str(tmp_path / f"checkpoint-{best}")
+    checkpoints.rotate(tmp_path, limit, saved=tmp_path / "checkpoint-4", best=best_folder)
     folders = {f"checkpoint-{step}" for step in left} | {"checkpoint-mine"}
     assert {path.name for path in tmp_path.iterdir()} == folders
 
@@ -117,8 +118,16 @@ def test_age_goes_before_the_step(tmp_path: Path) -> None:
     """A run anew in the folder of an older one: its first checkpoints must not be taken for old ones."""
     for step, age in ((900, 2), (1000, 1), (10, 0)):
         write(tmp_path / f"checkpoint-{step}", age=age)
-    checkpoints.rotate(tmp_path, 2, None)
+    checkpoints.rotate(tmp_path, 2, saved=tmp_path / "checkpoint-10", best=None)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1000", "checkpoint-10"}
+
+
+def test_what_was_just_saved_stays(tmp_path: Path) -> None:
+    """Also where a file system keeps no times, and a folder of a larger step, which may be damaged, seems newer."""
+    for step in (5, 4):
+        os.utime(write(tmp_path / f"checkpoint-{step}"), (0, 0))
+    checkpoints.rotate(tmp_path, 1, saved=tmp_path / "checkpoint-4", best=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
 def test_a_save_that_is_repeated_leaves_nothing_of_the_first(tmp_path: Path) -> None:

@@ -170,5 +170,17 @@ def test_memory(changes: list[str], expected: dict[str, Any], tmp_path: Path, mo
     assert re.search(r"  weights +[\d.]+ GiB", text) and re.search(r"  total +[\d.]+ GiB", text)
 
 
+def test_adapters_of_the_head_alone(tmp_path: Path) -> None:
+    """Then no hidden state has a gradient."""
+    path = recipe_of(tmp_path, lora={"r": 2, "target_modules": ["lm_head"]})
+    assert re.search(r"  total +[\d.]+ GiB", described(path))
+
+
+def test_a_machine_without_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    text = dry_run(load_recipe(recipe_of(tmp_path)), 2, gpu=True)
+    assert "computed, without the GPU's kernels, as triton is not installed;" in text
+
+
 def test_an_optimizer_without_an_account(tmp_path: Path) -> None:
     assert "computed, adafactor counted as adamw;" in described(recipe_of(tmp_path), "training.optim=adafactor")

@@ -88,7 +88,6 @@ def test_adapters_count() -> None:
     assert adapted.projections == before.projections + 2 * 10 * 4 * 3 * q
     assert adapted.mlp == before.mlp + 2 * 10 * 4 * 3 * up and adapted.head == before.head
     assert adapted.frozen == before.projections + before.mlp  # not the head, not the adapters
-    assert adapted.recomputed == adapted.projections + adapted.mlp + adapted.linear_attention
 
 
 def test_llamas_formula() -> None:

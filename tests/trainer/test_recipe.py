@@ -100,6 +100,12 @@ def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
         ({"modle": {}}, "unknown key 'modle' in recipe .*did you mean 'model'"),
         ({"model": {**MODEL, "hiden_size": 3}}, "unknown key 'hiden_size' in model; did you mean 'hidden_size'"),
         ({"training": {"lerning_rate": 1}}, "unknown key 'lerning_rate' in training; did you mean 'learning_rate'"),
+        ({"training": {"lr_scheduler_type": "cosin"}}, "lr_scheduler_type in training must be one of .*got 'cosin'"),
+        (
+            {"training": {"eval_strategy": "steps"}},
+            "no data to evaluate on while it trains, got .*eval_strategy: steps",
+        ),
+        ({"training": {"deepspeed": "ds.json"}}, "DeepSpeed is not supported"),
         ({"data": {"file": "x"}}, "unknown key 'file' in data; did you mean 'files'"),
         ({"data": {}}, "data needs files or dataset, one of them"),
         ({"data": {"files": "a", "dataset": "b"}}, "one of them"),
@@ -142,6 +148,8 @@ def test_files_that_are_missing(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="must be YAML"):
         load_recipe(tmp_path / "bad.yaml")
+    with pytest.raises(ValueError, match=r"a change's value must be YAML, 'training.max_steps=\[1' is not"):
+        load_recipe(recipe_with(tmp_path), ["training.max_steps=[1"])
 
 
 def write_corpus(folder: Path) -> None:

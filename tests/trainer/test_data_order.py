@@ -1,0 +1,60 @@
+"""What tells a resume that it goes on in the same data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from linear_llama3.trainer.data import training_rows
+from linear_llama3.trainer.data_order import WholeSteps, content_hash
+from linear_llama3.trainer.recipe import DataRecipe
+from tests.trainer.test_recipe import write_corpus, write_tokenizer
+
+
+class FirstWorkerOnly(IterableDataset):
+    """A stream of one file, which one of a loader's workers reads."""
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        return iter(range(5)) if info is None or info.id == 0 else iter(())
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_worker_may_have_nothing_to_read(workers: int) -> None:
+    loader = DataLoader(WholeSteps(FirstWorkerOnly(), 2), batch_size=2, num_workers=workers)
+    assert torch.cat(list(loader)).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_stream_must_fill_a_step(workers: int) -> None:
+    loader = DataLoader(WholeSteps(FirstWorkerOnly(), 6), batch_size=2, num_workers=workers)
+    with pytest.raises(ValueError, match="must hold the rows of a step, 6, got 5; add data"):
+        list(loader)
+
+
+def test_content() -> None:
+    rows = [{"input_ids": [i, i + 1], "labels": [i, i + 1]} for i in range(40)]
+    whole = content_hash(Dataset.from_list(rows))
+    assert whole is not None and whole == content_hash(Dataset.from_list(rows).with_format("torch"))
+    for changed in (0, 39):
+        other = [*rows[:changed], {**rows[changed], "labels": [-100, 1]}, *rows[changed + 1 :]]
+        assert content_hash(Dataset.from_list(other)) != whole
+    assert content_hash(rows) is None
+    assert content_hash(Dataset.from_list(rows).with_transform(lambda batch: batch)) is None  # which may be random
+
+
+def test_how_a_stream_is_cut(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+
+    def of(length: int = 9, **changes: str) -> str | None:
+        recipe = DataRecipe(files=str(tmp_path / "corpus"), streaming=True, **changes)
+        return content_hash(training_rows(recipe, tokenizer, length))
+
+    assert of() == of() is not None
+    assert len({of(), of(8), of(packing="best_fit"), of(long_documents="cut")}) == 4
