@@ -149,8 +149,8 @@ def test_any_plan_equals_one_process(kind: str) -> None:
             assert abs(gradients - expected).max() < 1e-10, name
 
 
-def profile_file(folder: Path, kind: str, *, square: float = 0.0, memory: float = 4e4) -> str:
-    """By which the rows of a step take groups of all degrees, in several micro-batches."""
+def profile_file(folder: Path, kind: str, devices: int) -> str:
+    """By which the longest row needs all devices, and a step several micro-batches."""
     profile = Profile(
         name="test",
         origin="simulated",
@@ -158,11 +158,11 @@ def profile_file(folder: Path, kind: str, *, square: float = 0.0, memory: float 
         hardware="none",
         gradient_checkpointing=False,
         model=planner_model(tiny_model(kind).config, 4),
-        seconds=Seconds(micro_batch=0.01, token=1e-3, softmax_square=square),
-        bytes=Bytes(device=memory, states=1e3, sharded=False, token=2e3),
+        seconds=Seconds(micro_batch=0.01, token=1e-3, softmax_square=0.0),
+        bytes=Bytes(device=1e5 / devices, states=1e3, sharded=False, token=2e3),
         links={2: LinkSpeed(1e-4, 1e9), 4: LinkSpeed(2e-4, 1e9)},
     )
-    path = folder / "profile.json"
+    path = folder / f"profile-{devices}.json"
     profile.save(path)
     return str(path)
 
@@ -194,7 +194,12 @@ def train(kind: str, folder: str, profile: str | None, checkpoint: str | None = 
     parallel: dict[str, Any] = {"sequence_parallel_size": 1}
     if profile is not None:
         parallel = {"sequence_parallel_size": "adaptive", "planner_profile": profile, "linear_strategy": "auto"}
-    settings = {"per_device_train_batch_size": 8 // world, "gradient_accumulation_steps": 1, "max_steps": 5}
+    settings = {
+        "per_device_train_batch_size": 8 // world,
+        "per_device_eval_batch_size": 8 // world,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 5,
+    }
     settings |= {"include_num_input_tokens_seen": "non_padding", "learning_rate": 0.3, **parallel, **changes}
     args = LinearLlama3TrainingArguments(**arguments(folder, 1, **settings))
     trainer = LinearLlama3Trainer(
@@ -224,10 +229,10 @@ def assert_equal(run: dict[str, Any], one: dict[str, Any], where: Any) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_training_equals_one_process(kind: str, tmp_path: Path) -> None:
     """The same order of the rows, losses, gradient norms, parameters, tokens; then an evaluation on whole rows."""
-    profile = profile_file(tmp_path, kind)
     (one,) = run_distributed(train, 1, kind, str(tmp_path / "one"), None)
-    assert one["history"][0][0] != pytest.approx(one["history"][1][0], rel=1e-2), "nothing was learnt"
+    assert one["eval"] < one["history"][0][0] - 0.1, "nothing was learnt"
     for world in (4, 2, 1):
+        profile = profile_file(tmp_path, kind, world)
         for run in run_distributed(train, world, kind, str(tmp_path / "many"), profile):
             assert_equal(run, one, world)
             assert run["eval"] == pytest.approx(one["eval"], rel=1e-4)
