@@ -120,7 +120,7 @@ class AdaptiveMixin(_Trainer):
     # ---- the data
 
     def get_train_dataloader(self) -> DataLoader:
-        """Numbers of the rows of every step, in the same order on all ranks; `get_batch_samples` makes steps of them."""
+        """Numbers of every step's rows, in the same order on all ranks; `get_batch_samples` makes steps of them."""
         if not self.adapts:
             return super().get_train_dataloader()
         dataset, collate = self._rows()

@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.parallelism_config import ParallelismConfig
+from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
 
-from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
+from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM
 from linear_llama3.sequence_parallel import enable_sequence_parallel
 from linear_llama3.sequence_parallel.costs import LinkSpeed
 from linear_llama3.sequence_parallel.planner import (
@@ -29,9 +31,10 @@ from linear_llama3.sequence_parallel.planner.profile import Bytes, Seconds
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
 from linear_llama3.trainer.adaptive import planner_model
 from linear_llama3.trainer.packing import collate_whole
-from linear_llama3.trainer.planned_steps import StepPlanner, group_contexts, pack_rows
+from linear_llama3.trainer.planned_steps import StepPlanner, group_contexts
 from tests.distributed import run_distributed
 from tests.trainer.test_exactness import arguments, outcome, reset_accelerate
+from tests.trainer.test_fsdp import shard_on_cpus
 
 LENGTHS = [29, 17, 11, 7, 6, 5, 3, 2, 13, 4, 1, 8]  # of 12 rows
 MODELS = {"hybrid": ("gla", 2), "gla": ("gla", None), "linear": ("basic", None)}
@@ -167,6 +170,14 @@ def profile_file(folder: Path, kind: str, devices: int) -> str:
     return str(path)
 
 
+class FsdpTrainer(LinearLlama3Trainer):
+    """FSDP2 over all ranks, as accelerate does on GPUs."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        shard_on_cpus(self)
+
+
 class StopAt(TrainerCallback):
     """As a machine that is switched off behind a save."""
 
@@ -181,7 +192,7 @@ def train(kind: str, folder: str, profile: str | None, checkpoint: str | None = 
     """Epochs of 20 shuffled rows in steps of 8, 8 and 4; without a profile on whole rows."""
     reset_accelerate()
     world = dist.get_world_size()
-    stop = changes.pop("stop", None)
+    stop, fsdp = changes.pop("stop", None), changes.pop("fsdp", False) and world > 1
     model: Any = tiny_model(kind)
     if changes.pop("lora", False):
         from peft import LoraConfig, get_peft_model
@@ -202,10 +213,13 @@ def train(kind: str, folder: str, profile: str | None, checkpoint: str | None = 
     }
     settings |= {"include_num_input_tokens_seen": "non_padding", "learning_rate": 0.3, **parallel, **changes}
     args = LinearLlama3TrainingArguments(**arguments(folder, 1, **settings))
-    trainer = LinearLlama3Trainer(
+    data: Any = rows(20)
+    if kind == "gla":
+        data = Dataset.from_list([{name: x.tolist() for name, x in row.items()} for row in data])
+    trainer = (FsdpTrainer if fsdp else LinearLlama3Trainer)(
         model=model,
         args=args,
-        train_dataset=rows(20),
+        train_dataset=data,
         eval_dataset=rows(8),
         data_collator=functools.partial(collate_whole, padding=0),
         callbacks=[StopAt(stop)] if stop else [],
@@ -240,3 +254,106 @@ def test_training_equals_one_process(kind: str, tmp_path: Path) -> None:
             assert all(entry["predicted_step_seconds"] > 0 < entry["measured_step_seconds"] for entry in logs)
             degrees = {d for d in (1, 2, 4) if any(entry.get(f"groups_of_{d}") for entry in logs)}
             assert degrees == {d for d in (1, 2, 4) if d <= world}, "groups of all degrees were used"
+
+
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.17."), reason="transformers 5.17 cannot resume on several CPU processes"
+)
+def test_a_resume_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    """On as many ranks, on fewer, and on one degree for all: the rows of a step stay the same."""
+    (one,) = run_distributed(train, 1, "hybrid", str(tmp_path / "one"), None)
+    saved = str(tmp_path / "saved")
+    run_distributed(train_until, 4, saved, profile_file(tmp_path, "hybrid", 4), 2)
+    checkpoint = f"{saved}/checkpoint-2"
+    for world, adaptive in ((4, True), (2, True), (1, False)):
+        profile = profile_file(tmp_path, "hybrid", world) if adaptive else None
+        for run in run_distributed(train, world, "hybrid", str(tmp_path / "on"), profile, checkpoint):
+            assert_equal(run, one, (world, adaptive))
+
+
+def train_until(folder: str, profile: str, step: int) -> None:
+    train("hybrid", folder, profile, stop=step, save_strategy="steps", save_steps=step)
+
+
+def train_with(folder: str, profile: str | None, changes: dict[str, Any]) -> dict[str, Any]:
+    return train("hybrid", folder, profile, None, **changes)
+
+
+@pytest.mark.parametrize("changes", [{"lora": True}, {"gradient_checkpointing": True}, {"fsdp": True}], ids=str)
+def test_with_adapters_checkpointing_shards(changes: dict[str, Any], tmp_path: Path) -> None:
+    (one,) = run_distributed(train_with, 1, str(tmp_path / "one"), None, changes)
+    profile = profile_file(tmp_path, "hybrid", 4)
+    for run in run_distributed(train_with, 4, str(tmp_path / "many"), profile, changes):
+        assert_equal(run, one, changes)
+
+
+def refused(folder: str, profile: str | None, changes: dict[str, Any]) -> str:
+    reset_accelerate()
+    changes = dict(changes)
+    data: Any = rows(20)
+    if changes.pop("other rows", False):
+        data = data[dist.get_rank() :]
+    if changes.pop("other tokens", False):
+        data[0]["input_ids"] = data[0]["input_ids"] + dist.get_rank() % 2
+    if changes.pop("stream", False):
+        data = iter(data)
+    if changes.pop("padding", False):
+        data = [{**row, "attention_mask": (torch.arange(len(row["labels"])) < 3).long()} for row in data]
+    if changes.pop("last step", False):
+        data = data[:13]
+    model: Any = tiny_model("hybrid")
+    if changes.pop("kind", "") == "masked":
+        config = {**tiny_model("linear").config.to_dict(), "is_causal": False}
+        model = LinearLlama3ForMaskedLM(LinearLlama3Config.from_dict(config))
+    keywords = {name: changes.pop(name) for name in ("compute_loss_func",) if name in changes}
+    settings = {"sequence_parallel_size": "adaptive", "planner_profile": profile, "max_steps": 3}
+    settings |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 2, **changes}
+    try:
+        LinearLlama3Trainer(
+            model=model,
+            args=LinearLlama3TrainingArguments(**arguments(folder, 1, **settings)),
+            train_dataset=data,
+            data_collator=one_row,
+            **keywords,
+        ).train()
+    except ValueError as error:
+        return str(error)
+    finally:
+        reset_accelerate()
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"planner_profile": None}, "need planner_profile"),
+        ({"planner_profile": "mine"}, "a profile must be one of"),
+        ({"planner_profile": "llama-3.1-8b-h100"}, "a profile must be of the model"),
+        ({"parallelism_config": ParallelismConfig(cp_size=2)}, "stand for a static degree, got both"),
+        ({"compute_loss_func": one_row}, "take no compute_loss_func"),
+        ({"kind": "masked"}, "train causal language models, got a LinearLlama3ForMaskedLM"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
+        ({"dataloader_num_workers": 1}, "dataloader_num_workers must be 0"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices must be True"),
+        ({"accelerator_config": {"split_batches": True}}, "leave dispatch_batches and split_batches out"),
+        ({"linear_strategy": "mail"}, "a strategy for linear layers must be one of"),
+        ({"stream": True}, "planned from the lengths of stored rows, got a stream"),
+        ({"padding": True}, "with zeros in its attention_mask"),
+        ({"other rows": True}, "all ranks must make the same plan"),
+        ({"other tokens": True}, "all ranks of a sequence must load the same batch"),
+    ],
+    ids=str,
+)
+def test_refusals(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    profile = profile_file(tmp_path, "hybrid", 2)
+    texts = run_distributed(refused, 2, str(tmp_path), profile, changes)
+    assert all(message in text for text in texts), texts
+
+
+def test_the_last_step_needs_a_row_for_every_group(tmp_path: Path) -> None:
+    """Three processes are a group of two and one of one; 13 rows leave one for the second step."""
+    profile, changes = profile_file(tmp_path, "hybrid", 2), {"last step": True, "per_device_train_batch_size": 4}
+    assert all("needs at least 2 rows" in text for text in run_distributed(refused, 3, str(tmp_path), profile, changes))
+    changes["dataloader_drop_last"] = True
+    assert run_distributed(refused, 3, str(tmp_path), profile, changes) == [""] * 3
