@@ -91,7 +91,8 @@ class StepPlanner:
     ) -> None:
         self.dataset, self.collate, self.contexts = dataset, collate, contexts
         self.cluster, self.costs, self.rank = cluster, costs, rank
-        self._columns = dataset.with_format("arrow") if isinstance(dataset, datasets.Dataset) else None
+        stored = isinstance(dataset, datasets.Dataset)
+        self._stored = dataset.select_columns(["input_ids"]).with_format("arrow") if stored else None
 
     def __call__(self, rows: Sequence[int]) -> PlannedStep:
         """ValueError for rows that cannot be planned, or that are not what a plan packs."""
@@ -119,11 +120,11 @@ class StepPlanner:
         )
 
     def lengths(self, rows: Sequence[int]) -> list[int]:
-        if self._columns is None:
+        if self._stored is None:
             return [len(self.dataset[row]["input_ids"]) for row in rows]
         from pyarrow import compute
 
-        return compute.list_value_length(self._columns.select(list(rows)).data.column("input_ids")).to_pylist()
+        return compute.list_value_length(self._stored[list(rows)]["input_ids"]).to_pylist()
 
     def _read(self, row: int, length: int) -> dict[str, Tensor]:
         batch = dict(self.collate([self.dataset[row]]))

@@ -353,7 +353,7 @@ def test_refusals(changes: dict[str, Any], message: str, tmp_path: Path) -> None
 
 def test_the_last_step_needs_a_row_for_every_group(tmp_path: Path) -> None:
     """Three processes are a group of two and one of one; 13 rows leave one for the second step."""
-    profile, changes = profile_file(tmp_path, "hybrid", 2), {"last step": True, "per_device_train_batch_size": 4}
+    profile, changes = profile_file(tmp_path, "hybrid", 1), {"last step": True, "per_device_train_batch_size": 4}
     assert all("needs at least 2 rows" in text for text in run_distributed(refused, 3, str(tmp_path), profile, changes))
     changes["dataloader_drop_last"] = True
     assert run_distributed(refused, 3, str(tmp_path), profile, changes) == [""] * 3
