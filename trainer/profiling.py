@@ -41,7 +41,7 @@ from .recipe import Recipe, load_recipe
 DEPTHS = (1, 3)
 SHORTEST = 64  # tokens of a micro-batch
 REPEATS = 3
-SLOW = 2.0  # seconds of a micro-batch beyond which longer ones are left out
+SLOW = 1.0  # seconds of a micro-batch beyond which longer ones are left out
 MESSAGES = (2**12, 2**17, 2**20, 2**22)  # bytes of a rank
 USABLE = 0.95  # of a device's memory
 
