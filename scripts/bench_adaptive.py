@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--output", type=Path)
     parser.add_argument("changes", nargs="*", help="of the recipe: section.key=value")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     dist.init_process_group("gloo")
     recipe = load_recipe(arguments.recipe, arguments.changes)
