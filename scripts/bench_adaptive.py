@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,19 +128,22 @@ def report(arguments: Any, recipe: Recipe, seconds: dict[str, Any], logs: dict[s
     totals = {way: float(own.sum()) for way, own in by_step.items()}
     tokens = {way: logs[way][-1]["num_input_tokens_seen"] - logs[way][0]["num_input_tokens_seen"] for way in WAYS}
     lengths = [len(row["input_ids"]) for row in data]
+    profile = load_profile(recipe.sequence_parallel.profile or "")
+    by_turn = [sum(static) / sum(own) for static, own in zip(seconds["static"], seconds["adaptive"], strict=True)]
     result = {
         "hardware": hardware(torch.device("cpu")),
         "date": f"{datetime.date.today()}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "command": f"bench_adaptive.py --rows {arguments.rows} --steps {arguments.steps} --turns {arguments.turns}",
+        "command": f"torchrun --nproc_per_node {dist.get_world_size()} {' '.join(sys.argv)}",
         "processes": dist.get_world_size(),
-        "model": {k: v for k, v in recipe.model.items()},
+        "model": recipe.model,
         "lengths": {"mean": np.mean(lengths), "median": np.median(lengths), "longest": max(lengths)},
-        "profile": load_profile(recipe.sequence_parallel.profile or "").source,
+        "profile": asdict(profile),
         "tokens": tokens,
         "seconds": {way: np.array(own).round(4).tolist() for way, own in seconds.items()},
         "seconds of all steps, medians": totals,
         "static / adaptive": totals["static"] / totals["adaptive"],
+        "static / adaptive of every turn": by_turn,
         "tokens a second, adaptive / rows": (tokens["adaptive"] / totals["adaptive"])
         / (tokens["rows"] / totals["rows"]),
         "predicted": {
