@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..modeling import LinearLlama3Config, LinearLlama3ForCausalLM
-from ..sequence_parallel import enable_sequence_parallel
-from ..sequence_parallel.planner import Cluster, Costs, Model, Profile, load_profile, model_costs
+from ..sequence_parallel import LAYOUTS, enable_sequence_parallel
+from ..sequence_parallel.planner import Cluster, Model, load_profile, model_costs
 from .data_order import DataOrder
 from .failures import reading
 from .flops import attention_pairs, count_flops
@@ -99,7 +100,15 @@ class AdaptiveMixin(_Trainer):
             raise ValueError("adaptive groups take no compute_loss_func: it would see parts of sequences")
         profile = load_profile(args.planner_profile)
         element = 2 if args.bf16 or args.fp16 else model.dtype.itemsize
-        self.costs = profile_costs(profile, planner_model(model.config, element), args)
+        self.costs = model_costs(
+            profile,
+            args.world_size,
+            model=planner_model(model.config, element),
+            linear=args.linear_strategy,
+            softmax=args.softmax_strategy,
+        )
+        if args.sequence_layout != "auto":
+            self.costs = replace(self.costs, chunks_per_rank=LAYOUTS[args.sequence_layout].chunks_per_rank)
         self._cluster = Cluster(devices=args.world_size, memory=profile.bytes.device)
         self._contexts = group_contexts(
             model,
@@ -253,12 +262,6 @@ class AdaptiveMixin(_Trainer):
             self._times.clear()
             self._degrees.clear()
         super().log(logs, *args, **kwargs)
-
-
-def profile_costs(profile: Profile, model: Model, args: Any) -> Costs:
-    return model_costs(
-        profile, args.world_size, model=model, linear=args.linear_strategy, softmax=args.softmax_strategy
-    )
 
 
 def _check_arguments(args: Any) -> None:
