@@ -1,6 +1,7 @@
 """Adaptive groups against one degree for all, in the same run, on documents as long as Wikipedia's articles.
 
     ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 4 scripts/bench_adaptive.py RECIPE.yaml
+    ACCELERATE_USE_CPU=true python scripts/slow_network.py 4 1gbit python scripts/bench_adaptive.py RECIPE.yaml
 
 Three ways take turns, each as a run of the recipe's Trainer: "adaptive"; "static": the same rows in the same steps, in
 groups of all ranks, packed as the planner packs; "rows": documents packed by best fit into rows that all ranks share
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, replace
@@ -134,7 +136,8 @@ def report(arguments: Any, recipe: Recipe, seconds: dict[str, Any], logs: dict[s
         "hardware": hardware(torch.device("cpu")),
         "date": f"{datetime.date.today()}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "command": f"torchrun --nproc_per_node {dist.get_world_size()} {' '.join(sys.argv)}",
+        "command": " ".join(sys.argv),
+        "network": "links between namespaces, their rate limited" if "GLOO_SOCKET_IFNAME" in os.environ else "one host",
         "processes": dist.get_world_size(),
         "model": recipe.model,
         "lengths": {"mean": np.mean(lengths), "median": np.median(lengths), "longest": max(lengths)},

@@ -256,7 +256,7 @@ class AdaptiveMixin(_Trainer):
             logs |= {f"groups_of_{degree}": self._degrees[degree] for degree in sorted(self.costs.by_degree)}
             if self.args.process_index == 0 and self._step is not None:
                 logger.info(
-                    "step %d: groups %s; predicted %.3g s, measured %.3g s in the mean of %d steps",
+                    "step %d: groups %s; predicted %.3g s, measured %.3g s (mean of the last %d steps)",
                     self.state.global_step, self._step.plan, predicted, measured, len(self._times),
                 )  # fmt: skip
             self._times.clear()
