@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..modeling import LinearLlama3Config, LinearLlama3ForCausalLM
 from ..sequence_parallel import LAYOUTS, enable_sequence_parallel
 from ..sequence_parallel.planner import Cluster, Model, load_profile, model_costs
-from .data_order import DataOrder
+from .data_order import DataOrder, content_hash
 from .failures import reading
 from .flops import attention_pairs, count_flops
 from .parallelism import REFUSED_ENGINES, PeerCheck
@@ -150,8 +150,13 @@ class AdaptiveMixin(_Trainer):
             use_seedable_sampler=self.accelerator.use_seedable_sampler,
             data_seed=self.accelerator.dataloader_config.data_seed,
         )
-        options: dict[str, Any] = {"rows_per_step": rows_per_step, "rows_per_batch": rows_per_step}
-        self._order = DataOrder.of(loader, **options, drop_last=self.args.dataloader_drop_last)
+        self._order = DataOrder.of(
+            loader,
+            rows_per_step=rows_per_step,
+            rows_per_batch=rows_per_step,
+            drop_last=self.args.dataloader_drop_last,
+            content=content_hash(self.train_dataset),
+        )
         make = StepPlanner(
             dataset,
             collate,
