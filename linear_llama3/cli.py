@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import torch
 import typer
@@ -15,6 +15,7 @@ from .sequence_parallel.planner.report import report
 if TYPE_CHECKING:
     from .trainer.recipe import Recipe
 
+TRAINER, PROFILER = "linear_llama3.trainer", "linear_llama3.trainer.profiling"
 SHUTDOWN_SECONDS = 300  # for a checkpoint after SIGTERM; torch would kill the processes after 30
 
 app = typer.Typer(
@@ -39,26 +40,26 @@ def train(
     """Train a recipe, on all visible GPUs or as many processes as it says."""
     from .trainer.recipe import load_recipe
 
-    arguments = [str(recipe), *(changes or [])]
-    if "WORLD_SIZE" in os.environ and not dry_run:  # torchrun or accelerate has started this process beside others
-        become_trainer(arguments)
+    if not dry_run:
+        start(TRAINER, recipe, [str(recipe), *(changes or [])], changes)
     try:
-        loaded = load_recipe(recipe, arguments[1:])
-        gpu, processes = number_of_processes(loaded, planned=dry_run)
-        if dry_run:
-            from .trainer.dry_run import dry_run as described
+        from .trainer.dry_run import dry_run as described
 
-            print(described(loaded, processes, gpu=gpu))
-            return
+        loaded = load_recipe(recipe, changes or [])
+        gpu, processes = number_of_processes(loaded, planned=True)
+        print(described(loaded, processes, gpu=gpu))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    if not gpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    if processes > 1:
-        launch(arguments, processes, gpu=gpu)
-    if gpu:  # of several visible ones, Trainer would use all by DataParallel
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    become_trainer(arguments)
+
+
+@app.command(no_args_is_help=True)
+def profile(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Its model and how it would be trained.")],
+    output: Annotated[Path, typer.Argument(metavar="FILE.json", help="What `plan` and size: adaptive plan by.")],
+    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="In place of the recipe's.")] = None,
+) -> None:
+    """Measure what a recipe's layers and exchanges cost on this machine, on as many processes as it trains on."""
+    start(PROFILER, recipe, [str(recipe), str(output), *(changes or [])], changes)
 
 
 @app.command()
@@ -72,6 +73,25 @@ def presets(
         print(table(names or catalogue()))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def start(module: str, recipe: Path, arguments: list[str], changes: list[str] | None) -> NoReturn:
+    """Goes on as the processes of a module that takes these arguments, as many as the recipe says."""
+    from .trainer.recipe import load_recipe
+
+    if "WORLD_SIZE" in os.environ:  # torchrun or accelerate has started this process beside others
+        become(module, arguments)
+    try:
+        gpu, processes = number_of_processes(load_recipe(recipe, changes or []))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    if not gpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    if processes > 1:
+        launch(module, arguments, processes, gpu=gpu)
+    if gpu:  # of several visible ones, Trainer would use all by DataParallel
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    become(module, arguments)
 
 
 def number_of_processes(recipe: Recipe, *, planned: bool = False) -> tuple[bool, int]:
@@ -93,7 +113,7 @@ def number_of_processes(recipe: Recipe, *, planned: bool = False) -> tuple[bool,
     return gpu, processes
 
 
-def launch(arguments: list[str], processes: int, *, gpu: bool) -> None:
+def launch(module: str, arguments: list[str], processes: int, *, gpu: bool) -> NoReturn:
     """`accelerate launch` on this machine; does not return. SIGTERM and Ctrl-C go on to all processes, and the first
     failure's exit code is this one's."""
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -104,7 +124,7 @@ def launch(arguments: list[str], processes: int, *, gpu: bool) -> None:
     flags = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(processes), "--main_process_port", "0"]
     flags += ["--mixed_precision", "no", "--dynamo_backend", "no", "--gpu_ids", "all"]  # the recipe's are the Trainer's
     flags += [] if gpu else ["--num_cpu_threads_per_process", str(threads)]
-    parsed = launch_command_parser().parse_args([*flags, "--module", "linear_llama3.trainer", *arguments])
+    parsed = launch_command_parser().parse_args([*flags, "--module", module, *arguments])
     parsed.shutdown_timeout = SHUTDOWN_SECONDS
     try:
         launch_command(parsed)
@@ -120,9 +140,9 @@ def launch(arguments: list[str], processes: int, *, gpu: bool) -> None:
     raise SystemExit(0)
 
 
-def become_trainer(arguments: list[str]) -> None:
-    """Goes on as a process of `linear_llama3.trainer`; does not return."""
-    os.execv(sys.executable, [sys.executable, "-m", "linear_llama3.trainer", *arguments])
+def become(module: str, arguments: list[str]) -> NoReturn:
+    """Goes on as a process of a module."""
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ import gc
 import json
 import os
 import platform
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from slow_network import sent_bytes, slow_network
+from slow_network import sent_bytes, slow_network, start_ranks
 from torch import Tensor
 
 from linear_llama3.ops import linear_attention as linear_on_one_device
@@ -214,27 +212,8 @@ def run_ranks(ranks: int, job: Job, link_rate: str | None) -> list[dict[str, Any
     ):
         out = Path(folder) / "rows.json"
         command = [sys.executable, __file__, "--worker", json.dumps(asdict(job)), "--out", str(out)]
-        shared = {**os.environ, "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-        shared |= {"MASTER_ADDR": "10.77.0.1" if namespaces else "127.0.0.1", "MASTER_PORT": str(free_port())}
-        if namespaces:
-            shared["GLOO_SOCKET_IFNAME"] = "eth0"
-        processes = []
-        for rank in range(ranks):
-            prefix = ["ip", "netns", "exec", namespaces[rank]] if namespaces else []
-            processes.append(subprocess.Popen([*prefix, *command], env={**shared, "RANK": str(rank)}))
-        while any(process.poll() is None for process in processes) and not any(p.poll() for p in processes):
-            time.sleep(0.1)
-        if failed := [rank for rank, process in enumerate(processes) if process.poll()]:
-            for process in processes:  # the others would wait for ever
-                process.kill()
-            raise SystemExit(f"ranks {failed} failed")
+        start_ranks(command, ranks, namespaces)
         return json.loads(out.read_text())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def print_tables(rows: list[dict[str, Any]]) -> None:

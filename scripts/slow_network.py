@@ -1,5 +1,7 @@
 """A network namespace for every rank, joined by links of a limited rate (Linux, iproute2, root).
 
+    python scripts/slow_network.py RANKS RATE COMMAND ...    # RATE as of tc: 1gbit
+
 Each namespace has one end of a veth pair; the other ends hang on a bridge in a namespace of their own. A token bucket
 filter (tbf) at both ends of a pair limits what a rank sends and what it receives.
 """
@@ -8,7 +10,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +55,31 @@ def slow_network(ranks: int, rate: str) -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
+def start_ranks(command: list[str], ranks: int, namespaces: list[str]) -> None:
+    """Runs a command once for each rank, as torchrun does, in these namespaces if there are any, and waits for all."""
+    shared = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    shared |= {"MASTER_ADDR": "10.77.0.1" if namespaces else "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if namespaces:
+        shared["GLOO_SOCKET_IFNAME"] = "eth0"
+    processes = []
+    for rank in range(ranks):
+        prefix = ["ip", "netns", "exec", namespaces[rank]] if namespaces else []
+        own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(subprocess.Popen([*prefix, *command], env=own))
+    while any(process.poll() is None for process in processes) and not any(p.poll() for p in processes):
+        time.sleep(0.1)
+    if failed := [rank for rank, process in enumerate(processes) if process.poll()]:
+        for process in processes:  # the others would wait for ever
+            process.kill()
+        raise SystemExit(f"ranks {failed} failed")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def sent_bytes() -> int | None:
     """What the kernel has sent on this namespace's link, headers included; None outside of such a namespace."""
     counter = Path("/sys/class/net/eth0/statistics/tx_bytes")
@@ -60,3 +90,9 @@ def _run(command: str) -> None:
     done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"'{command}' failed: {done.stderr.strip()}")
+
+
+if __name__ == "__main__":
+    count = int(sys.argv[1])
+    with slow_network(count, sys.argv[2]) as names:
+        start_ranks(sys.argv[3:], count, names)

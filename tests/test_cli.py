@@ -109,7 +109,11 @@ def test_under_torchrun_it_is_the_trainer(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert isinstance(run("train", "any.yaml", "processes=2").exception, Replaced)
-    assert started == [["-m", "linear_llama3.trainer", "any.yaml", "processes=2"]]
+    assert isinstance(run("profile", "any.yaml", "any.json", "processes=2").exception, Replaced)
+    assert started == [
+        ["-m", "linear_llama3.trainer", "any.yaml", "processes=2"],
+        ["-m", "linear_llama3.trainer.profiling", "any.yaml", "any.json", "processes=2"],
+    ]
 
 
 def test_what_accelerate_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +166,10 @@ def test_a_launch_that_fails(tmp_path: Path) -> None:
         (
             ["recipe.yaml", "--dry-run", "sequence_parallel.size=3", "processes=2"],
             "got 3 for 2; launch a multiple",
+        ),
+        (
+            ["recipe.yaml", "--dry-run", "sequence_parallel={size: adaptive, profile: p.json}", "data.packing=none"],
+            "a dry run describes one degree, got size: adaptive",
         ),
         (["recipe.yaml", "--dry-run", "tokenizer=none"], "tokenizer must be a folder or a Hub name"),
     ],

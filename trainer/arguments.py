@@ -15,7 +15,13 @@ class LinearLlama3TrainingArguments(TrainingArguments):
 
     sequence_parallel_size: int | str = field(
         default="auto",
-        metadata={"help": "Processes that share every sequence; 'auto' takes all processes of the launch."},
+        metadata={
+            "help": "Processes that share every sequence; 'auto' takes all processes of the launch, 'adaptive' plans "
+            "groups for every step."
+        },
+    )
+    planner_profile: str | None = field(
+        default=None, metadata={"help": "Of 'adaptive': a profile's name or JSON file, by which groups are planned."}
     )
     linear_strategy: str = field(
         default="lasp2",

@@ -104,6 +104,11 @@ def dry_run(recipe: Recipe, processes: int, *, gpu: bool) -> str:
     Raises:
         ValueError: a recipe or a number of processes with which no run would start.
     """
+    if recipe.sequence_parallel.size == "adaptive":
+        raise ValueError(
+            "a dry run describes one degree, got size: adaptive; `linear-llama3 plan --profile` predicts adaptive "
+            "groups from the lengths of documents"
+        )
     grid = resolve_parallelism(None, recipe.sequence_parallel.size, processes)
     with torch.device("meta"):
         model = build_model(recipe, load_tokenizer(recipe), weights=False)

@@ -153,6 +153,11 @@ def _lost(trainer: Any, error: Exception, words: LastWords) -> str:
 
 def _less_memory(trainer: Any) -> str:
     """What the step needed, and the measures that need less, the cheapest first."""
+    if getattr(trainer, "adapts", False):
+        return (
+            "A plan keeps to the profile's memory: lower `device` under `bytes` in planner_profile, or set "
+            "gradient_checkpointing=True with a profile of its own."
+        )
     args, context = trainer.args, trainer.sequence_parallel_context
     degree = 1 if context is None else context.world_size
     rows, length = trainer.batch_shape or (args.per_device_train_batch_size, None)

@@ -28,7 +28,7 @@ from ..sequence_parallel.collectives import fingerprints
 logger = logging.getLogger(__name__)
 
 TESTED = "transformers 5.17 to 5.23 and accelerate 1.15"
-_REFUSED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
+REFUSED_ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 _FLAG = "ACCELERATE_USE_PARALLELISM_CONFIG"
 
 
@@ -112,7 +112,7 @@ def attach(
     """Gives a built accelerator the grid, and returns this process's sequence-parallel context."""
     require(accelerator, "_prepare_cp")
     state = accelerator.state
-    if state.distributed_type in _REFUSED:
+    if state.distributed_type in REFUSED_ENGINES:
         raise ValueError(
             f"sequence parallelism goes with DDP and FSDP2, got {state.distributed_type.value}; launch with "
             "--multi_gpu or with --use_fsdp --fsdp_version 2"

@@ -76,5 +76,7 @@ def summary(logs: dict[str, Any]) -> str:
         "tokens_per_second": "{:,.0f} tokens/s",
         "mfu": "MFU {:.1%}",
         "peak_memory_gib": "{:.1f} GiB",
+        "measured_step_seconds": "step {:.3g} s",
+        "predicted_step_seconds": "predicted {:.3g} s",
     }
     return ", ".join(form.format(logs[key]) for key, form in parts.items() if key in logs)

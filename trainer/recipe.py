@@ -5,7 +5,7 @@ model: {linear_attention_type: gla, num_hidden_layers: 4, hidden_size: 256}
 tokenizer: runs/tokenizer
 data: {files: corpus/}                       # files, folders, patterns; or {dataset: name, split: train}
 sequence_length: 8192
-sequence_parallel: {size: auto, linear: lasp2, softmax: lasp2h, layout: auto}
+sequence_parallel: {size: auto, linear: lasp2, softmax: lasp2h, layout: auto}  # or {size: adaptive, profile: FILE.json}
 lora: {r: 16, lora_alpha: 32}                # adapters in place of all weights: any field of PEFT's LoraConfig
 processes: auto                              # of `linear-llama3 train`: all GPUs, or one process on the CPU
 training: {output_dir: runs/out, max_steps: 100, learning_rate: 1e-3}         # any TrainingArguments field
@@ -74,9 +74,14 @@ class DataRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceParallelRecipe:
-    """Degree, strategies and layout."""
+    """Degree, strategies and layout.
+
+    `size: adaptive` plans groups for every step, by a `profile` of the planner (a name or a JSON file); a step takes
+    `training.per_device_train_batch_size` rows for each process, and rows are documents (`data.packing: none`).
+    """
 
     size: int | str = "auto"
+    profile: str | None = None
     linear: str = "lasp2"
     softmax: str = "lasp2h"
     layout: str = "auto"
@@ -140,6 +145,7 @@ class Recipe:
             linear_strategy=parallel.linear,
             softmax_strategy=parallel.softmax,
             sequence_layout=parallel.layout,
+            planner_profile=parallel.profile,
             **self.training,
         )
 
@@ -210,10 +216,12 @@ def _check_values(recipe: Recipe) -> None:
     if recipe.processes != "auto" and (not isinstance(recipe.processes, int) or recipe.processes < 1):
         raise ValueError(f"processes must be 'auto' or a positive integer, got {recipe.processes!r}")
     recipe.sequence_parallel.config()
+    _check_groups(recipe)
     if recipe.lora is not None:
         recipe.lora_config()
     _check_model(recipe)
-    own = {"sequence_parallel_size", "linear_strategy", "softmax_strategy", "sequence_layout", "parallelism_config"}
+    own = {"sequence_parallel_size", "linear_strategy", "softmax_strategy", "sequence_layout", "planner_profile"}
+    own |= {"parallelism_config"}
     hints, fields = get_type_hints(LinearLlama3TrainingArguments), dataclasses.fields(LinearLlama3TrainingArguments)
     types = {f.name: hints[f.name] for f in fields if f.init and f.name not in own}
     types["fsdp"] |= bool  # transformers 5.23 warns of strings
@@ -227,6 +235,20 @@ def _check_values(recipe: Recipe) -> None:
         )
     if recipe.training.get("deepspeed") is not None:
         raise ValueError("DeepSpeed is not supported, got training.deepspeed; use fsdp, or leave it out")
+
+
+def _check_groups(recipe: Recipe) -> None:
+    parallel, adaptive = recipe.sequence_parallel, recipe.sequence_parallel.size == "adaptive"
+    if adaptive != (parallel.profile is not None):
+        raise ValueError(
+            "sequence_parallel.profile goes with size: adaptive, which is planned by it, got size: "
+            f"{parallel.size} and profile: {parallel.profile}"
+        )
+    if adaptive and (recipe.data.streaming or recipe.data.packing != "none"):
+        raise ValueError(
+            "adaptive groups are planned from the lengths of stored documents, got data with streaming: "
+            f"{recipe.data.streaming} and packing: {recipe.data.packing}; set packing: none, without streaming"
+        )
 
 
 def _check_model(recipe: Recipe) -> None:

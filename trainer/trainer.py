@@ -28,6 +28,7 @@ from ..modeling.hub import write_shim
 from ..modeling.model_card import add_card
 from ..sequence_parallel import SequenceParallelContext, enable_sequence_parallel, unshard
 from ..sequence_parallel.collectives import all_reduce
+from .adaptive import AdaptiveMixin
 from .arguments import sequence_parallel_config
 from .flops import batch_flops
 from .memory import peak_memory
@@ -79,8 +80,7 @@ class SequenceParallelMixin(ReliabilityMixin):
         """Trainer's hook: builds the Accelerator, then gives it the `cp` axis."""
         require(self, "_prepare_context_parallel_inputs")
         args: Any = self.args  # type: ignore[attr-defined]
-        size = getattr(args, "sequence_parallel_size", "auto")
-        parallelism = resolve_parallelism(args.parallelism_config, size, args.world_size)
+        parallelism = resolve_parallelism(args.parallelism_config, self._wanted_degree(), args.world_size)
         if parallelism is None:
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
             return
@@ -91,6 +91,9 @@ class SequenceParallelMixin(ReliabilityMixin):
         args.parallelism_config = parallelism
         self._check_peers = PeerCheck()
         self.sequence_parallel_context = attach(self.accelerator, parallelism, sequence_parallel_config(args))
+
+    def _wanted_degree(self) -> int | str:
+        return getattr(self.args, "sequence_parallel_size", "auto")  # type: ignore[attr-defined]
 
     @staticmethod
     def _check_arguments(args: Any) -> None:
@@ -208,7 +211,7 @@ class SequenceParallelMixin(ReliabilityMixin):
         return loss, logits.reshape(rows, length, -1), labels
 
 
-class LinearLlama3Trainer(SequenceParallelMixin, Trainer):
+class LinearLlama3Trainer(AdaptiveMixin, SequenceParallelMixin, Trainer):
     """transformers' Trainer with sequence parallelism: launch it on several processes, nothing else changes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -218,6 +221,8 @@ class LinearLlama3Trainer(SequenceParallelMixin, Trainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressBar)
         self._enable_tiling(self.model)
+        if self.adapts:
+            self.prepare_groups()
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's, which makes the model anew for every run."""

@@ -12,12 +12,14 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.trainer.__main__ import build_trainer, main
+from linear_llama3.trainer.profiling import measure_profile
 from linear_llama3.trainer.recipe import load_recipe
 from tests.distributed import run_distributed
 from tests.test_cli import command
@@ -171,6 +173,30 @@ def test_pretrain(folder: Path) -> None:
     assert (folder / "runs/pretrain/checkpoint-2").is_dir()
 
 
+def profile(folder: str, *changes: str) -> None:
+    """As `python -m linear_llama3.trainer.profiling` in `folder`."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        measured = measure_profile(load_recipe("scripts/recipes/adaptive.yaml", changes), name="profile")
+        if dist.get_rank() == 0:
+            measured.save("runs/quickstart/profile.json")
+        dist.barrier()
+    finally:
+        os.chdir(before)
+
+
+def test_adaptive(folder: Path) -> None:
+    changes = ["sequence_length=256", *SMALL_MODEL]
+    run_distributed(profile, 2, str(folder), *changes)
+    run_distributed(train, 2, str(folder), "adaptive", *SMALL_MODEL, "training.logging_steps=1")
+    state = json.loads((folder / "runs/quickstart/adaptive/trainer_state.json").read_text())
+    logs = [entry for entry in state["log_history"] if "loss" in entry]
+    assert len(logs) == 2 and all(entry["groups_of_1"] + entry["groups_of_2"] > 0 for entry in logs)
+    card = (folder / "runs/quickstart/adaptive/README.md").read_text()
+    assert "adaptive groups of 1, 2 of 2 processes" in card
+
+
 def test_all_recipes_are_here() -> None:
     names = {path.stem for path in (ROOT / "scripts/recipes").glob("*.yaml")}
-    assert names == {"quickstart", "long_context", "sft", "lora", "pretrain"}
+    assert names == {"quickstart", "long_context", "sft", "lora", "pretrain", "adaptive"}

@@ -28,15 +28,20 @@ STEPS, STOP = 4, 3  # a step is half an epoch
 class FsdpTrainer(SequentialTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        PartialState._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["LinearLlama3DecoderLayer"],
-            cpu_ram_efficient_loading=False,
-        )
-        self.is_fsdp_enabled = True
+        shard_on_cpus(self)
+
+
+def shard_on_cpus(trainer: Any) -> None:
+    """FSDP2 for a Trainer whose Accelerator has just been made."""
+    state = trainer.accelerator.state
+    PartialState._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LinearLlama3DecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    trainer.is_fsdp_enabled = True
 
 
 def train(

@@ -131,6 +131,15 @@ def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
         ({"sequence_length": 1}, "sequence_length must be at least 2"),
         ({"sequence_parallel": {"linear": "mail"}}, "got 'mail'"),
         ({"sequence_parallel": {"size": 1.5}}, "size in sequence_parallel must be"),
+        (
+            {"sequence_parallel": {"size": "adaptive"}},
+            "profile goes with size: adaptive, .* got size: adaptive and .*None",
+        ),
+        ({"sequence_parallel": {"profile": "p.json"}}, "profile goes with size: adaptive, .* got size: auto"),
+        (
+            {"sequence_parallel": {"size": "adaptive", "profile": "p.json"}},
+            "lengths of stored documents, got data with streaming: False and packing: wrapped; set packing: none",
+        ),
         ({"model": {"name_or_path": "x", "hidden_size": 3}}, "unknown key 'hidden_size' in model with name_or_path"),
         ({"model": {"name_or_path": "x", "preset": "llama-3.2-1b"}}, "unknown key 'preset' in model with name_or_path"),
         ({"model": {"preset": "llama-3.2-2b"}}, r"got 'llama-3\.2-2b'; the shapes are .*llama-3\.2-1b"),

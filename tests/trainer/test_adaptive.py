@@ -1,0 +1,359 @@
+"""Whatever the groups, losses, gradients and trained parameters are those of one process."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate.parallelism_config import ParallelismConfig
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerCallback
+
+from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM
+from linear_llama3.sequence_parallel import enable_sequence_parallel
+from linear_llama3.sequence_parallel.costs import LinkSpeed
+from linear_llama3.sequence_parallel.planner import (
+    Cluster,
+    Costs,
+    DegreeCosts,
+    Group,
+    MicroBatch,
+    Profile,
+    StepPlan,
+)
+from linear_llama3.sequence_parallel.planner.profile import Bytes, Seconds
+from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
+from linear_llama3.trainer.adaptive import planner_model
+from linear_llama3.trainer.packing import collate_whole
+from linear_llama3.trainer.planned_steps import StepPlanner, group_contexts
+from tests.distributed import run_distributed
+from tests.trainer.test_exactness import arguments, outcome, reset_accelerate
+from tests.trainer.test_fsdp import shard_on_cpus
+
+LENGTHS = [29, 17, 11, 7, 6, 5, 3, 2, 13, 4, 1, 8]  # of 12 rows
+MODELS = {"hybrid": ("gla", 2), "gla": ("gla", None), "linear": ("basic", None)}
+PLANS: dict[str, list[list[tuple[int, list[int]]]]] = {  # micro-batches of (degree, positions)
+    "2+1+1": [[(2, [0, 3, 9]), (1, [1, 10, 6, 4]), (1, [2, 5, 7, 8, 11])]],
+    "1+1+2, 4": [[(1, [1, 10]), (1, [2, 5]), (2, [0, 3])], [(4, [8, 4, 6, 7, 9, 11])]],
+    "2+2, 1+1+1+1, 4": [[(2, [0]), (2, [1, 2, 10])], [(1, [3]), (1, [4, 9]), (1, [5, 6]), (1, [7])], [(4, [8, 11])]],
+}
+STRATEGIES = {2: ("lasp1", "ring"), 4: ("all_scan", "lasp2h")}
+
+
+def tiny_model(kind: str) -> LinearLlama3ForCausalLM:
+    torch.manual_seed(0)
+    mixer, interval = MODELS[kind]
+    config = LinearLlama3Config(
+        vocab_size=23,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        linear_attention_type=mixer,
+        full_attention_interval=interval,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LinearLlama3ForCausalLM(config)
+
+
+def rows(count: int = len(LENGTHS)) -> list[dict[str, Tensor]]:
+    """Documents with very uneven labels."""
+    generator = torch.Generator().manual_seed(1)
+    out = []
+    for i, length in enumerate((LENGTHS * 2)[:count]):
+        ids = torch.randint(23, (length,), generator=generator)
+        labels = ids.clone()
+        labels[: length // 2 if i % 3 == 0 else 0] = -100
+        out.append({"input_ids": ids, "labels": labels})
+    return out
+
+
+def one_row(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: x[None] for name, x in batch[0].items()}
+
+
+def hand_made(layout: list[list[tuple[int, list[int]]]]) -> StepPlan:
+    batches = []
+    for groups in layout:
+        firsts = [sum(degree for degree, _ in groups[:n]) for n in range(len(groups))]
+        made = [
+            Group(degree=degree, first_rank=first, sequences=tuple(own), tokens=0, seconds=1.0)
+            for first, (degree, own) in zip(firsts, groups, strict=True)
+        ]
+        batches.append(MicroBatch(groups=tuple(made)))
+    return StepPlan(devices=4, micro_batches=tuple(batches))
+
+
+def flat_costs(degrees: list[int]) -> Costs:
+    def costs(degree: int) -> DegreeCosts:
+        linear, softmax = STRATEGIES.get(degree, ("", ""))
+        return DegreeCosts(
+            fixed=1.0, per_token=1 / degree, per_square=0.0, fixed_bytes=0, bytes_per_token=1, linear=linear,
+            softmax=softmax,
+        )  # fmt: skip
+
+    return Costs(by_degree={degree: costs(degree) for degree in degrees})
+
+
+def run_plans(kind: str) -> dict[str, tuple[float, Tensor]]:
+    """By plan: loss and gradients of all ranks together."""
+    model, data = tiny_model(kind).double(), rows()
+    costs = flat_costs([1, 2, 4])
+    options: dict[str, Any] = {"devices": 4, "timeout": 60.0, "device": torch.device("cpu")}
+    contexts = group_contexts(model, costs, "auto", **options)
+    assert len(contexts) == 3, "a rank is in log2(4) groups, and one of its own"
+    cluster = Cluster(devices=4, memory=1e9)
+    planner = StepPlanner(data, one_row, contexts, cluster=cluster, costs=costs, rank=dist.get_rank())
+    results = {}
+    for name, layout in PLANS.items():
+        order = sorted(i for groups in layout for _, own in groups for i in own)
+        assert order == list(range(len(data)))
+        step = planner.realise(hand_made(layout), order, planner.lengths(order))
+        assert step.tokens == sum(LENGTHS)
+        count = torch.tensor(step.targets)
+        dist.all_reduce(count)
+        total = torch.zeros(())
+        model.zero_grad()
+        for portion in step.portions:
+            enable_sequence_parallel(model, contexts[portion.group])
+            assert contexts[portion.group].layout == ("zigzag" if kind == "hybrid" else "contiguous")
+            loss = model(**portion.inputs, num_items_in_batch=count, skip_logits=True).loss
+            loss.backward()
+            total = total + loss.detach()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        dist.all_reduce(total)
+        dist.all_reduce(gradients)
+        results[name] = total.item(), gradients.numpy()
+    return results
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_any_plan_equals_one_process(kind: str) -> None:
+    """float64, every document by itself through the plain model."""
+    model, data = tiny_model(kind).double(), rows()
+    count = sum(int((row["labels"][1:] != -100).sum()) for row in data)
+    total = 0.0
+    for row in data:
+        loss = model(**one_row([row]), num_items_in_batch=count, skip_logits=True).loss
+        loss.backward()
+        total += loss.item()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).numpy()
+    for results in run_distributed(run_plans, 4, kind):
+        for name, (loss, gradients) in results.items():
+            assert loss == pytest.approx(total, rel=1e-10), name
+            assert abs(gradients - expected).max() < 1e-10, name
+
+
+def profile_file(folder: Path, kind: str, devices: int) -> str:
+    """By which the longest row needs all devices, and a step several micro-batches."""
+    profile = Profile(
+        name="test",
+        origin="simulated",
+        source="made up",
+        hardware="none",
+        gradient_checkpointing=False,
+        model=planner_model(tiny_model(kind).config, 4),
+        seconds=Seconds(micro_batch=0.01, token=1e-3, softmax_square=0.0),
+        bytes=Bytes(device=1e5 / devices, states=1e3, sharded=False, token=2e3),
+        links={2: LinkSpeed(1e-4, 1e9), 4: LinkSpeed(2e-4, 1e9)},
+    )
+    path = folder / f"profile-{devices}.json"
+    profile.save(path)
+    return str(path)
+
+
+class FsdpTrainer(LinearLlama3Trainer):
+    """FSDP2 over all ranks, as accelerate does on GPUs."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        shard_on_cpus(self)
+
+
+class StopAt(TrainerCallback):
+    """As a machine that is switched off behind a save."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+def train(kind: str, folder: str, profile: str | None, checkpoint: str | None = None, **changes: Any) -> dict[str, Any]:
+    """Epochs of 20 shuffled rows in steps of 8, 8 and 4; without a profile on whole rows."""
+    reset_accelerate()
+    world = dist.get_world_size()
+    stop, fsdp = changes.pop("stop", None), changes.pop("fsdp", False) and world > 1
+    model: Any = tiny_model(kind)
+    if changes.pop("lora", False):
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(2)
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    parallel: dict[str, Any] = {"sequence_parallel_size": 1}
+    if profile is not None:
+        parallel = {"sequence_parallel_size": "adaptive", "planner_profile": profile, "linear_strategy": "auto"}
+    settings = {
+        "per_device_train_batch_size": 8 // world,
+        "per_device_eval_batch_size": 8 // world,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 5,
+    }
+    settings |= {"include_num_input_tokens_seen": "non_padding", "learning_rate": 0.3, **parallel, **changes}
+    args = LinearLlama3TrainingArguments(**arguments(folder, 1, **settings))
+    data: Any = rows(20)
+    if kind == "gla":
+        data = Dataset.from_list([{name: x.tolist() for name, x in row.items()} for row in data])
+    trainer = (FsdpTrainer if fsdp else LinearLlama3Trainer)(
+        model=model,
+        args=args,
+        train_dataset=data,
+        eval_dataset=rows(8),
+        data_collator=functools.partial(collate_whole, padding=0),
+        callbacks=[StopAt(stop)] if stop else [],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    result = {**outcome(trainer), "log": trainer.state.log_history}
+    if not checkpoint and not stop:
+        result["eval"] = trainer.evaluate()["eval_loss"]
+    reset_accelerate()
+    return result
+
+
+def assert_equal(run: dict[str, Any], one: dict[str, Any], where: Any) -> None:
+    for got, expected in zip(run["history"], one["history"], strict=True):
+        assert got == pytest.approx(expected, rel=1e-4), where
+    for name, expected in one["parameters"].items():
+        assert abs(run["parameters"][name] - expected).max() < 1e-5, (where, name)
+    assert run["tokens"] == one["tokens"], where
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_training_equals_one_process(kind: str, tmp_path: Path) -> None:
+    """The same order of the rows, losses, gradient norms, parameters, tokens; then an evaluation on whole rows."""
+    (one,) = run_distributed(train, 1, kind, str(tmp_path / "one"), None)
+    assert one["eval"] < one["history"][0][0] - 0.1, "nothing was learnt"
+    for world in (4, 2, 1):
+        profile = profile_file(tmp_path, kind, world)
+        for run in run_distributed(train, world, kind, str(tmp_path / "many"), profile):
+            assert_equal(run, one, world)
+            assert run["eval"] == pytest.approx(one["eval"], rel=1e-4)
+            logs = [entry for entry in run["log"] if "loss" in entry]
+            assert all(entry["predicted_step_seconds"] > 0 < entry["measured_step_seconds"] for entry in logs)
+            degrees = {d for d in (1, 2, 4) if any(entry.get(f"groups_of_{d}") for entry in logs)}
+            assert degrees == {d for d in (1, 2, 4) if d <= world}, "groups of all degrees were used"
+
+
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.17."), reason="transformers 5.17 cannot resume on several CPU processes"
+)
+def test_a_resume_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    """On as many ranks, on fewer, and on one degree for all: the rows of a step stay the same."""
+    (one,) = run_distributed(train, 1, "hybrid", str(tmp_path / "one"), None)
+    saved = str(tmp_path / "saved")
+    run_distributed(train_until, 4, saved, profile_file(tmp_path, "hybrid", 4), 2)
+    checkpoint = f"{saved}/checkpoint-2"
+    for world, adaptive in ((4, True), (2, True), (1, False)):
+        profile = profile_file(tmp_path, "hybrid", world) if adaptive else None
+        for run in run_distributed(train, world, "hybrid", str(tmp_path / "on"), profile, checkpoint):
+            assert_equal(run, one, (world, adaptive))
+
+
+def train_until(folder: str, profile: str, step: int) -> None:
+    train("hybrid", folder, profile, stop=step, save_strategy="steps", save_steps=step)
+
+
+def train_with(folder: str, profile: str | None, changes: dict[str, Any]) -> dict[str, Any]:
+    return train("hybrid", folder, profile, None, **changes)
+
+
+@pytest.mark.parametrize("changes", [{"lora": True}, {"gradient_checkpointing": True}, {"fsdp": True}], ids=str)
+def test_with_adapters_checkpointing_shards(changes: dict[str, Any], tmp_path: Path) -> None:
+    (one,) = run_distributed(train_with, 1, str(tmp_path / "one"), None, changes)
+    profile = profile_file(tmp_path, "hybrid", 4)
+    for run in run_distributed(train_with, 4, str(tmp_path / "many"), profile, changes):
+        assert_equal(run, one, changes)
+
+
+def refused(folder: str, profile: str | None, changes: dict[str, Any]) -> str:
+    reset_accelerate()
+    changes = dict(changes)
+    data: Any = rows(20)
+    if changes.pop("other rows", False):
+        data = data[dist.get_rank() :]
+    if changes.pop("other tokens", False):
+        data[0]["input_ids"] = data[0]["input_ids"] + dist.get_rank() % 2
+    if changes.pop("stream", False):
+        data = iter(data)
+    if changes.pop("padding", False):
+        data = [{**row, "attention_mask": (torch.arange(len(row["labels"])) < 3).long()} for row in data]
+    if changes.pop("last step", False):
+        data = data[:13]
+    model: Any = tiny_model("hybrid")
+    if changes.pop("kind", "") == "masked":
+        config = {**tiny_model("linear").config.to_dict(), "is_causal": False}
+        model = LinearLlama3ForMaskedLM(LinearLlama3Config.from_dict(config))
+    keywords = {name: changes.pop(name) for name in ("compute_loss_func",) if name in changes}
+    settings = {"sequence_parallel_size": "adaptive", "planner_profile": profile, "max_steps": 3}
+    settings |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 2, **changes}
+    try:
+        LinearLlama3Trainer(
+            model=model,
+            args=LinearLlama3TrainingArguments(**arguments(folder, 1, **settings)),
+            train_dataset=data,
+            data_collator=one_row,
+            **keywords,
+        ).train()
+    except ValueError as error:
+        return str(error)
+    finally:
+        reset_accelerate()
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"planner_profile": None}, "need planner_profile"),
+        ({"planner_profile": "mine"}, "a profile must be one of"),
+        ({"planner_profile": "llama-3.1-8b-h100"}, "a profile must be of the model"),
+        ({"parallelism_config": ParallelismConfig(cp_size=2)}, "stand for a static degree, got both"),
+        ({"compute_loss_func": one_row}, "take no compute_loss_func"),
+        ({"kind": "masked"}, "train causal language models, got a LinearLlama3ForMaskedLM"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
+        ({"dataloader_num_workers": 1}, "dataloader_num_workers must be 0"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices must be True"),
+        ({"accelerator_config": {"split_batches": True}}, "leave dispatch_batches and split_batches out"),
+        ({"linear_strategy": "mail"}, "a strategy for linear layers must be one of"),
+        ({"stream": True}, "planned from the lengths of stored rows, got a stream"),
+        ({"padding": True}, "with zeros in its attention_mask"),
+        ({"other rows": True}, "all ranks must make the same plan"),
+        ({"other tokens": True}, "all ranks of a sequence must load the same batch"),
+    ],
+    ids=str,
+)
+def test_refusals(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    profile = profile_file(tmp_path, "hybrid", 2)
+    texts = run_distributed(refused, 2, str(tmp_path), profile, changes)
+    assert all(message in text for text in texts), texts
+
+
+def test_the_last_step_needs_a_row_for_every_group(tmp_path: Path) -> None:
+    """Three processes are a group of two and one of one; 13 rows leave one for the second step."""
+    profile, changes = profile_file(tmp_path, "hybrid", 1), {"last step": True, "per_device_train_batch_size": 4}
+    assert all("needs at least 2 rows" in text for text in run_distributed(refused, 3, str(tmp_path), profile, changes))
+    changes["dataloader_drop_last"] = True
+    assert run_distributed(refused, 3, str(tmp_path), profile, changes) == [""] * 3

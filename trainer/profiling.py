@@ -1,0 +1,289 @@
+"""A profile of a recipe's model on the machine at hand, for the planner: linear-llama3 profile RECIPE.yaml FILE.json
+
+Every process computes the same micro-batches at the same time, and the slowest counts: what they share, as memory or
+cores of a CPU, is in the figures. Layers are measured in models of one and three of them, so that a model which needs
+all devices for its weights can be profiled; its own depth follows from the fits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import accelerate
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from ..modeling import LinearLlama3Config, LinearLlama3ForCausalLM, enable_sequence_tiling
+from ..sequence_parallel.collectives import all_gather
+from ..sequence_parallel.costs import LinkSpeed
+from ..sequence_parallel.planner import Profile, aligned_groups
+from ..sequence_parallel.planner.profile import Bytes, Seconds
+from .adaptive import planner_model
+from .build import build_config, load_tokenizer
+from .memory import allocated_peak
+from .memory_account import memory_account
+from .recipe import Recipe, load_recipe
+
+DEPTHS = (1, 3)
+SHORTEST = 64  # tokens of a micro-batch
+REPEATS = 3
+SLOW = 1.0  # seconds of a micro-batch beyond which longer ones are left out
+MESSAGES = (2**12, 2**17, 2**20, 2**22)  # bytes of a rank
+USABLE = 0.95  # of a device's memory
+
+
+class Sample(NamedTuple):
+    """A measured micro-batch, forward and backward."""
+
+    linear: int  # layers
+    softmax: int
+    lengths: list[int]
+    seconds: float
+    bytes: float  # at the peak, beside weights and gradients
+
+
+def measure_profile(recipe: Recipe, *, name: str) -> Profile:
+    """Measures compute, memory and links; on all processes of a launch at once, each of which gets the profile."""
+    if recipe.lora is not None:
+        raise ValueError("a profile is of training all weights, got lora; leave it out of the profiled recipe")
+    config = build_config(recipe, load_tokenizer(recipe))
+    bench = Bench(recipe, config)
+    samples = bench.samples(recipe.sequence_length)
+    links = bench.links()
+    settings, layers = recipe.training, config.num_hidden_layers
+    fixed, per_layer, *seconds = fit_seconds(samples)
+    beside, *bytes_ = fit_bytes(samples)
+    sharded = bool(settings.get("fsdp"))
+    account = memory_account(config, tokens=SHORTEST, dtype=bench.dtype, replicas=bench.world, gpu=False).lines
+    parts = ["weights", "gradients", "optimizer"] + ([] if sharded else ["communication"])
+    return Profile(
+        name=name,
+        origin="measured",
+        source=f"linear-llama3 profile, {bench.world} processes at once, {datetime.datetime.now():%Y-%m-%d}; "
+        f"models of {' and '.join(map(str, DEPTHS))} layers of each kind, micro-batches of {SHORTEST} to "
+        f"{max(sum(s.lengths) for s in samples)} tokens; states of AdamW, computed; torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, accelerate {accelerate.__version__}",
+        hardware=hardware(bench.device),
+        gradient_checkpointing=bench.recomputes,
+        model=planner_model(config, bench.element),
+        seconds=Seconds(micro_batch=fixed + layers * per_layer, **dict(zip(SECONDS, seconds, strict=True))),
+        bytes=Bytes(
+            device=bench.memory,
+            states=sum(account[part] for part in parts) + beside,
+            sharded=sharded,
+            **dict(zip(BYTES, bytes_, strict=True)),
+        ),
+        links=links,
+    )
+
+
+SECONDS = ("token", "linear_token", "softmax_token", "softmax_square")
+BYTES = ("token", "linear_token", "softmax_token")
+
+
+def fit_seconds(samples: list[Sample]) -> list[float]:
+    """Of a micro-batch, of each of its layers, and as `SECONDS` says."""
+    columns = [
+        (1, s.linear + s.softmax, n := sum(s.lengths), s.linear * n, s.softmax * n, s.softmax * _squares(s.lengths))
+        for s in samples
+    ]
+    return non_negative_fit(np.array(columns, dtype=float), np.array([s.seconds for s in samples]))
+
+
+def fit_bytes(samples: list[Sample]) -> list[float]:
+    """Of a micro-batch, and as `BYTES` says."""
+    columns = [(1, n := sum(s.lengths), s.linear * n, s.softmax * n) for s in samples]
+    return non_negative_fit(np.array(columns, dtype=float), np.array([s.bytes for s in samples]))
+
+
+def _squares(lengths: list[int]) -> int:
+    return sum(length**2 for length in lengths)
+
+
+def non_negative_fit(columns: NDArray[np.float64], values: NDArray[np.float64]) -> list[float]:
+    """Least squares of relative errors without negative coefficients: columns that would get one are left out, the
+    most negative first."""
+    scales = columns.max(0)
+    scaled, kept = columns / scales / values[:, None], list(range(columns.shape[1]))
+    while True:
+        found = np.linalg.lstsq(scaled[:, kept], np.ones(len(values)), rcond=None)[0]
+        if found.min() >= 0:
+            break
+        del kept[int(found.argmin())]
+    coefficients = np.zeros(columns.shape[1])
+    coefficients[kept] = found / scales[kept]
+    return coefficients.tolist()
+
+
+class Bench:
+    """The processes of a launch, and how the recipe computes."""
+
+    def __init__(self, recipe: Recipe, config: LinearLlama3Config) -> None:
+        training = recipe.training
+        self.config, self.world = config, dist.get_world_size() if dist.is_initialized() else 1
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        gpu = torch.cuda.is_available() and not training.get("use_cpu", False)
+        self.device = torch.device("cuda", local) if gpu else torch.device("cpu")
+        self.dtype = getattr(torch, recipe.model.get("dtype", "float32"))
+        half = torch.bfloat16 if training.get("bf16") else torch.float16 if training.get("fp16") else None
+        self.autocast = half
+        self.element = 2 if half else self.dtype.itemsize
+        self.recomputes = any(training.get(f"{kind}_checkpointing") for kind in ("gradient", "activation"))
+        self.tiles = bool(training.get("sequence_tiling"))
+        self.bar: Any = None
+
+    @property
+    def memory(self) -> float:
+        """Bytes that a process may fill."""
+        if self.device.type == "cuda":
+            return USABLE * torch.cuda.get_device_properties(self.device).total_memory
+        return USABLE * psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+
+    def samples(self, longest: int) -> list[Sample]:
+        """Micro-batches of one document and of four, up to `longest` tokens or `SLOW` seconds."""
+        totals = [SHORTEST << n for n in range((max(longest, 4 * SHORTEST) // SHORTEST).bit_length())]
+        kinds = [(depth, 0) for depth in DEPTHS] + [(0, depth) for depth in DEPTHS]
+        found = []
+        with self._progress(2 * len(totals) * len(kinds), "layers"):
+            for linear, softmax in kinds:
+                model, seconds = self._model(linear, softmax), 0.0
+                for total in totals:
+                    for lengths in ([total], [total // 4] * 4):
+                        self.bar.update()
+                        if seconds < SLOW:
+                            sample = self._sample(model, linear, softmax, lengths)
+                            found.append(sample)
+                    seconds = max(s.seconds for s in found[-2:])
+        return found
+
+    def _model(self, linear: int, softmax: int) -> LinearLlama3ForCausalLM:
+        layers = ["linear_attention"] * linear + ["full_attention"] * softmax
+        changes = {"num_hidden_layers": len(layers), "layer_types": layers, "full_attention_interval": None}
+        model = LinearLlama3ForCausalLM(LinearLlama3Config.from_dict({**self.config.to_dict(), **changes}))
+        enable_sequence_tiling(model, self.tiles)
+        if self.recomputes:  # the older name is that of transformers before 5.23
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        return model.to(self.device, self.dtype).train()
+
+    def _sample(self, model: LinearLlama3ForCausalLM, linear: int, softmax: int, lengths: list[int]) -> Sample:
+        ids = torch.randint(self.config.vocab_size, (1, sum(lengths)), device=self.device)
+        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])[None]
+        batch = {"input_ids": ids, "labels": ids, "position_ids": positions, "skip_logits": True}
+
+        def step() -> None:
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                loss = model(**batch).loss
+            loss.backward()
+
+        step()  # compiles, and makes the gradients
+        seconds = self.timed(step)
+        return Sample(linear, softmax, lengths, seconds, self._slowest(allocated_peak(step)))
+
+    def timed(self, function: Callable[[], object]) -> float:
+        """Seconds: the median of `REPEATS`, of the slowest process."""
+        times = []
+        for _ in range(REPEATS):
+            self._wait()
+            start = time.perf_counter()
+            function()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(self._slowest(time.perf_counter() - start))
+        return float(np.median(times))
+
+    def links(self) -> dict[int, LinkSpeed]:
+        """By degree: all groups of it gather at once, as in a step of one degree."""
+        degrees = sorted({degree for degree, _ in aligned_groups(self.world)})
+        found = {}
+        with self._progress(len(degrees) * len(MESSAGES), "links"):
+            for degree in degrees:
+                groups = [dist.new_group([*range(f, f + d)]) for d, f in aligned_groups(self.world) if d == degree]
+                own = dist.get_rank() // degree
+                found[degree] = self._link(groups[own] if own < len(groups) else None, degree)
+        return found
+
+    def _link(self, group: dist.ProcessGroup | None, degree: int) -> LinkSpeed:
+        times, sent = [], []
+        for size in MESSAGES:
+            message = torch.zeros(size // 4, device=self.device)
+
+            def gather(message: Tensor = message) -> None:
+                if group is not None:
+                    all_gather(message, group).wait()
+
+            gather()
+            times.append(self.timed(gather))
+            sent.append((degree - 1) * size)
+            self.bar.update()
+        latency, slope = non_negative_fit(np.array([(1, n) for n in sent], dtype=float), np.array(times))
+        return LinkSpeed(latency, 1 / slope)
+
+    def _wait(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def _slowest(self, value: float) -> float:
+        if self.world == 1:
+            return value
+        shared = torch.tensor(float(value), device=self.device, dtype=torch.float64)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return shared.item()
+
+    @contextlib.contextmanager
+    def _progress(self, total: int, what: str) -> Iterator[None]:
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        with tqdm(total=total, desc=what, disable=not first) as self.bar:
+            yield
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
+    return f"CPU {names[0] if names else platform.machine()}, {os.cpu_count()} cores shared by all processes"
+
+
+def _cpu_info() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) < 2:
+        raise SystemExit("usage: python -m linear_llama3.trainer.profiling RECIPE.yaml FILE.json [section.key=value …]")
+    recipe_file, output, *changes = arguments
+    try:
+        recipe = load_recipe(recipe_file, changes)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu", False)
+            if gpu:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if gpu else "gloo")
+        profile = measure_profile(recipe, name=Path(output).stem)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        profile.save(output)
+        print(f"profile: {output}")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
