@@ -109,9 +109,11 @@ def _conversation(messages: Messages, prompt: int, tools: Any, tokenizer: PreTra
         raise ValueError(
             "conversations need a chat template, the tokenizer has none; name a file in data.chat_template"
         )
-    if not messages or any("role" not in message for message in messages):
-        raise ValueError(f"messages must each have a role and a content, got {reprlib.repr(messages)}; mend them")
-    messages = _without_none(messages)
+    messages = _without_none(messages or [])
+    if not messages or not all("role" in m and ("content" in m or "tool_calls" in m) for m in messages):
+        raise ValueError(
+            f"messages must each have a role and a content or tool calls, got {reprlib.repr(messages)}; mend them"
+        )
     tools = json.loads(tools) if isinstance(tools, str) else tools
     template = tokenizer.get_chat_template(tools=tools)
 

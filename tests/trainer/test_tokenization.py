@@ -142,15 +142,26 @@ def test_tools_and_absent_keys(letters: PreTrainedTokenizerBase) -> None:
     assert ids == spelled(letters, expected, " " * len(expected))[0]
 
 
+def test_the_recipes_template_learns_a_turn_that_only_calls_a_tool(letters: PreTrainedTokenizerBase) -> None:
+    letters.chat_template = CHAT
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [{"a": "b"}]}]
+    ids, labels = one(letters, messages=messages)
+    answer = '[{"a": "b"}]_'
+    text = f"User:\nq\nAssistant:\n{answer}\n"
+    mark = " " * text.index(answer) + answer.replace(" ", ".") + " "
+    assert (ids, labels) == spelled(letters, text, mark)
+
+
 @pytest.mark.parametrize(
     ("template", "example", "message"),
     [
         (None, {"messages": TURNS}, "need a chat template, the tokenizer has none; name a file in data.chat_template"),
         (CHAT, {"messages": TURNS[:2]}, "an assistant's turn or a completion to learn, got none"),
-        (CHAT, {"messages": []}, r"must each have a role and a content, got \[\]"),
+        (CHAT, {"messages": []}, r"must each have a role and a content or tool calls, got \[\]"),
         (CHAT, {"messages": [{"content": "a"}]}, "must each have a role"),
-        (CHAT, {"messages": None}, "must each have a role and a content, got None"),
-        (CHAT, {"messages": [{"role": "assistant"}]}, "UndefinedError: .*content"),
+        (CHAT, {"messages": None}, "must each have a role and a content or tool calls, got"),
+        (CHAT, {"messages": [{"role": "assistant", "content": None}]}, "must each have a role and a content or tool"),
+        ("{{ messages[0].name + '' }}", {"messages": TURNS}, "UndefinedError: .*name"),
         (CHAT, {"prompt": "a", "completion": ""}, "got none"),
         (CHAT, {"prompt": None, "completion": "b"}, "TypeError"),
         (UNMARKED, {"messages": TURNS[2:]}, "must begin with another's message, got the assistant's"),
