@@ -7,6 +7,7 @@ makes the same plan, and nothing has to be broadcast.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -14,13 +15,15 @@ from .chunks import cut_evenly
 from .exact import FEW, exact_parts
 from .group_costs import Costs, Table, tabulate
 from .milp import solve_milp
-from .one_degree import MICRO_BATCH_COUNTS, parts_of_one_degree
 from .placement import NEVER, Part, Placement
 from .polish import polish
-from .search import enumerate_groups
+from .repeated import MICRO_BATCH_COUNTS, parts_of_one_degree, parts_of_one_partition
+from .replan import plan_bundled, replan_pairs
+from .search import SMALL, enumerate_groups
 from .step_plan import Cluster, Group, MicroBatch, StepPlan
 
-Solver = Callable[[Table, int], Placement | None]  # in fewer ticks than the second argument, if it can
+# Places a micro-batch in fewer ticks than the second argument, if it can; the third one: its share of the effort
+Solver = Callable[[Table, int, float], Placement | None]
 SOLVERS = ("enumeration", "milp")
 CLOSE = 16  # what is slower than the fastest by up to 1 / CLOSE is polished too
 
@@ -54,15 +57,11 @@ def plan(
         raise ValueError(f"a step needs one or more micro_batches, got {micro_batches}; None chooses")
     table = tabulate(lengths, cluster, costs)
     if solver == "milp":
-        parts = _fastest(_candidates(table, lambda part, limit: solve_milp(part).placement, micro_batches))
+        parts = _fastest(_candidates(table, lambda part, *_: solve_milp(part).placement, micro_batches))
     elif len(table) <= FEW:
         parts = exact_parts(table, micro_batches)
     else:
-        one_degree = parts_of_one_degree(table, micro_batches=micro_batches)
-        found = [one_degree, *_candidates(table, enumerate_groups, micro_batches, _ticks(one_degree) or int(NEVER))]
-        limit = _close(_ticks(_fastest(found)))
-        parts = _fastest([polish(table, parts) for parts in found if parts and _ticks(parts) <= limit])
-        parts = polish(table, parts, pairs=True) if parts else []
+        parts = _search(table, micro_batches)
     if not parts:
         raise ValueError(_infeasible(table, cluster, micro_batches))
     return _step_plan(table, parts, costs)
@@ -95,6 +94,22 @@ def lower_bound(lengths: Sequence[int], cluster: Cluster, costs: Costs) -> float
     return _least_micro_batches(table) * fixed + max(even, least(int(table.lengths[0]), devices=False))
 
 
+def _search(table: Table, micro_batches: int | None) -> list[Part]:
+    """Of more than FEW sequences."""
+    repeated = parts_of_one_partition(table, micro_batches=micro_batches)
+    found = [parts_of_one_degree(table, micro_batches=micro_batches), next(repeated, [])]
+    if len(table) <= SMALL:
+        found.append(plan_bundled(table, micro_batches))
+    found += _candidates(table, enumerate_groups, micro_batches, _ticks(_fastest(found)) or int(NEVER))
+    if not any(found):
+        found += islice(filter(None, repeated), 1)
+    limit = _close(_ticks(_fastest(found)))
+    parts = _fastest([polish(table, parts) for parts in found if parts and _ticks(parts) <= limit])
+    if not parts:
+        return []
+    return replan_pairs(table, polish(table, parts, pairs=True), SMALL, any_number=micro_batches is None)
+
+
 def _candidates(
     table: Table, solve: Solver, micro_batches: int | None, known: int = int(NEVER)
 ) -> Iterator[list[Part]]:
@@ -111,7 +126,8 @@ def _candidates(
         parts: list[Part] = []
         for n, own in enumerate(rows):
             left = limit - _ticks(parts) - sum(bounds[n + 1 :])
-            placement = solve(table.part(own), left) if bounds[n] < left else None
+            share = len(own) / len(table) / (tried + 1)
+            placement = solve(table.part(own), left, share) if bounds[n] < left else None
             if placement is None:
                 break
             parts.append(Part(own, placement))

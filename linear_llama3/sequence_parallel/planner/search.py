@@ -11,24 +11,33 @@ from .placement import NEVER, RULES, Part, Placement, group_degrees, longest_fir
 from .polish import polish
 
 BLOCK = 64  # partitions at once
-BUDGET = (
-    2**29
-)  # beyond EXHAUSTIVE devices: groups x sequences x partitions that are tried for a micro-batch; of 8 times as
-# many, steps of 256 devices gained nothing, those of 1,024 up to 5 %
+BUDGET = 2**29  # beyond EXHAUSTIVE devices: groups x sequences x partitions that are tried for a step
 WEIGHT = 2**16
 SMALL = 24  # sequences up to which every rule is tried, not only where longest-first finds no room,
-POOL = 8  # and so many placements are polished
+POOL = 16  # and so many placements are polished
 SLACK = 256  # what can win by less than this fraction is not tried
 
 
 def candidates(table: Table) -> tuple[Integers, Integers]:
     """Partitions that may hold the sequences [P, D], the most promising first, and their lower bounds [P]."""
     options = partitions(table.devices, tuple(table.degrees.tolist()))
-    fits = (options.sum(1) <= len(table)) & (options @ table.capacity >= table.lengths.sum())
-    options = options[fits & (options[:, table.allowed[0]].sum(1) > 0)]
+    options = options[(options.sum(1) <= len(table)) & (least_repeats(table, options) <= 1)]
     bounds = lower_bounds(table, options)
     order = np.argsort(bounds, kind="stable")
     return options[order], bounds[order]
+
+
+def least_repeats(table: Table, options: Integers) -> Integers:
+    """Of every partition [P], at least how many have room for all sequences; NEVER where no number has.
+
+    What does not fit the groups of the smaller capacities needs the others' room.
+    """
+    least = np.zeros(len(options), dtype=np.int64)
+    for smaller in np.append(0, table.capacity):
+        tokens = table.lengths[table.lengths > smaller].sum()
+        room = options @ np.where(table.capacity > smaller, table.capacity, 0)
+        least = np.maximum(least, np.where(room > 0, -(-tokens // np.maximum(room, 1)), NEVER if tokens else 0))
+    return least
 
 
 def lower_bounds(table: Table, options: Integers) -> Integers:
@@ -55,11 +64,11 @@ def lower_bounds(table: Table, options: Integers) -> Integers:
     return bounds
 
 
-def enumerate_groups(table: Table, limit: int = int(NEVER)) -> Placement | None:
+def enumerate_groups(table: Table, limit: int = int(NEVER), share: float = 1.0) -> Placement | None:
     """The best placement over all partitions, or None where there is none in fewer ticks than `limit`.
 
     Exact for up to FEW sequences. Otherwise every partition is filled longest first, unless its bound says that it
-    cannot win by more than 1 / SLACK, and beyond EXHAUSTIVE devices until BUDGET trials are spent. Of up to SMALL
+    cannot win by more than 1 / SLACK, and beyond EXHAUSTIVE devices until this share of BUDGET is spent. Of up to SMALL
     sequences the best POOL placements are polished.
     """
     if len(table) <= FEW:
@@ -68,7 +77,7 @@ def enumerate_groups(table: Table, limit: int = int(NEVER)) -> Placement | None:
     options, bounds = candidates(table)
     small = len(table) <= SMALL
     found: list[Placement] = []  # fastest first
-    best, budget = limit, BUDGET
+    best, budget = limit, BUDGET * share
     for start in range(0, len(options), BLOCK):
         if bounds[start] >= best - best // SLACK or budget <= 0:
             break
