@@ -10,6 +10,7 @@ from .group_costs import Integers
 
 EXHAUSTIVE = 64  # devices up to which all partitions are listed, and beyond only those of
 MOST_DEGREES = 3  # so many different degrees: of 60 micro-batches on 128 devices none was slower for it
+MANY = 1024  # devices beyond which only those of two degrees are: there would be millions
 
 
 @lru_cache(maxsize=16)
@@ -19,7 +20,7 @@ def partitions(devices: int, degrees: tuple[int, ...]) -> Integers:
     Args:
         degrees: D powers of two, ascending.
     """
-    limit = len(degrees) if devices <= EXHAUSTIVE else MOST_DEGREES
+    limit = len(degrees) if devices <= EXHAUSTIVE else MOST_DEGREES if devices <= MANY else 2
     counts, rest = np.zeros((1, 0), dtype=np.int64), np.array([devices])
     for degree in degrees[:0:-1]:  # each partial row goes on with 0, 1, ... groups of the next smaller degree
         options = rest // degree + 1

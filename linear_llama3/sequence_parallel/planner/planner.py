@@ -8,22 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from math import inf
 
 import numpy as np
 
 from .chunks import cut_evenly
+from .effort import Effort
 from .exact import FEW, exact_parts
 from .group_costs import Costs, Table, tabulate
 from .milp import solve_milp
-from .placement import NEVER, Part, Placement
+from .placement import NEVER, SMALL, Part, Placement
 from .polish import polish
 from .repeated import MICRO_BATCH_COUNTS, parts_of_one_degree, parts_of_one_partition
 from .replan import plan_bundled, replan_pairs
-from .search import SMALL, enumerate_groups
+from .search import enumerate_groups
 from .step_plan import Cluster, Group, MicroBatch, StepPlan
 
-# Places a micro-batch in fewer ticks than the second argument, if it can; the third one: its share of the effort
-Solver = Callable[[Table, int, float], Placement | None]
+Solver = Callable[[Table, int, Effort], Placement | None]  # in fewer ticks than the second argument, if it can
 SOLVERS = ("enumeration", "milp")
 CLOSE = 16  # what is slower than the fastest by up to 1 / CLOSE is polished too
 
@@ -57,11 +58,11 @@ def plan(
         raise ValueError(f"a step needs one or more micro_batches, got {micro_batches}; None chooses")
     table = tabulate(lengths, cluster, costs)
     if solver == "milp":
-        parts = _fastest(_candidates(table, lambda part, *_: solve_milp(part).placement, micro_batches))
+        parts = _fastest(_candidates(table, lambda part, *_: solve_milp(part).placement, micro_batches, Effort(inf)))
     elif len(table) <= FEW:
         parts = exact_parts(table, micro_batches)
     else:
-        parts = _search(table, micro_batches)
+        parts = _search(table, micro_batches, Effort.of_step(cluster.devices))
     if not parts:
         raise ValueError(_infeasible(table, cluster, micro_batches))
     return _step_plan(table, parts, costs)
@@ -94,39 +95,41 @@ def lower_bound(lengths: Sequence[int], cluster: Cluster, costs: Costs) -> float
     return _least_micro_batches(table) * fixed + max(even, least(int(table.lengths[0]), devices=False))
 
 
-def _search(table: Table, micro_batches: int | None) -> list[Part]:
+def _search(table: Table, micro_batches: int | None, effort: Effort) -> list[Part]:
     """Of more than FEW sequences."""
     repeated = parts_of_one_partition(table, micro_batches=micro_batches)
     found = [parts_of_one_degree(table, micro_batches=micro_batches), next(repeated, [])]
     if len(table) <= SMALL:
-        found.append(plan_bundled(table, micro_batches))
-    found += _candidates(table, enumerate_groups, micro_batches, _ticks(_fastest(found)) or int(NEVER))
+        found.append(plan_bundled(table, micro_batches, effort))
+    known = _ticks(_fastest(found)) or int(NEVER)
+    found += _candidates(table, enumerate_groups, micro_batches, effort.lend(3 / 4), known)
     if not any(found):
         found += islice(filter(None, repeated), 1)
     limit = _close(_ticks(_fastest(found)))
-    parts = _fastest([polish(table, parts) for parts in found if parts and _ticks(parts) <= limit])
+    parts = _fastest([polish(table, parts, effort.lend(1 / 4)) for parts in found if parts and _ticks(parts) <= limit])
     if not parts:
         return []
-    return replan_pairs(table, polish(table, parts, pairs=True), SMALL, any_number=micro_batches is None)
+    parts = polish(table, parts, effort.lend(1 / 2), pairs=True)
+    return replan_pairs(table, parts, effort, any_number=micro_batches is None)
 
 
 def _candidates(
-    table: Table, solve: Solver, micro_batches: int | None, known: int = int(NEVER)
+    table: Table, solve: Solver, micro_batches: int | None, effort: Effort, known: int = int(NEVER)
 ) -> Iterator[list[Part]]:
     """For several numbers of micro-batches, the least possible one first, unless they are far slower than `known`."""
     least, last = _least_micro_batches(table), len(table)
     if micro_batches is not None:
         least, last = micro_batches, min(micro_batches, last)
     for tried, count in enumerate(range(least, last + 1)):
-        if tried >= MICRO_BATCH_COUNTS and known < NEVER:
+        if known < NEVER and (tried >= MICRO_BATCH_COUNTS or (tried and not effort)):
             break
-        limit = _close(known)
+        limit, own_effort = _close(known), effort.lend(1 / 2)
         rows = [np.arange(cut.start, cut.stop) for cut in cut_evenly(table.lengths, count)]
         bounds = [_bound(table.part(own)) for own in rows]
         parts: list[Part] = []
         for n, own in enumerate(rows):
             left = limit - _ticks(parts) - sum(bounds[n + 1 :])
-            share = len(own) / len(table) / (tried + 1)
+            share = own_effort.lend(1 / (count - n))
             placement = solve(table.part(own), left, share) if bounds[n] < left else None
             if placement is None:
                 break

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from .effort import Effort
 from .group_costs import Integers, Table
 from .placement import Part, Placement
 
@@ -13,8 +14,8 @@ WORTH = 2**14  # a change must save more than this fraction of the step
 PAIR = 10  # sequences of two groups that are divided anew in all 2^PAIR ways
 
 
-def polish(table: Table, parts: list[Part], *, pairs: bool = False) -> list[Part]:
-    """The best change of one or two sequences again and again, while it is worth it.
+def polish(table: Table, parts: list[Part], effort: Effort, *, pairs: bool = False) -> list[Part]:
+    """The best change of one or two sequences again and again, while it is worth it and there is effort left.
 
     Never slower, never out of memory, no group left empty; the groups themselves stay.
 
@@ -22,9 +23,9 @@ def polish(table: Table, parts: list[Part], *, pairs: bool = False) -> list[Part
         pairs: where no such change is left, divide the slowest group of a micro-batch and another one anew, if they
             hold few sequences together. Finds more, and takes longer.
     """
-    step = _Step(table, parts)
+    step = _Step(table, parts, effort)
     least = sum(part.placement.ticks for part in parts) // WORTH
-    while step.improve(least) or (pairs and step.divide_two(least)):
+    while effort and (step.improve(least) or (pairs and step.divide_two(least))):
         pass
     return step.parts()
 
@@ -32,8 +33,8 @@ def polish(table: Table, parts: list[Part], *, pairs: bool = False) -> list[Part
 class _Step:
     """The G groups of all M micro-batches side by side, with the K sequences of the step."""
 
-    def __init__(self, table: Table, parts: list[Part]) -> None:
-        self.table = table
+    def __init__(self, table: Table, parts: list[Part], effort: Effort) -> None:
+        self.table, self.effort = table, effort
         self.sizes = [len(part.placement.degrees) for part in parts]
         self.batch = np.repeat(np.arange(len(parts)), self.sizes)  # [G]
         self.degrees = np.concatenate([part.placement.degrees for part in parts])  # [G]
@@ -60,6 +61,7 @@ class _Step:
         others = np.where(slowest[self.batch] == np.arange(groups), follows[self.batch], peak[self.batch])  # [G]
 
         rows = np.flatnonzero(slowest[self.batch[self.group]] == self.group)[:, None]  # [R, 1]: only these matter
+        self.effort.spend(2e-4 + 3e-8 * len(rows) * (count + groups))
         source, target = self.group[rows], np.append(self.group, np.arange(groups))  # [R, 1], [K + G]
         everything = np.arange(count + groups)
         source_load = load[source] - self.time[rows, source] + self.time[:, source[:, 0]].T  # [R, K + G]
@@ -90,6 +92,7 @@ class _Step:
             slowest = first + int(load[first:end].argmax())
             for other in range(first, end):
                 rows = np.flatnonzero((self.group == slowest) | (self.group == other))
+                self.effort.spend(1e-5)
                 if other == slowest or len(rows) > PAIR or (slowest, other, rows.tobytes()) in self.divided:
                     continue
                 self.divided.add((slowest, other, rows.tobytes()))
@@ -99,6 +102,7 @@ class _Step:
 
     def _divide(self, rows: Integers, a: int, b: int, limit: int) -> bool:
         """Gives every one of these sequences to group a or b, if both then take less than `limit` ticks."""
+        self.effort.spend(1e-4 + 5e-8 * 2 ** len(rows))
         first = _divisions(len(rows))
         slower = np.zeros(len(first), dtype=np.int64)
         for group, own in ((a, first), (b, 1 - first)):

@@ -11,7 +11,7 @@ import numpy as np
 
 from .group_costs import Integers, Table
 from .partitions import partitions
-from .placement import NEVER, RULES, Part, Placement, group_degrees, longest_first
+from .placement import NEVER, Part, Placement, group_degrees, placers
 from .search import least_repeats, lower_bounds
 
 MICRO_BATCH_COUNTS = 5  # numbers of micro-batches that are tried, from the least possible on (FlexSP, appendix A)
@@ -53,12 +53,12 @@ def _repeated(table: Table, options: Integers, micro_batches: int | None) -> tup
 
 
 def _fastest(table: Table, options: Integers, counts: Integers) -> list[Part]:
-    """All groups of all micro-batches are filled longest first, and those that take equally long run together."""
+    """All groups of all micro-batches are filled at once, and those that take equally long run together."""
     best: tuple[int, list[Part]] = (int(NEVER), [])
-    for rule in RULES:
+    for place in placers(table):
         if not len(options):
             break
-        ticks, chosen = longest_first(table, options * counts[:, None], rule)
+        ticks, chosen = place(table, options * counts[:, None])
         for row in np.flatnonzero(ticks < NEVER).tolist():
             parts = _together(table, options[row], int(counts[row]), chosen[row])
             best = min(best, (sum(part.placement.ticks for part in parts), parts), key=lambda plan: plan[0])

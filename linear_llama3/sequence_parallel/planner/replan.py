@@ -9,21 +9,22 @@ from itertools import chain, combinations
 
 import numpy as np
 
-from .exact import FEW, exact_parts
-from .group_costs import Integers, Table
-from .placement import Part, Placement
+from .effort import Effort
+from .exact import FEW, exact_parts, exact_seconds
+from .group_costs import Table
+from .placement import SMALL, Part
 from .polish import polish
 
 
-def replan_pairs(table: Table, parts: list[Part], most: int, *, any_number: bool) -> list[Part]:
-    """While it makes one or two micro-batches of up to `most` sequences faster.
+def replan_pairs(table: Table, parts: list[Part], effort: Effort, *, any_number: bool) -> list[Part]:
+    """While it makes one or two micro-batches of up to SMALL sequences faster and there is effort left.
 
     Args:
         any_number: of micro-batches, instead of as many as there were.
     """
     known: set[bytes] = set()  # sequences that were planned anew before
     while True:
-        faster = next(_faster(table, parts, most, any_number, known), None)
+        faster = next(_faster(table, parts, effort, any_number, known), None)
         if faster is None:
             return parts
         old, new = faster
@@ -31,33 +32,36 @@ def replan_pairs(table: Table, parts: list[Part], most: int, *, any_number: bool
 
 
 def _faster(
-    table: Table, parts: list[Part], most: int, any_number: bool, known: set[bytes]
+    table: Table, parts: list[Part], effort: Effort, any_number: bool, known: set[bytes]
 ) -> Iterator[tuple[tuple[int, ...], list[Part]]]:
     for own in chain(combinations(range(len(parts)), 1), combinations(range(len(parts)), 2)):
         rows = np.sort(np.concatenate([parts[n].rows for n in own]))
-        if len(rows) > most or rows.tobytes() in known:
+        if not effort:
+            return
+        if len(rows) > SMALL or rows.tobytes() in known:
             continue
         known.add(rows.tobytes())
-        new = plan_bundled(table.part(rows), None if any_number else len(own))
+        new = plan_bundled(table.part(rows), None if any_number else len(own), effort)
         if sum(part.placement.ticks for part in new) < sum(parts[n].placement.ticks for n in own) and new:
             yield own, [Part(rows[part.rows], part.placement) for part in new]
 
 
-def plan_bundled(table: Table, micro_batches: int | None) -> list[Part]:
+def plan_bundled(table: Table, micro_batches: int | None, effort: Effort) -> list[Part]:
     """The best plan in which the shortest sequences stay together in bundles, FEW of them in all, and its polish."""
     bundles = _bundles(table)
     members = np.array([[n in bundle for n in range(len(table))] for bundle in bundles]).astype(np.int64)  # [B, K]
     bundled = replace(table, ids=np.arange(len(bundles)), lengths=members @ table.lengths, times=members @ table.times)
+    effort.spend(exact_seconds(bundled))
     parts = []
     for part in exact_parts(bundled, micro_batches):
         group = part.placement.groups @ members[part.rows]  # [K]
         rows = np.flatnonzero(members[part.rows].any(0))
         parts.append(Part(rows, part.placement._replace(groups=group[rows])))
-    return polish(table, parts, pairs=True) if parts else []
+    return polish(table, parts, effort, pairs=True) if parts else []
 
 
 def _bundles(table: Table) -> list[list[int]]:
-    """Rows of every bundle, the longest first: the two shortest become one (as in Huffman's code) until few are left."""
+    """Rows of every bundle, the longest first: the two shortest become one (as in Huffman's code) until FEW."""
     heap = [(length, [row]) for row, length in enumerate(table.lengths.tolist())]
     heapify(heap)
     while len(heap) > FEW:

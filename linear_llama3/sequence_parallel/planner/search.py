@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from .exact import FEW, exact_parts
+from .effort import Effort
+from .exact import FEW, exact_parts, exact_seconds
 from .group_costs import Integers, Table
-from .partitions import EXHAUSTIVE, partitions
-from .placement import NEVER, RULES, Part, Placement, group_degrees, longest_first
+from .partitions import partitions
+from .placement import NEVER, SMALL, Part, Placement, group_degrees, least_slack, placers, placing_seconds
 from .polish import polish
 
 BLOCK = 64  # partitions at once
-BUDGET = 2**29  # beyond EXHAUSTIVE devices: groups x sequences x partitions that are tried for a step
 WEIGHT = 2**16
-SMALL = 24  # sequences up to which every rule is tried, not only where longest-first finds no room,
-POOL = 16  # and so many placements are polished
+POOL = 16  # placements of up to SMALL sequences that are polished
 SLACK = 256  # what can win by less than this fraction is not tried
 
 
@@ -64,39 +63,40 @@ def lower_bounds(table: Table, options: Integers) -> Integers:
     return bounds
 
 
-def enumerate_groups(table: Table, limit: int = int(NEVER), share: float = 1.0) -> Placement | None:
+def enumerate_groups(table: Table, limit: int, effort: Effort) -> Placement | None:
     """The best placement over all partitions, or None where there is none in fewer ticks than `limit`.
 
-    Exact for up to FEW sequences. Otherwise every partition is filled longest first, unless its bound says that it
-    cannot win by more than 1 / SLACK, and beyond EXHAUSTIVE devices until this share of BUDGET is spent. Of up to SMALL
-    sequences the best POOL placements are polished.
+    Exact for up to FEW sequences. Otherwise every partition is filled, unless its bound says that it cannot win by more
+    than 1 / SLACK, or no effort is left. Of up to SMALL sequences every way of placing is tried, not only where the
+    others find no room, and the best POOL are polished.
     """
-    if len(table) <= FEW:
+    if len(table) <= FEW and effort.left > exact_seconds(table):
+        effort.spend(exact_seconds(table))
         parts = exact_parts(table, 1)
         return parts[0].placement if parts and parts[0].placement.ticks < limit else None
     options, bounds = candidates(table)
     small = len(table) <= SMALL
     found: list[Placement] = []  # fastest first
-    best, budget = limit, BUDGET * share
+    best = limit
     for start in range(0, len(options), BLOCK):
-        if bounds[start] >= best - best // SLACK or budget <= 0:
+        if bounds[start] >= best - best // SLACK or (start and not effort):
             break
         block = options[start : start + BLOCK]
-        for rule in RULES:
-            ticks, groups = longest_first(table, block, rule)
-            if table.devices > EXHAUSTIVE:
-                budget -= block.sum(1).max() * groups.size
+        unplaced = np.arange(len(block))
+        for place in placers(table):
+            rows = np.arange(len(block)) if small and place is not least_slack else unplaced
+            if not len(rows):
+                break
+            ticks, groups = place(table, block[rows])
+            effort.spend(placing_seconds(table, block[rows], place))
             for row in ticks.argsort(kind="stable")[: POOL if small else 1]:
                 if ticks[row] < NEVER:
-                    found.append(Placement(int(ticks[row]), group_degrees(table, block[row]), groups[row]))
+                    found.append(Placement(int(ticks[row]), group_degrees(table, block[rows[row]]), groups[row]))
             found = sorted(found, key=lambda placement: placement.ticks)[: POOL if small else 1]
             best = min([best, *(placement.ticks for placement in found)])
-            block = block if small else block[ticks == NEVER]
-            if not len(block):
-                break
+            unplaced = np.setdiff1d(unplaced, rows[ticks < NEVER])
     if small:
-        found = [
-            polish(table, [Part(np.arange(len(table)), placement)], pairs=True)[0].placement for placement in found
-        ]
+        every = np.arange(len(table))
+        found = [polish(table, [Part(every, one)], effort, pairs=True)[0].placement for one in found]
     winner = min(found, key=lambda placement: placement.ticks, default=None)
     return winner if winner is not None and winner.ticks < limit else None

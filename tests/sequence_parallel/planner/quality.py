@@ -1,7 +1,7 @@
-"""How far plans are from the best of all: python -m tests.sequence_parallel.planner.quality [--sequences 11] [--steps 500]
+"""How far plans are from the best of all: python -m tests.sequence_parallel.planner.quality [--sequences 11]
 
-The best is searched by `exact_parts`, which test_plan.py compares with plain enumeration, beyond the number of sequences
-up to which the planner uses it.
+The best is searched by `exact_parts`, which test_plan.py compares with plain enumeration, for more sequences than the
+planner does.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def main() -> None:
             ratios.append(ratio)
             several += len(plan(*case).micro_batches) > 1
     print(
-        f"{len(ratios)} steps of {arguments.sequences} sequences on {DEVICES} devices, {several} of several micro-batches: "
-        f"slower than the best plan by {sum(ratios) / len(ratios) - 1:.2%} in the mean, {max(ratios) - 1:.1%} at worst, "
-        f"over 2 % in {sum(ratio > 1.02 for ratio in ratios)}"
+        f"{len(ratios)} steps of {arguments.sequences} sequences on {DEVICES} devices, {several} of several "
+        f"micro-batches: slower than the best plan by {sum(ratios) / len(ratios) - 1:.2%} in the mean, "
+        f"{max(ratios) - 1:.1%} at worst, over 2 % in {sum(ratio > 1.02 for ratio in ratios)}"
     )
 
 
