@@ -12,6 +12,7 @@ from math import inf
 
 import numpy as np
 
+from .bundles import plan_bundled
 from .chunks import cut_evenly
 from .effort import Effort
 from .exact import FEW, exact_parts
@@ -20,7 +21,6 @@ from .milp import solve_milp
 from .placement import NEVER, SMALL, Part, Placement
 from .polish import polish
 from .repeated import MICRO_BATCH_COUNTS, parts_of_one_degree, parts_of_one_partition
-from .replan import plan_bundled, replan_pairs
 from .search import enumerate_groups
 from .step_plan import Cluster, Group, MicroBatch, StepPlan
 
@@ -109,8 +109,7 @@ def _search(table: Table, micro_batches: int | None, effort: Effort) -> list[Par
     parts = _fastest([polish(table, parts, effort.lend(1 / 4)) for parts in found if parts and _ticks(parts) <= limit])
     if not parts:
         return []
-    parts = polish(table, parts, effort.lend(1 / 2), pairs=True)
-    return replan_pairs(table, parts, effort, any_number=micro_batches is None)
+    return polish(table, parts, effort, pairs=True)
 
 
 def _candidates(

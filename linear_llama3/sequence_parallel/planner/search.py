@@ -13,7 +13,9 @@ from .polish import polish
 
 BLOCK = 64  # partitions at once
 WEIGHT = 2**16
+LENGTHS = 16  # of the step's, for which bounds are computed
 POOL = 16  # placements of up to SMALL sequences that are polished
+SHORT = 1e-3  # seconds: searching takes no less
 SLACK = 256  # what can win by less than this fraction is not tried
 
 
@@ -29,13 +31,17 @@ def candidates(table: Table) -> tuple[Integers, Integers]:
 def least_repeats(table: Table, options: Integers) -> Integers:
     """Of every partition [P], at least how many have room for all sequences; NEVER where no number has.
 
-    What does not fit the groups of the smaller capacities needs the others' room.
+    What does not fit the groups of the smaller capacities needs the others' room, and of sequences no shorter than one
+    a group holds no more than its capacity holds of that one.
     """
     least = np.zeros(len(options), dtype=np.int64)
     for smaller in np.append(0, table.capacity):
         tokens = table.lengths[table.lengths > smaller].sum()
         room = options @ np.where(table.capacity > smaller, table.capacity, 0)
         least = np.maximum(least, np.where(room > 0, -(-tokens // np.maximum(room, 1)), NEVER if tokens else 0))
+    for row in np.linspace(0, len(table) - 1, LENGTHS, dtype=np.int64):
+        places = options @ (table.capacity // table.lengths[row])
+        least = np.maximum(least, np.where(places > 0, -(-(row + 1) // np.maximum(places, 1)), NEVER))
     return least
 
 
@@ -70,8 +76,8 @@ def enumerate_groups(table: Table, limit: int, effort: Effort) -> Placement | No
     than 1 / SLACK, or no effort is left. Of up to SMALL sequences every way of placing is tried, not only where the
     others find no room, and the best POOL are polished.
     """
-    if len(table) <= FEW and effort.left > exact_seconds(table):
-        effort.spend(exact_seconds(table))
+    if len(table) <= FEW and (needed := exact_seconds(table)) < max(effort.left, SHORT):
+        effort.spend(needed)
         parts = exact_parts(table, 1)
         return parts[0].placement if parts and parts[0].placement.ticks < limit else None
     options, bounds = candidates(table)
