@@ -79,14 +79,13 @@ def longest_first(table: Table, partitions: Integers, rule: Rule) -> tuple[Integ
 def least_slack(table: Table, partitions: Integers) -> tuple[Integers, Integers]:
     """As `longest_first`, but fills one group after the other: where memory is nearly all needed.
 
-    The longest sequence left goes to the smallest group left that holds it, or, where that fails, the smallest group
-    left takes the longest sequence left that it holds; and with it those others that leave the least room (minimum bin
-    slack: Gupta and Ho, Production Planning & Control 10, 1999).
+    The longest sequence left goes to the smallest group left that holds it, with those others that leave the least room
+    (minimum bin slack: Gupta and Ho, Production Planning & Control 10, 1999).
     """
     ticks, chosen = np.full(len(partitions), NEVER), np.zeros((len(partitions), len(table)), dtype=np.int64)
     for row, partition in enumerate(partitions):
         kind = np.searchsorted(table.degrees, group_degrees(table, partition))
-        groups = _fill(table, kind, smallest_first=False) or _fill(table, kind, smallest_first=True)
+        groups = _fill(table, kind)
         if groups is not None:
             load = table.fixed[kind]
             np.add.at(load, groups, table.times[np.arange(len(table)), kind[groups]])
@@ -94,18 +93,16 @@ def least_slack(table: Table, partitions: Integers) -> tuple[Integers, Integers]
     return ticks, chosen
 
 
-def _fill(table: Table, kind: Integers, *, smallest_first: bool) -> list[int] | None:
+def _fill(table: Table, kind: Integers) -> list[int] | None:
     """The group of every sequence; None if one is left, or a group."""
     lengths, capacity = table.lengths.tolist(), table.capacity[kind].tolist()
     left, groups = list(range(len(table))), sorted(range(len(kind)), key=capacity.__getitem__)
     chosen = [0] * len(table)
     while left and groups:
-        needed = lengths[left[-1 if smallest_first else 0]]
-        group = next((g for g in groups if capacity[g] >= needed), None)
+        first, *others = left
+        group = next((g for g in groups if capacity[g] >= lengths[first]), None)
         if group is None:
             return None
-        first = next(n for n in left if lengths[n] <= capacity[group])
-        others = [n for n in left if n != first]
         own = {first, *(others[n] for n in _fullest([lengths[n] for n in others], capacity[group] - lengths[first]))}
         for n in own:
             chosen[n] = group
