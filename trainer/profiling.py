@@ -78,6 +78,7 @@ def measure_profile(recipe: Recipe, *, name: str) -> Profile:
         f"{max(sum(s.lengths) for s in samples)} tokens; states of AdamW, computed; torch {torch.__version__}, "
         f"transformers {transformers.__version__}, accelerate {accelerate.__version__}",
         hardware=hardware(bench.device),
+        processes=bench.world,
         gradient_checkpointing=bench.recomputes,
         model=planner_model(config, bench.element),
         seconds=Seconds(micro_batch=fixed + layers * per_layer, **dict(zip(SECONDS, seconds, strict=True))),

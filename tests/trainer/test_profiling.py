@@ -50,6 +50,7 @@ def test_a_measured_profile_makes_plans(tmp_path: Path) -> None:
     assert [p.seconds for p in profiles] == [profiles[0].seconds] * 4
     profile = profiles[0]
     assert profile.origin == "measured" and "torch " in profile.source and "4 processes" in profile.source
+    assert profile.processes == 4
     assert f"{datetime.date.today()}" in profile.source and profile.hardware.startswith("CPU")
     profile.save(tmp_path / "mine.json")
     assert load_profile(tmp_path / "mine.json") == profile

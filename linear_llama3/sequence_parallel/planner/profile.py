@@ -80,6 +80,7 @@ class Profile:
     origin: str  # one of ORIGINS
     source: str  # where the figures are from
     hardware: str
+    processes: int | None = None  # that were measured at once; None: not measured
     gradient_checkpointing: bool | None  # None: not told
     model: Model
     seconds: Seconds
