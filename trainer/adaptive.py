@@ -48,11 +48,16 @@ def planner_model(config: LinearLlama3Config, element: int) -> Model:
     assert config.num_key_value_heads is not None and config.head_dim is not None
     linear = len(config.linear_layers)
     return Model(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        tied_embeddings=config.tie_word_embeddings,
         softmax_layers=config.num_hidden_layers - linear,
         linear_layers=linear,
         q_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
+        mixer=config.linear_attention_type,
         state=config.linear_state_shape,
         decays=True,  # sequences are packed, and a decay tells the states where a document begins
         element=element,

@@ -163,10 +163,10 @@ def test_files_that_are_no_profile_are_refused(seven: Profile, tmp_path: Path) -
     path = tmp_path / "profile.json"
     with pytest.raises(ValueError, match=r"must be one of \['flexsp.* got 'gpt'"):
         load_profile("gpt")
-    with pytest.raises(ValueError, match="or a JSON file, got"):
+    with pytest.raises(ValueError, match=r"or a \.json file, got"):
         load_profile(path)
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"a profile holds name, origin, .*profile.json"):
+    with pytest.raises(ValueError, match=r"a profile is a JSON file that holds name, origin, .*profile.json"):
         load_profile(path)
     seven.save(path)
     data = json.loads(path.read_text())
@@ -174,5 +174,5 @@ def test_files_that_are_no_profile_are_refused(seven: Profile, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"origin must be one of .* got 'guessed'"):
         load_profile(path)
     path.write_text(json.dumps({**data, "seconds": {"token": 1}}))
-    with pytest.raises(ValueError, match=r"a profile holds .*missing"):
+    with pytest.raises(ValueError, match=r"a profile is a JSON file .*missing"):
         load_profile(path)
