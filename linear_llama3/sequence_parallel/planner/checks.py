@@ -20,7 +20,9 @@ MOST = 2**31  # layers, heads, channels ...: products of them stay finite
 
 
 def _number(value: object, kind: type, least: float, most: float) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most  # type: ignore[operator]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    return least <= (value if isinstance(value, int) else float(value)) <= most  # type: ignore[arg-type]
 
 
 def _size(value: object) -> bool:
@@ -65,7 +67,7 @@ def check_output(path: Path, suffixes: Collection[str]) -> None:
     """ValueError unless a file of that name can be written: to be asked before long work."""
     if path.suffix not in suffixes:
         raise ValueError(f"the name of a file to write must end in {' or '.join(suffixes)}, got {path}; choose another")
-    exists = path.exists()
-    if path.is_dir() or not os.access(path if exists else path.parent, os.W_OK):
-        wrong = "which cannot be written" if exists else "whose folder cannot be written or does not exist"
+    target = path if path.exists() else path.parent
+    if target.is_dir() == path.exists() or not os.access(target, os.W_OK):
+        wrong = "which cannot be written" if path.exists() else "whose folder cannot be written or does not exist"
         raise ValueError(f"there must be a place for the file to write, got {path}, {wrong}; choose another")
