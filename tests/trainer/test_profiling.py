@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,20 @@ def test_the_simulated_profile_is_of_its_preset(mixer: str) -> None:
     for interval in (None, 4, 1):
         config = LinearLlama3Config.from_preset(f"llama-3.1-8b-{mixer}-pure", full_attention_interval=interval)
         profile.require(planner_model(config, 2))
-    for change in ({"hidden_size": 2048, "head_dim": 128}, {"vocab_size": 32000}, {"intermediate_size": 8192}):
-        with pytest.raises(ValueError, match=f"with {next(iter(change))} .*, the model {next(iter(change.values()))}"):
-            profile.require(planner_model(LinearLlama3Config.from_preset("llama-3.1-8b", **change), 2))
+    with pytest.raises(ValueError, match=f"with mixer other, the model {mixer}; make a profile of this model"):
+        replace(profile, model=replace(profile.model, mixer="other")).require(planner_model(config, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 2048, "head_dim": 128}, "hidden_size 4096, the model 2048"),
+        ({"intermediate_size": 8192}, "intermediate_size 14336, the model 8192"),
+        ({"vocab_size": 32000}, "vocab_size 128256, the model 32000"),
+        ({"tie_word_embeddings": True}, "tied_embeddings False, the model True"),
+    ],
+)
+def test_profiles_of_other_sizes_are_refused(change: dict[str, Any], message: str) -> None:
+    config = LinearLlama3Config.from_preset("llama-3.1-8b", **change)
+    with pytest.raises(ValueError, match=f"with {message}; make a profile of this model"):
+        load_profile("llama-3.1-8b-h100").require(planner_model(config, 2))

@@ -92,7 +92,7 @@ def report(
         chosen = load_profile(profile)
         drawn = read_lengths(lengths, batch * steps)
         if max_length is not None:
-            drawn = drawn.clip(max=min(max_length, int(drawn.max())))
+            drawn = drawn.clip(max=max_length)
         cluster = Cluster(devices=devices, memory=chosen.bytes.device if memory is None else memory * 2**30)
         cuts, longest = np.split(drawn, steps), max_length or int(drawn.max())
         found = [

@@ -202,6 +202,7 @@ def with_entry(data: dict[str, Any], entry: str, value: Any) -> dict[str, Any]:
 
 SIMULATED = json.loads((Path(profiles.__file__).parent / "profiles/llama-3.1-8b-h100.json").read_text())
 MEASURED = {**SIMULATED, "origin": "measured", "processes": 8, "model": {**SIMULATED["model"], "mixer": "gla"}}
+MEASURED["links"] = {degree: SIMULATED["links"][degree] for degree in ("2", "64")}
 MAY_BE_NULL = ("gradient_checkpointing", "model.mixer")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -133,6 +134,12 @@ def test_mistakes_are_said_before_the_work(
     done = CliRunner().invoke(app, ["plan", *defaults, *options.split()], env={"COLUMNS": "500"})
     assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit), done.exception
     assert re.search(message, f"{done.output} {done.exception}")
+
+
+def test_a_folder_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # the superuser may write anywhere
+    with pytest.raises(SystemExit, match=r"x.png, whose folder cannot be written or does not exist"):
+        report(plot=tmp_path / "x.png")
 
 
 def test_memory_and_cuts_without_end(tmp_path: Path) -> None:
