@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checks import Amount, Size, check_fields
-from .step_plan import Cluster
+from .step_plan import Cluster, bytes_text
 
 Integers = NDArray[np.int64]
 MOST_TOKENS = 2**40  # of a group, whatever its memory
@@ -149,8 +149,7 @@ def _check_longest(longest: int, degrees: Integers, capacity: Integers, cluster:
         best = degrees[capacity.argmax()]
         need = min(costs.memory(longest, int(degree)) for degree in degrees)
         raise ValueError(
-            f"every sequence must fit some group of {cluster.devices} devices with {cluster.memory / 2**30:.1f} GiB "
-            f"each, got one of {longest:,} tokens: it needs {need / 2**30:.1f} GiB on each, and {best} devices hold "
-            f"{capacity.max():,} tokens; leave longer sequences out or cut them, recompute activations, or plan for "
-            "more devices or memory"
+            f"every sequence must fit some group of {cluster}, got one of {longest:,} tokens: it needs "
+            f"{bytes_text(need)} on each, and {best} devices hold {capacity.max():,} tokens; leave longer sequences "
+            "out or cut them, recompute activations, or plan for more devices or memory"
         )
