@@ -58,6 +58,7 @@ DATA: dict[str, Callable[[Rows], Any]] = {
     "from the rank on": lambda data: data[dist.get_rank() :],
     "tokens of the rank": with_tokens_of_rank,
     "labels of the rank": lambda data: [{**data[0], "labels": data[0]["labels"][dist.get_rank() :]}] * 20,
+    "of one length": lambda data: [{name: x.repeat(4)[:4] for name, x in row.items()} for row in data],
     "stream": iter,
     "masks": with_masks,
     "empty": lambda data: with_rows(data, lambda x: x[:0], 3, 7),
@@ -80,6 +81,8 @@ def refused(folder: str, profiles: str | list[str] | None, changes: dict[str, An
         config = {**tiny_model("linear").config.to_dict(), "is_causal": False}
         model = LinearLlama3ForMaskedLM(LinearLlama3Config.from_dict(config))
     keywords = {name: changes.pop(name) for name in ("compute_loss_func",) if name in changes}
+    if changes.pop("seed of the rank", False):
+        changes["data_seed"] = dist.get_rank()
     planner = plan_of_rank if changes.pop("plans of the rank", False) else planned_steps.plan
     profile = profiles[dist.get_rank()] if isinstance(profiles, list) else profiles
     settings = {"sequence_parallel_size": "adaptive", "planner_profile": profile, "max_steps": 3, "ddp_timeout": 20}
@@ -126,6 +129,13 @@ def test_refusals(changes: dict[str, Any], message: str, tmp_path: Path) -> None
     profile = profile_file(tmp_path, "hybrid", 2)
     texts = run_distributed(refused, 2, str(tmp_path), profile, changes)
     assert all(text.startswith("ValueError: ") and message in text for text in texts), texts
+
+
+def test_other_rows_in_the_same_plan(tmp_path: Path) -> None:
+    """In groups of one nobody else would notice."""
+    changes = {"data": "of one length", "seed of the rank": True}
+    texts = run_distributed(refused, 2, str(tmp_path), profile_file(tmp_path, "hybrid", 2), changes)
+    assert all("all ranks must make the same plan, got others of step 1 on rank 1" in text for text in texts), texts
 
 
 def test_other_plans_of_the_same_rows(tmp_path: Path) -> None:
