@@ -154,10 +154,10 @@ def _check_lengths(lengths: NDArray[np.int64], cluster: Cluster, costs: Costs) -
     largest = max(costs.capacity(degree, cluster.memory) for degree in costs.by_degree if degree <= cluster.devices)
     wrong = np.flatnonzero((lengths < 1) | (lengths > largest))
     if len(wrong):
-        named = [f"row {row} has {lengths[row]:,}" for row in wrong[:NAMED].tolist()]
+        named = [f"row {row} of {lengths[row]:,} tokens" for row in wrong[:NAMED].tolist()]
         raise ValueError(
-            f"every row must have a token and no more than the largest group of {cluster} holds, {largest:,} tokens, "
-            f"got {len(wrong):,} of {len(lengths):,} rows that do not: {', '.join(named)}"
+            f"every row must have 1 to {largest:,} tokens (the largest group of {cluster} holds no more), got "
+            f"{len(wrong):,} of {len(lengths):,} rows that have not: {', '.join(named)}"
             f"{', ...' if len(wrong) > NAMED else ''}; leave them out or cut them, set gradient_checkpointing=True "
             "(with a profile of its own), or train on more devices"
         )

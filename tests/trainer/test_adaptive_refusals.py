@@ -207,11 +207,12 @@ def test_rows_that_no_group_holds(tmp_path: Path) -> None:
     """Known before the first step, which draws others."""
     profile = profile_file(tmp_path, "hybrid", 4)
     for data, number, named in (
-        ("empty", 2, "row 3 has 0, row 7 has 0;"),
-        ("long", 16, "row 4 has 240, row 5 has 200, row 6 has 120, row 7 has 80"),
+        ("empty", 2, "row 3 of 0 tokens, row 7 of 0 tokens;"),
+        ("long", 16, "row 4 of 240 tokens, row 5 of 200 tokens, row 6 of 120 tokens, row 7 of 80 tokens, row 8 of 520"),
     ):
         for text in run_distributed(refused, 4, str(tmp_path), profile, {"data": data}):
-            assert f"the largest group of 4 devices with 24.41 KiB each holds, 32 tokens, got {number} of 20" in text
+            assert "must have 1 to 32 tokens (the largest group of 4 devices with 24.41 KiB each holds no more)" in text
+            assert f"got {number} of 20 rows" in text
             assert named in text and ("..." in text) == (number > 8) and "GiB" not in text
 
 
