@@ -307,7 +307,7 @@ def _check_profile(profile: Profile, name: str, processes: int) -> None:
     if profile.origin == "measured" and profile.processes != processes:
         raise ValueError(
             f"a measured profile must be of as many processes as the launch has, {processes}, got one of "
-            f"{profile.processes or 'an unknown number'} in {name}; {again}"
+            f"{profile.processes} in {name}; {again}"
         )
     missing = sorted({degree for degree, _ in aligned_groups(processes)} - profile.links.keys())
     if missing:

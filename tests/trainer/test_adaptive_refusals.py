@@ -164,7 +164,6 @@ def edited(path: str, **changes: Any) -> str:
         (4, {"links": {"2": None, "4": None}}, "links of all groups that 4 processes can form, got none of 2 and 4 in"),
         (4, {"origin": "measured", "processes": 2}, "as many processes as the launch has, 4, got one of 2 in"),
         (2, {"origin": "measured", "processes": 4}, "as many processes as the launch has, 2, got one of 4 in"),
-        (2, {"origin": "measured", "processes": None}, "as the launch has, 2, got one of an unknown number in"),
         (2, {"origin": "measured", "processes": 2}, ""),
     ],
     ids=str,
