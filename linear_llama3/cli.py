@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import torch
 import typer
 
+from .sequence_parallel.planner.checks import check_output
+from .sequence_parallel.planner.profile import SUFFIXES
 from .sequence_parallel.planner.report import report
 
 if TYPE_CHECKING:
@@ -59,6 +61,10 @@ def profile(
     changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="In place of the recipe's.")] = None,
 ) -> None:
     """Measure what a recipe's layers and exchanges cost on this machine, on as many processes as it trains on."""
+    try:
+        check_output(output, SUFFIXES)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     start(PROFILER, recipe, [str(recipe), str(output), *(changes or [])], changes)
 
 

@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from typer.testing import CliRunner
 
 from linear_llama3 import cli
+from linear_llama3.trainer import profiling
 from linear_llama3.trainer.recipe import load_recipe
 from tests.trainer.test_recipe import recipe_with, write_corpus, write_tokenizer
 
@@ -180,6 +181,27 @@ def test_what_is_refused_before_a_launch(
     recipe_with(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert message in str(run("train", *arguments).exception)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("profile.txt", "must end in .json, got profile.txt; choose another"),
+        ("profile", "must end in .json, got profile; choose another"),
+        ("missing/profile.json", "got missing/profile.json, whose folder cannot be written or does not exist; choose"),
+        ("folder.json", "got folder.json, which cannot be written; choose another"),
+    ],
+)
+def test_a_profile_that_could_not_be_written_is_not_measured(
+    output: str, message: str, tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.json").mkdir()
+    monkeypatch.setattr(profiling, "measure_profile", lambda *arguments, **names: pytest.fail("measured"))
+    recipe = recipe_with(tmp_path)
+    assert message in str(run("profile", recipe, output).exception) and not started
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        profiling.main([str(recipe), output])
 
 
 def test_presets() -> None:

@@ -11,7 +11,9 @@ import contextlib
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +24,20 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..modeling import LinearLlama3Config, LinearLlama3ForCausalLM
 from ..sequence_parallel import LAYOUTS, enable_sequence_parallel
-from ..sequence_parallel.planner import Cluster, Model, load_profile, model_costs
+from ..sequence_parallel.planner import (
+    Cluster,
+    Model,
+    Profile,
+    aligned_groups,
+    fewest_groups,
+    load_profile,
+    model_costs,
+)
 from .data_order import DataOrder, content_hash
-from .failures import reading
+from .failures import on_every_rank, reading
 from .flops import attention_pairs, count_flops
 from .parallelism import REFUSED_ENGINES, PeerCheck
-from .planned_steps import GroupKey, OneAhead, PlannedStep, StepPlanner, group_contexts
+from .planned_steps import GroupKey, OneAhead, PlannedStep, StepPlanner, fingerprint, group_contexts
 
 if TYPE_CHECKING:
     from .trainer import SequenceParallelMixin as _Trainer
@@ -48,11 +58,16 @@ def planner_model(config: LinearLlama3Config, element: int) -> Model:
     assert config.num_key_value_heads is not None and config.head_dim is not None
     linear = len(config.linear_layers)
     return Model(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        tied_embeddings=config.tie_word_embeddings,
         softmax_layers=config.num_hidden_layers - linear,
         linear_layers=linear,
         q_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
+        mixer=config.linear_attention_type,
         state=config.linear_state_shape,
         decays=True,  # sequences are packed, and a decay tells the states where a document begins
         element=element,
@@ -90,6 +105,26 @@ class AdaptiveMixin(_Trainer):
     def prepare_groups(self) -> None:
         """Costs, and contexts by group: once, on all ranks, when the model is there."""
         args: Any = self.args
+        if others := _unlike_first(on_every_rank(self._settle_costs)):
+            raise ValueError(  # before ranks make groups that others do not know
+                f"all ranks must plan by the same costs, got others on {others} than on rank 0; give all processes the "
+                "same planner_profile (a file of the same content), model, strategies and sequence_layout"
+            )
+        self._contexts = group_contexts(
+            self._bare_model(),
+            self.costs,
+            args.sequence_layout,
+            devices=args.world_size,
+            timeout=args.ddp_timeout,
+            device=self.accelerator.device,
+        )
+        self._times: list[tuple[float, float]] = []  # predicted and measured, of the steps since the last log entry
+        self._degrees: Counter[int] = Counter()  # of their groups
+        self._step: PlannedStep | None = None
+
+    def _settle_costs(self) -> str:
+        """What plans rest on, and a fingerprint of it."""
+        args: Any = self.args
         model = self._bare_model()
         if not isinstance(model, LinearLlama3ForCausalLM) or not model.config.is_causal:
             raise ValueError(
@@ -99,6 +134,7 @@ class AdaptiveMixin(_Trainer):
         if self.compute_loss_func is not None:
             raise ValueError("adaptive groups take no compute_loss_func: it would see parts of sequences")
         profile = load_profile(args.planner_profile)
+        _check_profile(profile, args.planner_profile, args.world_size)
         element = 2 if args.bf16 or args.fp16 else model.dtype.itemsize
         self.costs = model_costs(
             profile,
@@ -110,17 +146,7 @@ class AdaptiveMixin(_Trainer):
         if args.sequence_layout != "auto":
             self.costs = replace(self.costs, chunks_per_rank=LAYOUTS[args.sequence_layout].chunks_per_rank)
         self._cluster = Cluster(devices=args.world_size, memory=profile.bytes.device)
-        self._contexts = group_contexts(
-            model,
-            self.costs,
-            args.sequence_layout,
-            devices=args.world_size,
-            timeout=args.ddp_timeout,
-            device=self.accelerator.device,
-        )
-        self._times: list[tuple[float, float]] = []  # predicted and measured, of the steps since the last log entry
-        self._degrees: Counter[int] = Counter()  # of their groups
-        self._step: PlannedStep | None = None
+        return fingerprint((self.costs, self._cluster, args.sequence_layout))
 
     def _bare_model(self) -> nn.Module:
         model: Any = self.accelerator.unwrap_model(self.model)
@@ -184,31 +210,32 @@ class AdaptiveMixin(_Trainer):
 
     def _check_last_step(self, rows: int, rows_per_step: int) -> None:
         """Every device needs a sequence, or a share of one, also in the last step of an epoch."""
-        left = rows % rows_per_step
-        if left < self.args.world_size.bit_count() and left and not self.args.dataloader_drop_last:
+        left, needed = rows % rows_per_step, fewest_groups(self.costs.by_degree, self.args.world_size)
+        if 0 < left < needed and not self.args.dataloader_drop_last:
             raise ValueError(
-                f"a step on {self.args.world_size} processes needs at least {self.args.world_size.bit_count()} rows "
-                f"(groups are powers of two), got {left} in the last one of an epoch of {rows} rows; set "
-                "dataloader_drop_last=True"
+                f"a step on {self.args.world_size} processes needs at least {needed} rows (in groups of "
+                f"{' or '.join(map(str, sorted(self.costs.by_degree)))}), got {left} in the last one of an epoch of "
+                f"{rows} rows; set dataloader_drop_last=True"
             )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Trainer's hook: one planned step, and the targets of all ranks."""
         if self._planner is None or not self.adapts:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
-        with reading(self):
-            step = self._planner.next(epoch_iterator)
-        return ([], None) if step is None else ([step], self._count_targets(step))
-
-    def _count_targets(self, step: PlannedStep) -> Tensor:
-        facts = torch.tensor([[step.targets, step.fingerprint]], device=self.accelerator.device)
-        targets, fingerprints = self.accelerator.gather(facts).unbind(1)
-        if (fingerprints != fingerprints[0]).any():
+        read = on_every_rank(partial(self._read_step, self._planner, epoch_iterator))
+        fingerprints, targets = zip(*read, strict=True)
+        if others := _unlike_first(fingerprints):
             raise ValueError(
-                f"all ranks must make the same plan, got others of step {self.state.global_step + 1}: fingerprints "
-                f"{[f'{x:014x}' for x in fingerprints.tolist()]}; give all processes the same data, seeds and profile"
+                f"all ranks must make the same plan, got others of step {self.state.global_step + 1} on {others} than "
+                "on rank 0; give all processes the same data and seeds"
             )
-        return targets.sum()
+        return ([], None) if self._step is None else ([self._step], torch.tensor(sum(targets), device=device))
+
+    def _read_step(self, planner: OneAhead, epoch_iterator: Any) -> tuple[str | None, int]:
+        """What ranks compare and add up of the next step: its fingerprint and its targets here."""
+        with reading(self):
+            step = self._step = planner.next(epoch_iterator)
+        return (None, 0) if step is None else (step.fingerprint, step.targets)
 
     # ---- the step
 
@@ -232,7 +259,6 @@ class AdaptiveMixin(_Trainer):
         return loss
 
     def _note(self, step: PlannedStep, seconds: float) -> None:
-        self._step = step
         self._times.append((step.plan.seconds, seconds))
         self._degrees.update(group.degree for batch in step.plan.micro_batches for group in batch.groups)
 
@@ -267,6 +293,28 @@ class AdaptiveMixin(_Trainer):
             self._times.clear()
             self._degrees.clear()
         super().log(logs, *args, **kwargs)
+
+
+def _unlike_first(facts: Sequence[object]) -> str:
+    """The ranks whose fact is not that of rank 0, for a message."""
+    others = [str(rank) for rank, fact in enumerate(facts) if fact != facts[0]]
+    return f"rank{'s' * (len(others) > 1)} {', '.join(others[:8])}{', ...' * (len(others) > 8)}" if others else ""
+
+
+def _check_profile(profile: Profile, name: str, processes: int) -> None:
+    """Links and memory of a device are those of one launch, and on others these groups might not even be known."""
+    again = f"measure again, on {processes}: linear-llama3 profile RECIPE.yaml FILE.json processes={processes}"
+    if profile.origin == "measured" and profile.processes != processes:
+        raise ValueError(
+            f"a measured profile must be of as many processes as the launch has, {processes}, got one of "
+            f"{profile.processes} in {name}; {again}"
+        )
+    missing = sorted({degree for degree, _ in aligned_groups(processes)} - profile.links.keys())
+    if missing:
+        raise ValueError(
+            f"a profile must have links of all groups that {processes} processes can form, got none of "
+            f"{' and '.join(map(str, missing))} in {name}; {again}"
+        )
 
 
 def _check_arguments(args: Any) -> None:

@@ -8,18 +8,21 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from . import checkpoints
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class TrainingFailure(RuntimeError):
@@ -60,6 +63,29 @@ def reading(trainer: Any) -> Iterator[None]:
             f"{where(trainer)}: the data could not be read: {type(error).__name__}: {error}. Look whether it can be "
             f"reached from this machine and whether these rows are whole. {how_to_resume(trainer)}"
         ) from error
+
+
+def on_every_rank(make: Callable[[], T]) -> list[T]:
+    """What `make` gives on every rank, small and picklable. All have to call it; `make` itself must not communicate.
+
+    Raises:
+        Exception: `make`'s own, and on all other ranks, which would else wait for this one until ddp_timeout,
+            ValueError or TrainingFailure with its text.
+    """
+    made, failure, told = None, None, None
+    try:
+        made = make()
+    except Exception as error:
+        mistake, known = isinstance(error, ValueError), isinstance(error, (ValueError, TrainingFailure))
+        failure, told = error, (mistake, str(error) if known else f"{type(error).__name__}: {error}")
+    answers = gather_object([(made, told)])
+    if failure is not None:
+        raise failure
+    for rank, (_, told) in enumerate(answers):
+        if told is not None:
+            mistake, text = told
+            raise (ValueError if mistake else TrainingFailure)(f"rank {rank} has failed: {text}")
+    return [made for made, _ in answers]
 
 
 class LastWords:

@@ -10,9 +10,12 @@ from datetime import timedelta
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext
 from ..sequence_parallel.collectives import all_reduce
@@ -21,6 +24,7 @@ from ..sequence_parallel.planner import Cluster, Costs, StepPlan, aligned_groups
 
 GroupKey = tuple[int, int]  # degree, first rank
 KEYS = ("input_ids", "labels", "position_ids", "attention_mask")
+NAMED = 8  # rows in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +43,12 @@ class PlannedStep:
     portions: tuple[Portion, ...]  # one for each micro-batch
     tokens: int  # of all ranks
     targets: int  # of this rank
-    fingerprint: int  # of the rows and groups of all ranks
+    fingerprint: str  # of the rows and groups of all ranks
+
+
+def fingerprint(content: object) -> str:
+    """Of what `repr` says of it, the same in all processes."""
+    return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
 
 def group_contexts(
@@ -77,6 +86,9 @@ class StepPlanner:
     Args:
         dataset: rows with `input_ids`.
         collate: makes a batch `[1, n]` of a list of one row, with labels.
+
+    Raises:
+        ValueError: rows without tokens, or that no group holds.
     """
 
     def __init__(
@@ -91,16 +103,16 @@ class StepPlanner:
     ) -> None:
         self.dataset, self.collate, self.contexts = dataset, collate, contexts
         self.cluster, self.costs, self.rank = cluster, costs, rank
-        stored = isinstance(dataset, datasets.Dataset)
-        self._stored = dataset.select_columns(["input_ids"]).with_format("arrow") if stored else None
+        self.lengths = row_lengths(dataset, progress=rank == 0)
+        _check_lengths(self.lengths, cluster, costs)
 
     def __call__(self, rows: Sequence[int]) -> PlannedStep:
         """ValueError for rows that cannot be planned, or that are not what a plan packs."""
-        lengths = self.lengths(rows)
-        return self.realise(plan(lengths, self.cluster, self.costs), rows, lengths)
+        return self.realise(plan(self.lengths[rows].tolist(), self.cluster, self.costs), rows)
 
-    def realise(self, step: StepPlan, rows: Sequence[int], lengths: Sequence[int]) -> PlannedStep:
-        """This rank's portions of a plan for rows of these lengths."""
+    def realise(self, step: StepPlan, rows: Sequence[int]) -> PlannedStep:
+        """This rank's portions of a plan for these rows."""
+        lengths: list[int] = self.lengths[rows].tolist()
         portions, targets = [], 0
         for group in step.for_rank(self.rank):
             key = group.degree, group.first_rank
@@ -110,21 +122,13 @@ class StepPlanner:
             own = tuple(lengths[i] for i in group.sequences)
             portions.append(Portion(group=key, lengths=own, tokens=batch["input_ids"], inputs=inputs))
         groups = [[(g.degree, g.first_rank, g.sequences) for g in batch.groups] for batch in step.micro_batches]
-        digest = hashlib.sha256(repr((list(rows), groups)).encode()).digest()
         return PlannedStep(
             plan=step,
             portions=tuple(portions),
             tokens=sum(lengths),
             targets=targets,
-            fingerprint=int.from_bytes(digest[:7], "big"),
+            fingerprint=fingerprint((list(rows), groups)),
         )
-
-    def lengths(self, rows: Sequence[int]) -> list[int]:
-        if self._stored is None:
-            return [len(self.dataset[row]["input_ids"]) for row in rows]
-        from pyarrow import compute
-
-        return compute.list_value_length(self._stored[list(rows)]["input_ids"]).to_pylist()
 
     def _read(self, row: int, length: int) -> dict[str, Tensor]:
         batch = dict(self.collate([self.dataset[row]]))
@@ -132,8 +136,39 @@ class StepPlanner:
         return batch
 
 
+def row_lengths(dataset: Any, *, progress: bool) -> NDArray[np.int64]:
+    """Tokens of every row `[rows]`; of a `datasets.Dataset` without reading a token."""
+    if isinstance(dataset, datasets.Dataset):
+        from pyarrow import compute
+
+        stored = dataset.select_columns(["input_ids"])
+        lengths = compute.list_value_length(stored.data.column("input_ids")).fill_null(0).to_numpy().astype(np.int64)
+        order = stored._indices  # a table of the stored rows that are left, after a shuffle, select or filter
+        return lengths if order is None else lengths[order.column(0).to_numpy()]
+    rows = tqdm(range(len(dataset)), desc="lengths of rows", delay=5, disable=not progress)
+    return np.fromiter((len(dataset[row]["input_ids"]) for row in rows), np.int64, len(dataset))
+
+
+def _check_lengths(lengths: NDArray[np.int64], cluster: Cluster, costs: Costs) -> None:
+    """What `plan` would refuse in the step that draws it, perhaps hours later."""
+    largest = max(costs.capacity(degree, cluster.memory) for degree in costs.by_degree if degree <= cluster.devices)
+    wrong = np.flatnonzero((lengths < 1) | (lengths > largest))
+    if len(wrong):
+        named = [f"row {row} of {lengths[row]:,} tokens" for row in wrong[:NAMED].tolist()]
+        raise ValueError(
+            f"every row must have 1 to {largest:,} tokens (the largest group of {cluster} holds no more), got "
+            f"{len(wrong):,} of {len(lengths):,} rows that have not: {', '.join(named)}"
+            f"{', ...' if len(wrong) > NAMED else ''}; leave them out or cut them, set gradient_checkpointing=True "
+            "(with a profile of its own), or train on more devices"
+        )
+
+
 def pack_rows(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Batches `[1, n]` end to end, each a document (or several) of its own."""
+    """Batches `[1, n]` end to end, each a document or several.
+
+    The first token of a row is nobody's target. Documents inside a row are told by its `position_ids`; that their first
+    tokens are nobody's targets is up to its labels, as it is with one degree for all.
+    """
     labels = [batch["labels"].clone() for batch in batches]
     for own in labels:
         own[:, 0] = IGNORE_INDEX  # what stands before belongs to another row

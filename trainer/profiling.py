@@ -31,7 +31,8 @@ from ..modeling import LinearLlama3Config, LinearLlama3ForCausalLM, enable_seque
 from ..sequence_parallel.collectives import all_gather
 from ..sequence_parallel.costs import LinkSpeed
 from ..sequence_parallel.planner import Profile, aligned_groups
-from ..sequence_parallel.planner.profile import Bytes, Seconds
+from ..sequence_parallel.planner.checks import check_output
+from ..sequence_parallel.planner.profile import SUFFIXES, Bytes, Seconds
 from .adaptive import planner_model
 from .build import build_config, load_tokenizer
 from .memory import allocated_peak
@@ -78,6 +79,7 @@ def measure_profile(recipe: Recipe, *, name: str) -> Profile:
         f"{max(sum(s.lengths) for s in samples)} tokens; states of AdamW, computed; torch {torch.__version__}, "
         f"transformers {transformers.__version__}, accelerate {accelerate.__version__}",
         hardware=hardware(bench.device),
+        processes=bench.world,
         gradient_checkpointing=bench.recomputes,
         model=planner_model(config, bench.element),
         seconds=Seconds(micro_batch=fixed + layers * per_layer, **dict(zip(SECONDS, seconds, strict=True))),
@@ -108,6 +110,18 @@ def fit_bytes(samples: list[Sample]) -> list[float]:
     """Of a micro-batch, and as `BYTES` says."""
     columns = [(1, n := sum(s.lengths), s.linear * n, s.softmax * n) for s in samples]
     return non_negative_fit(np.array(columns, dtype=float), np.array([s.bytes for s in samples]))
+
+
+def fit_link(degree: int, times: list[float]) -> LinkSpeed:
+    """Of all-gathers of `MESSAGES`: each rank sends its own to all others of its group."""
+    sent = [(degree - 1) * size for size in MESSAGES]
+    latency, slope = non_negative_fit(np.array([(1, n) for n in sent], dtype=float), np.array(times))
+    if not slope:
+        raise ValueError(
+            f"all-gathers of {degree} ranks must take longer for {MESSAGES[-1]:,} bytes than for {MESSAGES[0]:,}, got "
+            f"{', '.join(f'{seconds:.3g}' for seconds in times)} s; measure while nothing else runs"
+        )
+    return LinkSpeed(latency, 1 / slope)
 
 
 def _squares(lengths: list[int]) -> int:
@@ -218,7 +232,7 @@ class Bench:
         return found
 
     def _link(self, group: dist.ProcessGroup | None, degree: int) -> LinkSpeed:
-        times, sent = [], []
+        times = []
         for size in MESSAGES:
             message = torch.zeros(size // 4, device=self.device)
 
@@ -228,10 +242,8 @@ class Bench:
 
             gather()
             times.append(self.timed(gather))
-            sent.append((degree - 1) * size)
             self.bar.update()
-        latency, slope = non_negative_fit(np.array([(1, n) for n in sent], dtype=float), np.array(times))
-        return LinkSpeed(latency, 1 / slope)
+        return fit_link(degree, times)
 
     def _wait(self) -> None:
         if self.world > 1:
@@ -265,9 +277,10 @@ def _cpu_info() -> list[str]:
 
 def main(arguments: list[str]) -> None:
     if len(arguments) < 2:
-        raise SystemExit("usage: python -m linear_llama3.trainer.profiling RECIPE.yaml FILE.json [section.key=value …]")
+        raise SystemExit("usage: python -m linear_llama3.trainer.profiling RECIPE.yaml FILE.json [KEY=VALUE …]")
     recipe_file, output, *changes = arguments
     try:
+        check_output(Path(output), SUFFIXES)
         recipe = load_recipe(recipe_file, changes)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu", False)

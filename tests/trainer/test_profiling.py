@@ -3,34 +3,114 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
+from torch import Tensor
 
+from linear_llama3.modeling import LinearLlama3Config
+from linear_llama3.sequence_parallel.collectives import all_gather
+from linear_llama3.sequence_parallel.costs import LinkSpeed
 from linear_llama3.sequence_parallel.planner import Cluster, Profile, load_profile, model_costs, plan
 from linear_llama3.trainer import profiling
-from linear_llama3.trainer.build import build_model
-from linear_llama3.trainer.profiling import Sample, fit_bytes, fit_seconds, measure_profile, non_negative_fit
+from linear_llama3.trainer.adaptive import planner_model
+from linear_llama3.trainer.build import build_config, build_model, load_tokenizer
+from linear_llama3.trainer.profiling import (
+    Bench,
+    Sample,
+    fit_bytes,
+    fit_link,
+    fit_seconds,
+    measure_profile,
+    non_negative_fit,
+)
 from linear_llama3.trainer.recipe import load_recipe
 from tests.distributed import run_distributed
-from tests.trainer.test_recipe import recipe_with, write_tokenizer
+from tests.trainer.test_recipe import MODEL, recipe_with, write_tokenizer
+
+MICRO, LAYER, TOKEN, LINEAR, SOFTMAX, SQUARE = 0.02, 3e-3, 1e-5, 4e-6, 2e-6, 3e-9
+LENGTHS = [[64], [16] * 4, [512], [128] * 4, [4096], [1024] * 4]
+
+
+def known_seconds(linear: int, softmax: int, lengths: list[int]) -> float:
+    """Of so many layers, one after another, on one device."""
+    seconds = MICRO
+    for length in lengths:
+        seconds += TOKEN * length
+    for _ in range(linear):
+        seconds += LAYER + sum(LINEAR * length for length in lengths)
+    for _ in range(softmax):
+        seconds += LAYER + sum(SOFTMAX * length + SQUARE * length * length for length in lengths)
+    return seconds
+
+
+def known_samples(*unused: object) -> list[Sample]:
+    kinds = [(layers, lengths) for layers in ((1, 0), (3, 0), (0, 1), (0, 3)) for lengths in LENGTHS]
+    bytes_ = [1e6 + sum(own) * (700 + 30 * linear + 50 * softmax) for (linear, softmax), own in kinds]
+    return [Sample(*kind, own, known_seconds(*kind, own), n) for (kind, own), n in zip(kinds, bytes_, strict=True)]
 
 
 def test_coefficients_are_found_again() -> None:
     """Of micro-batches whose times and bytes follow the planner's formulas."""
-    known = {"micro": 0.02, "layer": 3e-3, "token": 1e-5, "linear": 4e-6, "softmax": 2e-6, "square": 3e-9}
-    samples = []
-    for linear, softmax in ((1, 0), (3, 0), (0, 1), (0, 3)):
-        for lengths in ([64], [16] * 4, [512], [128] * 4, [4096], [1024] * 4):
-            n, squares = sum(lengths), sum(s * s for s in lengths)
-            seconds = known["micro"] + known["layer"] * (linear + softmax) + known["token"] * n
-            seconds += linear * known["linear"] * n + softmax * (known["softmax"] * n + known["square"] * squares)
-            samples.append(
-                Sample(linear, softmax, lengths, seconds, 1e6 + 700 * n + 30 * linear * n + 50 * softmax * n)
-            )
-    assert fit_seconds(samples) == pytest.approx(list(known.values()), rel=1e-6)
-    assert fit_bytes(samples) == pytest.approx([1e6, 700, 30, 50], rel=1e-6)
+    assert fit_seconds(known_samples()) == pytest.approx([MICRO, LAYER, TOKEN, LINEAR, SOFTMAX, SQUARE], rel=1e-6)
+    assert fit_bytes(known_samples()) == pytest.approx([1e6, 700, 30, 50], rel=1e-6)
+
+
+@pytest.mark.parametrize(("layers", "every"), [(2, 2), (7, 3), (6, 0), (5, 1)])
+def test_a_profile_predicts_the_depth_of_the_recipe(
+    layers: int, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured were models of one and of three layers; the planner's costs are of all the model's."""
+    write_tokenizer(tmp_path / "tokenizer")
+    model = MODEL | {"num_hidden_layers": layers, "full_attention_interval": every}
+    monkeypatch.setattr(Bench, "samples", known_samples)
+    profile = measure_profile(load_recipe(recipe_with(tmp_path, model=model)), name="mine")
+    costs, softmax = model_costs(profile, 1), layers // every if every else 0
+    for lengths in ([1000], [300, 20, 5000], [7] * 9):
+        expected = known_seconds(layers - softmax, softmax, lengths)
+        assert costs.seconds(lengths, 1) == pytest.approx(expected, rel=1e-6)
+    grown = costs.memory(3000, 1) - costs.memory(1000, 1)
+    assert grown == pytest.approx(2000 * (700 + 30 * (layers - softmax) + 50 * softmax), rel=1e-6)
+
+
+LATENCY, BANDWIDTH = {2: 1e-4, 4: 7e-4}, {2: 3e9, 4: 5e8}
+
+
+def links_of_known_speed(path: str) -> dict[int, LinkSpeed]:
+    """Every message takes its latency, and its bytes to each of the other ranks at the bandwidth of the degree."""
+    recipe, sent = load_recipe(path), []
+
+    def counted(message: Tensor, group: dist.ProcessGroup) -> Any:
+        sent.append((message.nbytes, dist.get_world_size(group)))
+        return all_gather(message, group)
+
+    def timed(bench: Bench, function: Callable[[], object]) -> float:
+        sent.clear()
+        function()
+        ((size, ranks),) = sent
+        return LATENCY[ranks] + sum(size / BANDWIDTH[ranks] for _ in range(1, ranks))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profiling, "all_gather", counted)
+        patch.setattr(Bench, "timed", timed)
+        return Bench(recipe, build_config(recipe, load_tokenizer(recipe))).links()
+
+
+def test_links_are_found_again(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "tokenizer")
+    for links in run_distributed(links_of_known_speed, 4, str(recipe_with(tmp_path))):
+        assert {degree: link.latency for degree, link in links.items()} == pytest.approx(LATENCY, rel=1e-6)
+        assert {degree: link.bandwidth for degree, link in links.items()} == pytest.approx(BANDWIDTH, rel=1e-6)
+
+
+def test_links_without_a_bandwidth_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"of 4 ranks must take longer for 4,194,304 bytes than .* got 3, 2, 1, 1 s"):
+        fit_link(4, [3.0, 2.0, 1.0, 1.0])
 
 
 def test_no_coefficient_is_negative() -> None:
@@ -50,6 +130,7 @@ def test_a_measured_profile_makes_plans(tmp_path: Path) -> None:
     assert [p.seconds for p in profiles] == [profiles[0].seconds] * 4
     profile = profiles[0]
     assert profile.origin == "measured" and "torch " in profile.source and "4 processes" in profile.source
+    assert profile.processes == 4
     assert f"{datetime.date.today()}" in profile.source and profile.hardware.startswith("CPU")
     profile.save(tmp_path / "mine.json")
     assert load_profile(tmp_path / "mine.json") == profile
@@ -67,3 +148,28 @@ def test_a_measured_profile_makes_plans(tmp_path: Path) -> None:
 def test_lora_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a profile is of training all weights, got lora"):
         measure_profile(load_recipe(recipe_with(tmp_path, lora={"r": 2})), name="mine")
+
+
+@pytest.mark.parametrize("mixer", ["basic", "lightning", "retention", "gla"])
+def test_the_simulated_profile_is_of_its_preset(mixer: str) -> None:
+    profile = load_profile("llama-3.1-8b-h100")
+    for interval in (None, 4, 1):
+        config = LinearLlama3Config.from_preset(f"llama-3.1-8b-{mixer}-pure", full_attention_interval=interval)
+        profile.require(planner_model(config, 2))
+    with pytest.raises(ValueError, match=f"with mixer other, the model {mixer}; make a profile of this model"):
+        replace(profile, model=replace(profile.model, mixer="other")).require(planner_model(config, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 2048, "head_dim": 128}, "hidden_size 4096, the model 2048"),
+        ({"intermediate_size": 8192}, "intermediate_size 14336, the model 8192"),
+        ({"vocab_size": 32000}, "vocab_size 128256, the model 32000"),
+        ({"tie_word_embeddings": True}, "tied_embeddings False, the model True"),
+    ],
+)
+def test_profiles_of_other_sizes_are_refused(change: dict[str, Any], message: str) -> None:
+    config = LinearLlama3Config.from_preset("llama-3.1-8b", **change)
+    with pytest.raises(ValueError, match=f"with {message}; make a profile of this model"):
+        load_profile("llama-3.1-8b-h100").require(planner_model(config, 2))

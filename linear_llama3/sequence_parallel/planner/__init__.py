@@ -3,7 +3,7 @@
 from .group_costs import Costs, DegreeCosts
 from .planner import lower_bound, plan, plan_one_degree
 from .profile import Model, Profile, load_profile, model_costs
-from .step_plan import Cluster, Group, MicroBatch, StepPlan, aligned_groups
+from .step_plan import Cluster, Group, MicroBatch, StepPlan, aligned_groups, fewest_groups
 
 __all__ = [
     "Cluster",
@@ -15,6 +15,7 @@ __all__ = [
     "Profile",
     "StepPlan",
     "aligned_groups",
+    "fewest_groups",
     "load_profile",
     "lower_bound",
     "model_costs",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import floor
+from math import floor, inf
+from sys import float_info
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .step_plan import Cluster
+from .checks import Amount, Size, check_fields
+from .step_plan import Cluster, bytes_text
 
 Integers = NDArray[np.int64]
+MOST_TOKENS = 2**40  # of a group, whatever its memory
 TICKS = 2**36  # of a step whose sequences all run one after another; products with weights stay in 63 bits
 
 
@@ -22,13 +25,16 @@ class DegreeCosts:
     fixed + sum(per_token s + per_square s^2) seconds and fixed_bytes + bytes_per_token n bytes on each rank.
     """
 
-    fixed: float
-    per_token: float
-    per_square: float
-    fixed_bytes: float
-    bytes_per_token: float
+    fixed: Amount
+    per_token: Amount
+    per_square: Amount
+    fixed_bytes: Amount
+    bytes_per_token: Amount
     linear: str = ""  # the strategies that this is of, if there are layers of the kind
     softmax: str = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "DegreeCosts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +45,10 @@ class Costs:
     """
 
     by_degree: Mapping[int, DegreeCosts]
-    chunks_per_rank: int = 1  # of the layout: a group's tokens are padded to a multiple of degree * chunks_per_rank
+    chunks_per_rank: Size = 1  # of the layout: a group's tokens are padded to a multiple of degree * chunks_per_rank
 
     def __post_init__(self) -> None:
+        check_fields(self, "Costs")
         wrong = [degree for degree in self.by_degree if degree < 1 or degree & (degree - 1)]
         if wrong or not self.by_degree:
             raise ValueError(f"costs need degrees that are powers of two, got {sorted(self.by_degree)}")
@@ -62,7 +69,8 @@ class Costs:
         free = memory - c.fixed_bytes
         if free <= 0:
             return 0
-        return floor(free / c.bytes_per_token / multiple) * multiple if c.bytes_per_token else 2**40
+        tokens = free / c.bytes_per_token if c.bytes_per_token else inf
+        return floor(min(tokens, MOST_TOKENS) / multiple) * multiple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,9 +119,15 @@ def tabulate(lengths: Sequence[int], cluster: Cluster, costs: Costs) -> Table:
     _check_longest(int(ordered[0]), degrees, capacity, cluster, costs)
 
     s = ordered[:, None].astype(np.float64)
-    seconds = np.array([c.per_token for c in by_degree]) * s + np.array([c.per_square for c in by_degree]) * (s * s)
-    fixed = np.array([c.fixed for c in by_degree])
-    tick = (seconds.max() * len(ordered) + fixed.max()) / TICKS
+    token, square, fixed = np.array([(c.per_token, c.per_square, c.fixed) for c in by_degree], dtype=np.float64).T
+    seconds = token * s + square * (s * s)
+    slowest = float(seconds.max() * len(ordered) + fixed.max())
+    if not TICKS * float_info.min <= slowest < inf:
+        raise ValueError(
+            f"costs must give a step a finite time above 0, got {slowest} s for {len(ordered)} sequences of up to "
+            f"{ordered[0]:,} tokens; give seconds in `DegreeCosts` or the profile"
+        )
+    tick = slowest / TICKS
     return Table(
         devices=cluster.devices,
         ids=order,
@@ -135,8 +149,7 @@ def _check_longest(longest: int, degrees: Integers, capacity: Integers, cluster:
         best = degrees[capacity.argmax()]
         need = min(costs.memory(longest, int(degree)) for degree in degrees)
         raise ValueError(
-            f"every sequence must fit some group of {cluster.devices} devices with {cluster.memory / 2**30:.1f} GiB "
-            f"each, got one of {longest:,} tokens: it needs {need / 2**30:.1f} GiB on each, and {best} devices hold "
-            f"{capacity.max():,} tokens; leave longer sequences out or cut them, recompute activations, or plan for "
-            "more devices or memory"
+            f"every sequence must fit some group of {cluster}, got one of {longest:,} tokens: it needs "
+            f"{bytes_text(need)} on each, and {best} devices hold {capacity.max():,} tokens; leave longer sequences "
+            "out or cut them, recompute activations, or plan for more devices or memory"
         )

@@ -12,6 +12,7 @@ from .group_costs import Integers
 # an assumption. Between them lengths follow power laws, which gives a mean of 950 tokens, 70 % of them in sequences up
 # to 8K and 5 % in those above 64K; in FlexSP's file these are 1,014, 72.5 % and 3.1 %.
 WIKIPEDIA = {1.0: 16, 0.5: 347, 0.1: 2112, 0.016: 8192, 0.01: 10919, 0.001: 37353, 0.0003: 65536, 1e-6: 1823777}
+DIGITS = 12  # of a length
 
 
 def read_lengths(name: str, count: int) -> Integers:
@@ -19,12 +20,21 @@ def read_lengths(name: str, count: int) -> Integers:
     if name == "wikipedia":
         longer, known = np.log(np.random.default_rng(0).random(count)), sorted(WIKIPEDIA)
         return np.exp(np.interp(longer, np.log(known), np.log([WIKIPEDIA[share] for share in known]))).astype(np.int64)
-    if not Path(name).is_file():
-        raise ValueError(f'lengths must be "wikipedia" or a text file with a length on each line, got {name!r}')
     try:
-        lengths = np.array(Path(name).read_text().split(), dtype=np.int64)
-    except ValueError as error:
-        raise ValueError(f"a file of lengths holds whole numbers and white space, got {name}: {error}") from error
+        words = Path(name).read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f'lengths must be "wikipedia" or a text file with a length on each line, got {name!r}: {error}'
+        ) from error
+    lengths = [int(word) if word.isdecimal() and len(word) <= DIGITS else 0 for word in words]
+    if 0 in lengths:
+        raise ValueError(
+            f"a file of lengths holds whole numbers from 1 on, of {DIGITS} digits at most, and white space, got "
+            f"{words[lengths.index(0)]!r} in {name}; count tokens"
+        )
     if len(lengths) < count:
-        raise ValueError(f"the file must hold {count} lengths (batch * steps), got {len(lengths)} in {name}")
-    return lengths[:count]
+        raise ValueError(
+            f"the file must hold {count} lengths (batch * steps), got {len(lengths)} in {name}; take a smaller batch "
+            "or fewer steps"
+        )
+    return np.array(lengths[:count], dtype=np.int64)

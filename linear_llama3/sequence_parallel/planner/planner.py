@@ -22,7 +22,7 @@ from .placement import NEVER, SMALL, Part, Placement
 from .polish import polish
 from .repeated import MICRO_BATCH_COUNTS, parts_of_one_degree, parts_of_one_partition
 from .search import enumerate_groups
-from .step_plan import Cluster, Group, MicroBatch, StepPlan
+from .step_plan import Cluster, Group, MicroBatch, StepPlan, fewest_groups
 
 Solver = Callable[[Table, int, Effort], Placement | None]  # in fewer ticks than the second argument, if it can
 SOLVERS = ("enumeration", "milp")
@@ -150,13 +150,6 @@ def _bound(table: Table) -> int:
     return int(max(longest, table.fixed.min() + table.work.sum() // table.devices))
 
 
-def _fewest_groups(table: Table) -> int:
-    rest, count = table.devices, 0
-    for degree in table.degrees[::-1].tolist():
-        count, rest = count + rest // degree, rest % degree
-    return count
-
-
 def _ticks(parts: list[Part]) -> int:
     return sum(part.placement.ticks for part in parts)
 
@@ -198,7 +191,7 @@ def _infeasible(table: Table, cluster: Cluster, micro_batches: int | None) -> st
     return (
         f"a step must keep every device busy within its memory: {len(table)} sequences of {table.lengths.sum():,} "
         f"tokens found no place in {count} micro-batches on {cluster.devices} devices, of which each micro-batch needs "
-        f"at least {_fewest_groups(table)} sequences and holds up to "
+        f"at least {fewest_groups(table.degrees.tolist(), table.devices)} sequences and holds up to "
         f"{int((table.capacity // table.degrees).max()) * table.devices:,} tokens; take more sequences a step, another "
         "number of micro-batches, or more memory"
     )

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from ..costs import FLOAT32, GATHERED_LIMIT, LinkSpeed, Sizes, linear_costs, softmax_costs
+from .checks import Amount, Count, Positive, Size, check, check_fields
 from .group_costs import Costs, DegreeCosts
 
 PROFILES = Path(__file__).parent / "profiles"
+SUFFIXES = (".json",)
 ORIGINS = ("published", "simulated", "measured")
 AUTO = {"linear": ("lasp2", "all_to_all", "all_scan", "lasp1"), "softmax": ("ulysses", "lasp2h", "ring")}
 TYPICAL = 4096  # tokens of a rank at which "auto" compares
@@ -32,14 +34,22 @@ TYPICAL = 4096  # tokens of a rank at which "auto" compares
 class Model:
     """What the costs need to know of a model."""
 
-    softmax_layers: int
-    linear_layers: int
-    q_heads: int  # of softmax layers
-    kv_heads: int
-    head_dim: int
-    state: tuple[int, int, int]  # of linear layers: heads, D_k, D_v, a normaliser's column included
+    hidden_size: Size
+    intermediate_size: Size
+    vocab_size: Size
+    tied_embeddings: bool  # the head's weights are the embedding's
+    softmax_layers: Count
+    linear_layers: Count
+    q_heads: Size  # of softmax layers
+    kv_heads: Size
+    head_dim: Size
+    mixer: str | None  # of linear layers; None, in a profile: any
+    state: tuple[Size, Size, Size]  # of linear layers: heads, D_k, D_v, a normaliser's column included
     decays: bool  # travel with the state
-    element: int  # bytes of an activation in training
+    element: Size  # bytes of an activation in training
+
+    def __post_init__(self) -> None:
+        check_fields(self, "model")
 
     @property
     def chunks_per_rank(self) -> int:
@@ -57,21 +67,27 @@ class Model:
 class Seconds:
     """Forward and backward; of a single device where not said otherwise."""
 
-    micro_batch: float  # whatever it holds
-    token: float  # of all that every layer has, and of embedding and head
-    softmax_square: float  # of one softmax layer, times length squared
-    softmax_token: float = 0.0  # of one softmax layer
-    linear_token: float = 0.0  # of one linear layer
+    micro_batch: Amount  # whatever it holds
+    token: Amount  # of all that every layer has, and of embedding and head
+    softmax_square: Amount  # of one softmax layer, times length squared
+    softmax_token: Amount = 0.0  # of one softmax layer
+    linear_token: Amount = 0.0  # of one linear layer
+
+    def __post_init__(self) -> None:
+        check_fields(self, "seconds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bytes:
-    device: float  # that a run may fill
-    states: float  # parameters, gradients and optimiser
+    device: Positive  # that a run may fill
+    states: Amount  # parameters, gradients and optimiser
     sharded: bool  # states are divided over all devices (FSDP, ZeRO)
-    token: float  # activations, as of `Seconds`
-    softmax_token: float = 0.0
-    linear_token: float = 0.0
+    token: Amount  # activations, as of `Seconds`
+    softmax_token: Amount = 0.0
+    linear_token: Amount = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,15 +96,29 @@ class Profile:
     origin: str  # one of ORIGINS
     source: str  # where the figures are from
     hardware: str
+    processes: Size | None = None  # that were measured at once; None: not measured
     gradient_checkpointing: bool | None  # None: not told
     model: Model
     seconds: Seconds
     bytes: Bytes
     links: Mapping[int, LinkSpeed]  # by degree: the slowest link of a group of neighbours
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.origin not in ORIGINS:
+            raise ValueError(f"a profile's origin must be one of {ORIGINS}, got {self.origin!r}")
+        if self.origin == "measured" and self.processes is None:
+            raise ValueError("processes must be told by a measured profile, got None")
+        for degree, (latency, bandwidth) in self.links.items():
+            check("a degree in links", "Degree", degree)
+            check(f"links.{degree}.latency", "Amount", latency)
+            check(f"links.{degree}.bandwidth", "Positive", bandwidth)
+
     def require(self, model: Model) -> None:
         """ValueError unless this is a profile of that model. Layers may be of other kinds, but as many."""
         mixed = replace(model, softmax_layers=self.model.softmax_layers, linear_layers=self.model.linear_layers)
+        if self.model.mixer is None:
+            mixed = replace(mixed, mixer=None)
         own, asked = asdict(self.model), asdict(mixed)
         layers = self.model.softmax_layers + self.model.linear_layers
         wrong = [f"{key} {own[key]}, the model {asked[key]}" for key in own if own[key] != asked[key]]
@@ -113,27 +143,31 @@ def profile_names() -> list[str]:
 def load_profile(name: str | Path) -> Profile:
     """A profile of the package by its name, or of a file; ValueError where it is none."""
     path = Path(name)
-    if path.suffix != ".json":
+    if path.suffix not in SUFFIXES:
         path = PROFILES / f"{name}.json"
-    if not path.exists():
-        raise ValueError(f"a profile must be one of {profile_names()} or a JSON file, got {str(name)!r}")
+    remedy = "correct the file, or measure a new one with `linear-llama3 profile`"
     try:
-        data = json.loads(path.read_text())
-        profile = Profile(
-            **{
-                **data,
-                "model": Model(**{**data["model"], "state": tuple(data["model"]["state"])}),
-                "seconds": Seconds(**data["seconds"]),
-                "bytes": Bytes(**data["bytes"]),
-                "links": {int(degree): LinkSpeed(**link) for degree, link in data["links"].items()},
-            }
-        )
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        return _from_json(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise ValueError(f"a profile must be one of {profile_names()} or a .json file, got {str(name)!r}") from None
+    except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         expected = ", ".join(field.name for field in fields(Profile))
-        raise ValueError(f"a profile holds {expected} (planner/profile.py), got {path}: {error!r}") from error
-    if profile.origin not in ORIGINS:
-        raise ValueError(f"a profile's origin must be one of {ORIGINS}, got {profile.origin!r} in {path}")
-    return profile
+        raise ValueError(
+            f"a profile is a JSON file that holds {expected} (planner/profile.py), got {path}: {error!r}; {remedy}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{error} in {path}; {remedy}") from error
+
+
+def _from_json(data: Any) -> Profile:
+    state, links = data["model"]["state"], data["links"].items()
+    nested = {
+        "model": Model(**{**data["model"], "state": tuple(state) if isinstance(state, list) else state}),
+        "seconds": Seconds(**data["seconds"]),
+        "bytes": Bytes(**data["bytes"]),
+        "links": {int(key) if key.isdecimal() else key: LinkSpeed(**link) for key, link in links},
+    }
+    return Profile(**{**data, **nested})
 
 
 def model_costs(

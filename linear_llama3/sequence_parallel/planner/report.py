@@ -11,6 +11,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from .checks import check_output
 from .group_costs import Integers
 from .lengths import read_lengths
 from .planner import lower_bound, plan, plan_one_degree
@@ -20,6 +21,7 @@ from .step_plan import Cluster, StepPlan
 MODELS = {"softmax": 1, "hybrid 1/4": 4, "hybrid 1/8": 8, "pure linear": None}  # every n-th layer is a softmax layer
 ENOUGH = 1.03  # a static plan is as good if it takes no longer than this times the adaptive one: half of the error that
 # FlexSP reports for its cost model
+IMAGES = (".png", ".pdf", ".svg", ".jpg")
 WAYS = ("static", "best one degree", "adaptive", "lower bound")
 
 
@@ -69,18 +71,24 @@ def _mean(plans: list[StepPlan] | list[StepPlan | None]) -> float:
 
 def report(
     lengths: Annotated[str, typer.Option(help='A text file with a length on each line, or "wikipedia".')] = "wikipedia",
-    devices: Annotated[int, typer.Option(help="How many.")] = 64,
+    devices: Annotated[int, typer.Option(min=1, help="How many.")] = 64,
     profile: Annotated[str, typer.Option(help="A JSON file, or: " + ", ".join(profile_names()))] = "flexsp-gpt-7b-a100",
-    memory: Annotated[float | None, typer.Option(help="GiB of a device; default: the profile's.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 512,
-    steps: Annotated[int, typer.Option(help="Steps to plan.")] = 4,
-    max_length: Annotated[int | None, typer.Option(help="Cut longer sequences; the static degree holds it.")] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of a device; default: the profile's; inf: as much as wanted.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to plan.")] = 4,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Cut longer sequences; the static degree holds it.")
+    ] = None,
     linear: Annotated[str, typer.Option(help="Strategy of linear layers.")] = "auto",
     softmax: Annotated[str, typer.Option(help="Strategy of softmax layers.")] = "auto",
-    plot: Annotated[Path | None, typer.Option(help="An image to write.")] = None,
+    plot: Annotated[Path | None, typer.Option(help=f"An image to write ({', '.join(IMAGES)}).")] = None,
 ) -> None:
     """Predict what adaptive sequence-parallel groups would bring, for softmax, hybrid and linear models."""
     try:
+        if plot is not None:
+            check_output(plot, IMAGES)
         chosen = load_profile(profile)
         drawn = read_lengths(lengths, batch * steps)
         if max_length is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -17,6 +18,9 @@ class Cluster:
         for name in ("devices", "memory"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} of a cluster must be positive, got {getattr(self, name)}")
+
+    def __str__(self) -> str:
+        return f"{self.devices} devices with {bytes_text(self.memory)} each"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,3 +84,20 @@ def aligned_groups(devices: int) -> list[tuple[int, int]]:
     """
     degrees = [1 << bit for bit in range(devices.bit_length() - 1, 0, -1)]
     return [(degree, first) for degree in degrees for first in range(0, devices - degree + 1, degree)]
+
+
+def fewest_groups(degrees: Iterable[int], devices: int) -> int:
+    """That groups of these degrees can cover all devices with: as many sequences has a micro-batch at least."""
+    rest, count = devices, 0
+    for degree in sorted(degrees, reverse=True):
+        count, rest = count + rest // degree, rest % degree
+    return count
+
+
+def bytes_text(size: float) -> str:
+    """For messages: 24.4 KiB, 1.5 GiB."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:,.1f} GiB"

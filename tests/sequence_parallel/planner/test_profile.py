@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import math
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from linear_llama3.sequence_parallel.planner import DegreeCosts, Profile, load_profile, model_costs
+from linear_llama3.sequence_parallel.costs import LinkSpeed
+from linear_llama3.sequence_parallel.planner import (
+    Cluster,
+    Costs,
+    DegreeCosts,
+    Model,
+    Profile,
+    load_profile,
+    lower_bound,
+    model_costs,
+    plan,
+    plan_one_degree,
+)
+from linear_llama3.sequence_parallel.planner import profile as profiles
 from linear_llama3.sequence_parallel.planner.profile import ORIGINS, profile_names
 
 LAYERS, HIDDEN, HEADS, DIM = 32, 4096, 32, 128
@@ -159,14 +176,143 @@ def test_a_profile_of_another_model_is_refused(seven: Profile) -> None:
         seven.require(replace(seven.model, linear_layers=1))
 
 
+@pytest.mark.parametrize("field", [field.name for field in fields(Model) if not field.name.endswith("_layers")])
+def test_all_that_costs_depend_on_is_compared(seven: Profile, field: str) -> None:
+    own = replace(seven, model=replace(seven.model, mixer="gla"))
+    other = {"state": (32, 128, 129), "mixer": "basic", "decays": True, "tied_embeddings": False}
+    model = replace(own.model, **{field: other.get(field, 7)})
+    with pytest.raises(ValueError, match=f"with {field} .*, the model .*; make a profile of this model"):
+        model_costs(own, 64, model=model)
+    model_costs(seven, 64, model=replace(seven.model, mixer="gla"))  # it is of no mixer, and so of any
+
+
+def entries(data: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Numbers, texts and truth values of a profile's file, as "seconds.token"."""
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from entries(value, f"{before}{key}.")
+        elif not isinstance(value, list):
+            yield before + key, value
+
+
+def with_entry(data: dict[str, Any], entry: str, value: Any) -> dict[str, Any]:
+    first, _, rest = entry.partition(".")
+    return {**data, first: with_entry(data[first], rest, value) if rest else value}
+
+
+SIMULATED = json.loads((Path(profiles.__file__).parent / "profiles/llama-3.1-8b-h100.json").read_text())
+MEASURED = {**SIMULATED, "origin": "measured", "processes": 8, "model": {**SIMULATED["model"], "mixer": "gla"}}
+MEASURED["links"] = {degree: SIMULATED["links"][degree] for degree in ("2", "64")}
+MAY_BE_NULL = ("gradient_checkpointing", "model.mixer")
+
+
+@pytest.mark.parametrize(("entry", "good"), list(entries(MEASURED)))
+def test_wrong_values_of_a_file_are_refused(entry: str, good: Any, tmp_path: Path) -> None:
+    """By entry, value and file; the numbers must be finite and not negative, and numbers."""
+    path, count = tmp_path / "mine.json", entry == "processes" or entry.startswith("model.")
+    if isinstance(good, bool):
+        wrong = ["false", 0, 1]
+    elif isinstance(good, str):
+        wrong = [1, True, ["x"]]
+    else:
+        wrong = [math.nan, math.inf, -math.inf, -1, -1e-300, "1", True, [1], {"a": 1}, 10**400]
+        wrong += [good + 0.5, float(good)] if count else []
+        wrong += [0] if (count and "_layers" not in entry) or entry.endswith(("device", "bandwidth")) else []
+    wrong += [] if entry in MAY_BE_NULL else [None]
+    path.write_text(json.dumps(MEASURED))
+    load_profile(path)
+    for value in wrong:
+        path.write_text(json.dumps(with_entry(MEASURED, entry, value)))
+        with pytest.raises(ValueError) as caught:
+            load_profile(path)
+        message = str(caught.value)
+        expected = f"{entry} must be ", f"got {value!r}", str(path), "`linear-llama3 profile`"
+        assert all(part in message for part in expected), message
+
+
+@pytest.mark.parametrize("state", [[8, 128], [8, 128, 0], [8, 128, 1.5], 8, None, "abc"])
+def test_wrong_states_are_refused(state: Any, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(with_entry(MEASURED, "model.state", state)))
+    with pytest.raises(ValueError, match=r"model.state must be three whole numbers .*, got .* in .*mine.json"):
+        load_profile(path)
+
+
+@pytest.mark.parametrize("degree", ["abc", "3", "1", "0", "-2", "2.0"])
+def test_links_are_of_powers_of_two(degree: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    links = {**MEASURED["links"], degree: {"latency": 0.0, "bandwidth": 1.0}}
+    path.write_text(json.dumps({**MEASURED, "links": links}))
+    with pytest.raises(
+        ValueError, match=f"degree in links must be a power of two from 2 on, got '?{degree}'? in .*mine"
+    ):
+        load_profile(path)
+
+
+def test_profiles_made_by_hand_are_checked(seven: Profile) -> None:
+    for wrong in (math.nan, math.inf, -1.0, "1"):
+        with pytest.raises(ValueError, match=r"seconds.token must be a finite number, 0 or more, got"):
+            replace(seven.seconds, token=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"bytes.sharded must be true or false, got 'false'"):
+        replace(seven.bytes, sharded="false")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"links.2.bandwidth must be a finite number above 0, got 0"):
+        replace(seven, links={2: LinkSpeed(0.0, 0)})
+    with pytest.raises(ValueError, match="processes must be told by a measured profile, got None"):
+        replace(seven, origin="measured")
+
+
+GOOD = {"fixed": 1.0, "per_token": 1.0, "per_square": 0.0, "fixed_bytes": 0.0, "bytes_per_token": 1.0}
+
+
+@pytest.mark.parametrize("field", list(GOOD))
+def test_costs_made_by_hand_are_checked(field: str) -> None:
+    for wrong in (math.nan, math.inf, -1.0, "1", None):
+        with pytest.raises(ValueError, match=f"DegreeCosts.{field} must be a finite number, 0 or more, got"):
+            DegreeCosts(**{**GOOD, field: wrong})  # type: ignore[arg-type]
+    DegreeCosts(**{**GOOD, field: np.float32(2)})
+    with pytest.raises(ValueError, match=r"chunks_per_rank must be a whole number from 1 .*, got 0"):
+        Costs(by_degree={1: DegreeCosts(**GOOD)}, chunks_per_rank=0)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("changes", [{"fixed": 0, "per_token": 0}, {"per_square": 1e308}, {"per_token": 1e308}])
+def test_steps_take_a_finite_time_above_zero(changes: dict[str, float]) -> None:
+    costs, cluster = Costs(by_degree={1: DegreeCosts(**{**GOOD, **changes})}), Cluster(devices=2, memory=100)
+    for ask in (plan, plan_one_degree, lower_bound):
+        with pytest.raises(
+            ValueError, match=r"a step a finite time above 0, got (0.0|inf) s for 3 sequences of up to 30"
+        ):
+            ask([10, 20, 30], cluster, costs)
+
+
+def test_numbers_may_be_large() -> None:
+    """Memory without an end is a plan without limits; whole numbers beyond 64 bits are seconds like others."""
+    two = {1: DegreeCosts(**GOOD), 2: DegreeCosts(**{**GOOD, "per_token": 0.9})}
+    lengths = [100, 50, 30, 20, 20, 10, 5, 5, 5, 5, 5, 5]
+    enough = plan(lengths, Cluster(devices=2, memory=1e6), Costs(by_degree=two))
+    for memory in (math.inf, 1e300):
+        assert plan(lengths, Cluster(devices=2, memory=memory), Costs(by_degree=two)) == enough
+    huge = Costs(by_degree={d: replace(cost, fixed=2**70, per_token=2**70) for d, cost in two.items()})
+    assert plan(lengths, Cluster(devices=2, memory=1e6), huge).seconds == pytest.approx(2**70 * (1 + 130))
+
+
 def test_files_that_are_no_profile_are_refused(seven: Profile, tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     with pytest.raises(ValueError, match=r"must be one of \['flexsp.* got 'gpt'"):
         load_profile("gpt")
-    with pytest.raises(ValueError, match="or a JSON file, got"):
+    with pytest.raises(ValueError, match=r"or a \.json file, got"):
         load_profile(path)
+    with pytest.raises(ValueError, match=r"or a \.json file, got .*profile.txt"):
+        load_profile(tmp_path / "profile.txt")
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(ValueError, match=r"a profile is a JSON file .*folder.json: IsADirectoryError"):
+        load_profile(tmp_path / "folder.json")
+    for content in (b"\xff\xfe", b"[]", b"null", b"3", b'"x"', b"{}"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a profile is a JSON file that .*profile.json.*`linear-llama3 profile`"):
+            load_profile(path)
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"a profile holds name, origin, .*profile.json"):
+    with pytest.raises(ValueError, match=r"a profile is a JSON file that holds name, origin, .*profile.json"):
         load_profile(path)
     seven.save(path)
     data = json.loads(path.read_text())
@@ -174,5 +320,5 @@ def test_files_that_are_no_profile_are_refused(seven: Profile, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"origin must be one of .* got 'guessed'"):
         load_profile(path)
     path.write_text(json.dumps({**data, "seconds": {"token": 1}}))
-    with pytest.raises(ValueError, match=r"a profile holds .*missing"):
+    with pytest.raises(ValueError, match=r"a profile is a JSON file .*missing"):
         load_profile(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import matplotlib.image
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 
 from linear_llama3.cli import app
 from linear_llama3.sequence_parallel.planner import Cluster, load_profile, lower_bound, model_costs, plan
+from linear_llama3.sequence_parallel.planner import report as report_module
 from linear_llama3.sequence_parallel.planner.lengths import WIKIPEDIA, read_lengths
 from linear_llama3.sequence_parallel.planner.report import report
 
@@ -79,8 +82,14 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
     path = tmp_path / "lengths.txt"
     with pytest.raises(SystemExit, match=r"error: lengths must be .* got '.*lengths.txt'"):
         report(str(path))
-    path.write_text("1 2 x")
-    with pytest.raises(SystemExit, match=r"error: a file of lengths holds whole numbers .*'x'"):
+    for wrong in ("x", "5.5", "0", "-3", "9" * 13, "9" * 20, "9" * 5000, "1e3", "nan"):
+        path.write_text(f"1 2 {wrong} 4")
+        with pytest.raises(
+            SystemExit, match=f"error: a file of lengths holds whole numbers from 1 on, .* got '{wrong}'"
+        ):
+            report(str(path), batch=1, steps=1)
+    path.write_bytes(b"\xff\xfe 1")
+    with pytest.raises(SystemExit, match=r"error: lengths must be .* got '.*lengths.txt'.*can't decode"):
         report(str(path))
     path.write_text("1 2 3")
     with pytest.raises(SystemExit, match=r"error: the file must hold 8 lengths .* got 3"):
@@ -89,3 +98,57 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         report(profile="none")
     with pytest.raises(SystemExit, match="error: every sequence must fit some group"):
         report(devices=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(
+            (f"--{name} {value}", f"Invalid value for .*{name}")
+            for name in ("steps", "batch", "devices", "max-length")
+            for value in ["0", "-1"]
+        ),
+        *((f"--memory {value}", "memory of a cluster must be positive, got ") for value in ("0", "-3", "nan")),
+        ("--profile folder.json", "a profile is a JSON file .*folder.json"),
+        ("--profile profile.txt", "a profile must be one of .* or a .json file, got 'profile.txt'"),
+        ("--lengths folder.json", "lengths must be .* got 'folder.json'"),
+        ("--plot missing/x.png", "got missing/x.png, whose folder cannot be written or does not exist; choose another"),
+        ("--plot folder.png", "got folder.png, which cannot be written; choose another"),
+        ("--plot lengths.txt/x.png", "got lengths.txt/x.png, whose folder cannot be written"),
+        *(
+            (f"--plot {name}", f"must end in .png or .* got {name}; choose another")
+            for name in ("x.xyz", "x", "folder")
+        ),
+    ],
+)
+def test_mistakes_are_said_before_the_work(
+    options: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a message of the command, not as a traceback."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("folder", "folder.json", "folder.png"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "lengths.txt").write_text("500 3000 " * 20)
+    monkeypatch.setattr(report_module, "plan", lambda *arguments: pytest.fail("planned before it was refused"))
+    defaults = ["--lengths", "lengths.txt", "--devices", "8", "--batch", "8", "--steps", "1"]
+    done = CliRunner().invoke(app, ["plan", *defaults, *options.split()], env={"COLUMNS": "500"})
+    assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit), done.exception
+    assert re.search(message, f"{done.output} {done.exception}")
+
+
+def test_a_folder_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # the superuser may write anywhere
+    with pytest.raises(SystemExit, match=r"x.png, whose folder cannot be written or does not exist"):
+        report(plot=tmp_path / "x.png")
+
+
+def test_memory_and_cuts_without_end(tmp_path: Path) -> None:
+    (tmp_path / "lengths.txt").write_text("500 3000 " * 4)
+    options = ["plan", "--lengths", str(tmp_path / "lengths.txt"), "--devices", "4", "--batch", "8", "--steps", "1"]
+    tables = []
+    for memory in ("1000000", "inf", "1e300"):
+        done = CliRunner().invoke(app, [*options, "--memory", memory])
+        assert done.exit_code == 0
+        tables.append(rows(done.output))
+    assert tables[0] == tables[1] == tables[2]
+    assert CliRunner().invoke(app, [*options, "--max-length", "9" * 30]).exit_code == 0

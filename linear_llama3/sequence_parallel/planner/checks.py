@@ -1,0 +1,73 @@
+"""What fields of the planner's records may hold, by the names of their types, and which files can be written."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Collection
+from dataclasses import fields
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+Amount = float  # of seconds or bytes
+Positive = float
+Count = int
+Size = int
+
+LARGEST = sys.float_info.max
+MOST = 2**31  # layers, heads, channels ...: products of them stay finite
+
+
+def _number(value: object, kind: type, least: float, most: float) -> bool:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    return least <= (value if isinstance(value, int) else float(value)) <= most  # type: ignore[arg-type]
+
+
+def _size(value: object) -> bool:
+    return _number(value, Integral, 1, MOST)
+
+
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "Amount": ("a finite number, 0 or more", lambda value: _number(value, Real, 0.0, LARGEST)),
+    "Positive": ("a finite number above 0", lambda value: _number(value, Real, sys.float_info.min, LARGEST)),
+    "Count": ("a whole number from 0 to 2**31", lambda value: _number(value, Integral, 0, MOST)),
+    "Size": ("a whole number from 1 to 2**31", _size),
+    "tuple[Size, Size, Size]": (
+        "three whole numbers from 1 to 2**31",
+        lambda value: isinstance(value, tuple) and len(value) == 3 and all(map(_size, value)),
+    ),
+    "Degree": ("a power of two from 2 on", lambda value: _size(value) and value > 1 and value & (value - 1) == 0),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "str": ("text", lambda value: isinstance(value, str)),
+}
+
+
+def check(entry: str, kind: str, value: object) -> None:
+    """ValueError unless the value is of a kind of `RULES`; "... | None" allows None too."""
+    kind, _, optional = kind.partition(" | ")
+    rule, holds = RULES[kind]
+    if not (holds(value) or (optional and value is None)):
+        raise ValueError(f"{entry} must be {rule}{' (or null)' if optional else ''}, got {value!r}")
+
+
+def check_fields(record: Any, name: str = "") -> None:
+    """ValueError for a field of a dataclass that is not what `RULES` say of its type; others are left alone.
+
+    Args:
+        name: of the record, by which the message tells its fields.
+    """
+    for field in fields(record):
+        if str(field.type).partition(" | ")[0] in RULES:
+            check(f"{name}.{field.name}".lstrip("."), str(field.type), getattr(record, field.name))
+
+
+def check_output(path: Path, suffixes: Collection[str]) -> None:
+    """ValueError unless a file of that name can be written: to be asked before long work."""
+    if path.suffix not in suffixes:
+        raise ValueError(f"the name of a file to write must end in {' or '.join(suffixes)}, got {path}; choose another")
+    target = path if path.exists() else path.parent
+    if target.is_dir() == path.exists() or not os.access(target, os.W_OK):
+        wrong = "which cannot be written" if path.exists() else "whose folder cannot be written or does not exist"
+        raise ValueError(f"there must be a place for the file to write, got {path}, {wrong}; choose another")
