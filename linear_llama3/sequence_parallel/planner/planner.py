@@ -50,7 +50,7 @@ def plan(
         Every sequence once, no group without a sequence; from "enumeration" never slower than `plan_one_degree`.
 
     Raises:
-        ValueError: a sequence that fits no group, or sequences that so many devices or micro-batches cannot hold.
+        ValueError: a sequence that fits no group, or sequences for which no plan was found: up to `FEW`, there is none.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
@@ -188,10 +188,11 @@ def _groups(table: Table, placement: Placement, costs: Costs) -> tuple[Group, ..
 
 def _infeasible(table: Table, cluster: Cluster, micro_batches: int | None) -> str:
     count = "any number of" if micro_batches is None else f"{micro_batches}"
+    fewest = fewest_groups(table.degrees.tolist(), table.devices)
+    most = int((table.capacity // table.degrees).max()) * table.devices
     return (
-        f"a step must keep every device busy within its memory: {len(table)} sequences of {table.lengths.sum():,} "
-        f"tokens found no place in {count} micro-batches on {cluster.devices} devices, of which each micro-batch needs "
-        f"at least {fewest_groups(table.degrees.tolist(), table.devices)} sequences and holds up to "
-        f"{int((table.capacity // table.degrees).max()) * table.devices:,} tokens; take more sequences a step, another "
-        "number of micro-batches, or more memory"
+        f"a step must keep every device busy within its memory: for {len(table)} sequences of {table.lengths.sum():,} "
+        f"tokens in {count} micro-batches on {cluster} no plan was found; a micro-batch needs {fewest} or more sequences, "
+        f"each in a group that holds it, and holds up to {most:,} tokens; take more sequences a step (short ones beside "
+        "long ones), another number of micro-batches, or more memory"
     )
