@@ -96,7 +96,7 @@ class Profile:
     origin: str  # one of ORIGINS
     source: str  # where the figures are from
     hardware: str
-    processes: Size | None = None  # that were measured at once; None: not measured, or not told
+    processes: Size | None = None  # that were measured at once; None: not measured
     gradient_checkpointing: bool | None  # None: not told
     model: Model
     seconds: Seconds
@@ -107,6 +107,8 @@ class Profile:
         check_fields(self)
         if self.origin not in ORIGINS:
             raise ValueError(f"a profile's origin must be one of {ORIGINS}, got {self.origin!r}")
+        if self.origin == "measured" and self.processes is None:
+            raise ValueError("processes must be told by a measured profile, got None")
         for degree, (latency, bandwidth) in self.links.items():
             check("a degree in links", "Degree", degree)
             check(f"links.{degree}.latency", "Amount", latency)

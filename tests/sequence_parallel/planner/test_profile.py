@@ -203,7 +203,7 @@ def with_entry(data: dict[str, Any], entry: str, value: Any) -> dict[str, Any]:
 SIMULATED = json.loads((Path(profiles.__file__).parent / "profiles/llama-3.1-8b-h100.json").read_text())
 MEASURED = {**SIMULATED, "origin": "measured", "processes": 8, "model": {**SIMULATED["model"], "mixer": "gla"}}
 MEASURED["links"] = {degree: SIMULATED["links"][degree] for degree in ("2", "64")}
-MAY_BE_NULL = ("processes", "gradient_checkpointing", "model.mixer")
+MAY_BE_NULL = ("gradient_checkpointing", "model.mixer")
 
 
 @pytest.mark.parametrize(("entry", "good"), list(entries(MEASURED)))
@@ -257,6 +257,8 @@ def test_profiles_made_by_hand_are_checked(seven: Profile) -> None:
         replace(seven.bytes, sharded="false")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"links.2.bandwidth must be a finite number above 0, got 0"):
         replace(seven, links={2: LinkSpeed(0.0, 0)})
+    with pytest.raises(ValueError, match="processes must be told by a measured profile, got None"):
+        replace(seven, origin="measured")
 
 
 GOOD = {"fixed": 1.0, "per_token": 1.0, "per_square": 0.0, "fixed_bytes": 0.0, "bytes_per_token": 1.0}
