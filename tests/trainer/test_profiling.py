@@ -89,7 +89,7 @@ def links_of_known_speed(path: str) -> dict[int, LinkSpeed]:
         sent.append((message.nbytes, dist.get_world_size(group)))
         return all_gather(message, group)
 
-    def timed(bench: Bench, function: Callable[[], object]) -> float:
+    def timed(bench: Bench, function: Callable[[], object], repeats: int) -> float:
         sent.clear()
         function()
         ((size, ranks),) = sent
