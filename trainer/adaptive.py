@@ -134,7 +134,7 @@ class AdaptiveMixin(_Trainer):
         if self.compute_loss_func is not None:
             raise ValueError("adaptive groups take no compute_loss_func: it would see parts of sequences")
         profile = load_profile(args.planner_profile)
-        _check_profile(profile, args.planner_profile, args.world_size)
+        again = _check_launch(profile, args)
         element = 2 if args.bf16 or args.fp16 else model.dtype.itemsize
         self.costs = model_costs(
             profile,
@@ -143,6 +143,7 @@ class AdaptiveMixin(_Trainer):
             linear=args.linear_strategy,
             softmax=args.softmax_strategy,
         )
+        _check_training(profile, args, again, fsdp=self.is_fsdp_enabled)
         if args.sequence_layout != "auto":
             self.costs = replace(self.costs, chunks_per_rank=LAYOUTS[args.sequence_layout].chunks_per_rank)
         self._cluster = Cluster(devices=args.world_size, memory=profile.bytes.device)
@@ -301,8 +302,13 @@ def _unlike_first(facts: Sequence[object]) -> str:
     return f"rank{'s' * (len(others) > 1)} {', '.join(others[:8])}{', ...' * (len(others) > 8)}" if others else ""
 
 
-def _check_profile(profile: Profile, name: str, processes: int) -> None:
-    """Links and memory of a device are those of one launch, and on others these groups might not even be known."""
+def _check_launch(profile: Profile, args: Any) -> str:
+    """Links and memory of a device are those of one launch, and on others these groups might not even be known.
+
+    Returns:
+        How to make a fitting profile.
+    """
+    name, processes = args.planner_profile, args.world_size
     again = f"measure again, on {processes}: linear-llama3 profile RECIPE.yaml FILE.json processes={processes}"
     if profile.origin == "measured" and profile.processes != processes:
         raise ValueError(
@@ -314,6 +320,23 @@ def _check_profile(profile: Profile, name: str, processes: int) -> None:
         raise ValueError(
             f"a profile must have links of all groups that {processes} processes can form, got none of "
             f"{' and '.join(map(str, missing))} in {name}; {again}"
+        )
+    return again
+
+
+def _check_training(profile: Profile, args: Any, again: str, *, fsdp: bool) -> None:
+    """Time and memory are those of one way of training."""
+    name = args.planner_profile
+    recomputes = bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", False))
+    if profile.gradient_checkpointing not in (None, recomputes):
+        raise ValueError(
+            f"a profile must be of training with gradient_checkpointing={recomputes}, as the run has it, got "
+            f"{profile.gradient_checkpointing} in {name}; {again}"
+        )
+    if profile.bytes.sharded and not fsdp:
+        raise ValueError(
+            f"a profile whose states are sharded is of training with FSDP, got it in {name} for a run without; "
+            f"switch fsdp on, or {again}"
         )
 
 

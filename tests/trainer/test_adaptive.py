@@ -173,7 +173,7 @@ def profile_file(folder: Path, kind: str, devices: int) -> str:
         origin="simulated",
         source="made up",
         hardware="none",
-        gradient_checkpointing=False,
+        gradient_checkpointing=None,
         model=planner_model(tiny_model(kind).config, 4),
         seconds=Seconds(micro_batch=0.01, token=1e-3, softmax_square=0.0),
         bytes=Bytes(device=1e5 / devices, states=1e3, sharded=False, token=2e3),

@@ -165,6 +165,13 @@ def edited(path: str, **changes: Any) -> str:
         (4, {"origin": "measured", "processes": 2}, "as many processes as the launch has, 4, got one of 2 in"),
         (2, {"origin": "measured", "processes": 4}, "as many processes as the launch has, 2, got one of 4 in"),
         (2, {"origin": "measured", "processes": 2}, ""),
+        (
+            2,
+            {"gradient_checkpointing": True},
+            "gradient_checkpointing=False, as the run has it, got True in",
+        ),
+        (2, {"gradient_checkpointing": False}, ""),
+        (2, {"bytes": {"sharded": True}}, "whose states are sharded is of training with FSDP, got it in"),
     ],
     ids=str,
 )

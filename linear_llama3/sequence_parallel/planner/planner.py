@@ -192,7 +192,7 @@ def _infeasible(table: Table, cluster: Cluster, micro_batches: int | None) -> st
     most = int((table.capacity // table.degrees).max()) * table.devices
     return (
         f"a step must keep every device busy within its memory: for {len(table)} sequences of {table.lengths.sum():,} "
-        f"tokens in {count} micro-batches on {cluster} no plan was found; a micro-batch needs {fewest} or more sequences, "
-        f"each in a group that holds it, and holds up to {most:,} tokens; take more sequences a step (short ones beside "
-        "long ones), another number of micro-batches, or more memory"
+        f"tokens in {count} micro-batches on {cluster} no plan was found; a micro-batch needs {fewest} or more, "
+        f"each in a group that holds it, and holds up to {most:,} tokens; take more sequences a step (short ones "
+        "beside long ones), another number of micro-batches, or more memory"
     )

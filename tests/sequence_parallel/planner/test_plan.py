@@ -293,7 +293,7 @@ def test_what_cannot_be_planned_is_said() -> None:
     cluster = Cluster(devices=2, memory=100)
     with pytest.raises(ValueError, match=r"got one of 101 tokens: .* 1 devices hold 100 tokens"):
         plan([5, 101], cluster, one)
-    with pytest.raises(ValueError, match=r"keep every device busy .* needs 2 or more sequences, .* up to 200 tokens"):
+    with pytest.raises(ValueError, match=r"keep every device busy .* needs 2 or more, .* up to 200 tokens"):
         plan([5], cluster, one)
     with pytest.raises(ValueError, match="in 1 micro-batches"):
         plan([90, 90, 90, 90], cluster, one, micro_batches=1)
