@@ -23,8 +23,6 @@ from .memory_account import memory_account
 from .parallelism import describe_grid, local_tokens, resolve_parallelism
 from .recipe import Recipe
 
-SENT_AGAIN = ("lasp2h", "rsa")  # by a layer that is computed again in the backward pass
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DryRun:
@@ -94,6 +92,7 @@ class DryRun:
             ranks=self.ranks,
             chunks_per_rank=LAYOUTS[self.layout].chunks_per_rank,
             decays=decays,
+            recomputed=self.recomputes,
             gpu=self.gpu,
         )
 
@@ -198,8 +197,7 @@ def _exchange(run: DryRun) -> list[str]:
             raise ValueError(
                 f"{chosen} cannot divide the heads of the {kind} layers among {run.ranks} ranks; use {best}"
             )
-        forward = costs[chosen].forward * (2 if run.recomputes and chosen in SENT_AGAIN else 1)
-        sent = layers * (forward + costs[chosen].backward) / 2**20
+        sent = layers * (costs[chosen].forward + costs[chosen].backward) / 2**20
         estimates = ", ".join(f"{other} {1e3 * cost.seconds:.3g}" for other, cost in costs.items())
         lines += [
             f"{kind:<12}{chosen}{' (auto)' if name == 'auto' else ''}: a rank sends {sent:,.3f} MiB in {layers} layers "

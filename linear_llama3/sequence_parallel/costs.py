@@ -70,6 +70,7 @@ class Sizes:
     nodes: int = 1  # over which the ranks are spread
     chunks_per_rank: int = 1  # of the layout: 1 contiguous, 2 zigzag
     decays: bool = False  # linear layers: a decay travels with the state
+    recomputed: bool = False  # under gradient checkpointing: LASP-2H gathers once more, RSA goes round its rings again
     gpu: bool = True
 
     @property
@@ -79,7 +80,9 @@ class Sizes:
         return "gpus of one node" if self.nodes == 1 else "nodes with gpus"
 
 
-def sizes_of(q: Tensor, v: Tensor, part: Part, group: dist.ProcessGroup, *, decays: bool = False) -> Sizes:
+def sizes_of(
+    q: Tensor, v: Tensor, part: Part, group: dist.ProcessGroup, *, decays: bool = False, recomputed: bool = False
+) -> Sizes:
     """What the cost model has to know of q `[B, n, H_q, D_k]` and v `[B, n, H_kv, D_v]`; the same on every rank."""
     from .collectives import number_of_nodes
 
@@ -95,6 +98,7 @@ def sizes_of(q: Tensor, v: Tensor, part: Part, group: dist.ProcessGroup, *, deca
         nodes=number_of_nodes(group, q.device),
         chunks_per_rank=part.layout.chunks_per_rank,
         decays=decays,
+        recomputed=recomputed,
         gpu=q.device.type != "cpu",
     )
 
@@ -156,12 +160,18 @@ def softmax_costs(sizes: Sizes, link: LinkSpeed | None = None) -> dict[str, Cost
     # Of the rows that go round a whole ring, the causal mask leaves half or, on the zigzag layout, three quarters;
     # but on the contiguous one the rank before the last passes all of them on.
     mean, busiest = (0.5, 1.0) if s.chunks_per_rank == 1 else (0.75, 0.75)
+    again = hops * keys_values * s.element * s.recomputed
     costs = {
-        "lasp2h": _cost(hops * keys_values * s.element, hops * keys_values * FLOAT32, messages=(1, 1), link=link),
+        "lasp2h": _cost(
+            hops * keys_values * s.element,
+            again + hops * keys_values * FLOAT32,
+            messages=(1, 1 + s.recomputed),
+            link=link,
+        ),
         "rsa": _cost(
             hops * keys_values * s.element,
-            hops * keys_values * (s.element + FLOAT32),
-            messages=(2 * hops, 2 * hops + 1),
+            again + hops * keys_values * (s.element + FLOAT32),
+            messages=(2 * hops, 2 * hops * (1 + s.recomputed) + 1),
             link=link,
         ),
         "ring": _cost(

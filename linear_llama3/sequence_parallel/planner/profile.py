@@ -215,7 +215,7 @@ def _group_costs(
     chosen, transfer, slope = {"linear": "", "softmax": ""}, 0.0, 0.0
     for kind, layers in (("linear", model.linear_layers), ("softmax", model.softmax_layers)):
         if layers:
-            options = _transfers(kind, model, degree, link)
+            options = _transfers(kind, model, degree, link, recomputed=bool(profile.gradient_checkpointing))
             allowed = [name for name in AUTO[kind] if name in options]
             if gathered * own * degree > GATHERED_LIMIT and kind == "softmax":
                 allowed.remove("lasp2h")
@@ -239,10 +239,12 @@ def _group_costs(
     )
 
 
-def _transfers(kind: str, model: Model, degree: int, link: LinkSpeed) -> dict[str, tuple[float, float]]:
+def _transfers(
+    kind: str, model: Model, degree: int, link: LinkSpeed, *, recomputed: bool
+) -> dict[str, tuple[float, float]]:
     """Seconds of a layer's transfers by strategy: those of any group, and those of each token of a rank."""
     common: dict[str, Any] = {"batch": 1, "element": model.element, "ranks": degree, "decays": model.decays}
-    common["chunks_per_rank"] = model.chunks_per_rank
+    common |= {"chunks_per_rank": model.chunks_per_rank, "recomputed": recomputed}
     if kind == "linear":
         heads, features, columns = model.state
         sizes = Sizes(tokens=0, q_heads=heads, kv_heads=heads, key_dim=features, value_dim=columns, **common)
@@ -254,6 +256,6 @@ def _transfers(kind: str, model: Model, degree: int, link: LinkSpeed) -> dict[st
 
 
 def _check_name(kind: str, name: str, model: Model) -> None:
-    known = _transfers(kind, replace(model, q_heads=2, kv_heads=2), 2, LinkSpeed(0.0, 1.0))
+    known = _transfers(kind, replace(model, q_heads=2, kv_heads=2), 2, LinkSpeed(0.0, 1.0), recomputed=False)
     if name != "auto" and name not in known:
         raise ValueError(f"a strategy for {kind} layers must be one of {sorted(known)} or 'auto', got {name!r}")

@@ -93,7 +93,8 @@ def softmax_attention(
         out = attention_on_one_device(q, k, v, scale=scale, visibility=visibility)
     else:
         if strategy == "auto":
-            strategy = choose_softmax(sizes_of(q, v, part, group), log=part.rank == 0)
+            sizes = sizes_of(q, v, part, group, recomputed=exchange_cache is not None)
+            strategy = choose_softmax(sizes, log=part.rank == 0)
         setting = Setting(group=group, part=part, scale=scale, visibility=visibility, exchange_cache=exchange_cache)
         out = get_softmax_strategy(strategy)(q, k, v, setting)
     return F.pad(out, (0, 0, 0, 0, 0, padding)).to(v.dtype)
