@@ -1,7 +1,7 @@
 """The plan of a step: micro-batches, and in each the groups that are done first (FlexSP, arXiv 2412.01523).
 
-What decides are integers and counts of work, never time, chance or a sum that could be rounded otherwise elsewhere: every
-rank that plans the same lengths makes the same plan, and nothing has to be broadcast.
+What decides are integers and counts of work, never time or chance: every rank that plans the same lengths makes the
+same plan, and nothing has to be broadcast.
 """
 
 from __future__ import annotations
