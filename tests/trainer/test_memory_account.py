@@ -70,9 +70,9 @@ def measured(
         loss.backward()
 
     step()  # makes the gradients
-    peak = allocated_peak(step)
+    peaks = [allocated_peak(step) for _ in range(1 if strategies is None else 6)]
     tiles.TILE_NUMBERS = whole
-    return peak
+    return min(peaks)  # what a rank has sent is freed by other threads, now and then late
 
 
 @pytest.fixture(autouse=True)
