@@ -146,11 +146,10 @@ def layer_masks(
         "position_ids": position_ids,
     }
     masks: Masks = {}
-    if edges is not None and attends_by_document(config):
-        pass
-    elif config.has_softmax_layers and config.is_causal:
+    masked = config.has_softmax_layers and not (edges is not None and attends_by_document(config))
+    if masked and config.is_causal:
         masks["full_attention"] = create_causal_mask(**arguments)
-    elif config.has_softmax_layers:
+    elif masked:
         documents = None if edges is None else _same_document(edges, batch=batch, length=length)
         masks["full_attention"] = create_bidirectional_mask(
             config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, and_mask_function=documents

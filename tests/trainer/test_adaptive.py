@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
 
-from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
+from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.sequence_parallel import enable_sequence_parallel
 from linear_llama3.sequence_parallel.costs import LinkSpeed
 from linear_llama3.sequence_parallel.planner import (
@@ -32,7 +32,7 @@ from linear_llama3.trainer.adaptive import planner_model
 from linear_llama3.trainer.packing import collate_whole
 from linear_llama3.trainer.planned_steps import StepPlanner, group_contexts
 from tests.distributed import run_distributed
-from tests.trainer.test_exactness import arguments, outcome, reset_accelerate
+from tests.trainer.test_exactness import arguments, outcome, reset_accelerate, tiny_config
 from tests.trainer.test_fsdp import shard_on_cpus
 
 LENGTHS = [29, 17, 11, 7, 6, 5, 3, 2, 13, 4, 1, 8]  # of 12 rows
@@ -48,19 +48,7 @@ STRATEGIES = {2: ("lasp1", "ring"), 4: ("all_scan", "lasp2h")}
 def tiny_model(kind: str) -> LinearLlama3ForCausalLM:
     torch.manual_seed(0)
     mixer, interval = MODELS[kind]
-    config = LinearLlama3Config(
-        vocab_size=23,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        linear_attention_type=mixer,
-        full_attention_interval=interval,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LinearLlama3ForCausalLM(config)
+    return LinearLlama3ForCausalLM(tiny_config(linear_attention_type=mixer, full_attention_interval=interval))
 
 
 def rows(count: int = len(LENGTHS)) -> list[dict[str, Tensor]]:

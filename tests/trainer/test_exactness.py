@@ -28,22 +28,26 @@ LENGTH = 13  # no multiple of any number of ranks
 GRIDS = [(1, 1), (2, 2), (2, 1), (4, 2), (4, 4)]  # (processes, sequence-parallel degree)
 
 
+def tiny_config(**changes: Any) -> LinearLlama3Config:
+    fields: dict[str, Any] = {
+        "vocab_size": 23,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "linear_attention_type": "gla",
+        "gate_bias_init": 0.0,
+        "full_attention_interval": 2,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return LinearLlama3Config(**{**fields, **changes})
+
+
 def tiny_model() -> LinearLlama3ForCausalLM:
     torch.manual_seed(0)
-    config = LinearLlama3Config(
-        vocab_size=23,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        linear_attention_type="gla",
-        gate_bias_init=0.0,
-        full_attention_interval=2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LinearLlama3ForCausalLM(config)
+    return LinearLlama3ForCausalLM(tiny_config())
 
 
 def rows(packed: bool) -> list[dict[str, Tensor]]:

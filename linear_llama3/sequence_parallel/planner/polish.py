@@ -25,8 +25,9 @@ def polish(table: Table, parts: list[Part], effort: Effort, *, pairs: bool = Fal
     """
     step = _Step(table, parts, effort)
     least = sum(part.placement.ticks for part in parts) // WORTH
-    while effort and (step.improve(least) or (pairs and step.divide_two(least))):
-        pass
+    improved = True
+    while improved and effort:
+        improved = step.improve(least) or (pairs and step.divide_two(least))
     return step.parts()
 
 

@@ -12,7 +12,7 @@ from .placement import NEVER, SMALL, Part, Placement, group_degrees, least_slack
 from .polish import polish
 
 BLOCK = 64  # partitions at once
-WEIGHT = 2**16
+WEIGHT = 2**12  # products with ticks and with the number of groups stay in 63 bits
 LENGTHS = 16  # of the step's, for which bounds are computed
 POOL = 16  # placements of up to SMALL sequences that are polished
 SHORT = 1e-3  # seconds: searching takes no less
