@@ -223,6 +223,18 @@ def test_bounds_of_partitions_hold(seed: int) -> None:
                 assert load.max() >= bound
 
 
+def test_bounds_of_thousands_of_groups_do_not_overflow() -> None:
+    """Where fixed times dominate: the weighted mean of 2,800 and 1,400 groups, by Python's integers."""
+    costs = {d: replace(FREE, fixed=1000, per_token=1e-9 / d**0.5) for d in (1, 2)}
+    table = tabulate([100] * 6000, Cluster(devices=4, memory=1e6), Costs(by_degree=costs))
+    option, every = [2800, 1400], [sum(column) for column in table.times.T.tolist()]
+    weights = [min(every) * search.WEIGHT // total for total in every]
+    least = [min(w * t for w, t in zip(weights, row, strict=True)) for row in table.times.tolist()]
+    fixed = sum(n * w * f for n, w, f in zip(option, weights, table.fixed.tolist(), strict=True))
+    exactly = -(-(fixed + sum(least)) // sum(n * w for n, w in zip(option, weights, strict=True)))
+    assert search.lower_bounds(table, np.array([option]))[0] >= exactly
+
+
 def test_partitions_are_all_partitions() -> None:
     """Counts by a recurrence in the literature (OEIS A018819, partitions into powers of two), and of few degrees."""
     for devices, count in ((4, 4), (8, 10), (16, 36), (32, 202), (64, 1828)):
