@@ -187,12 +187,10 @@ class LinearAttention(Tiled, ExactBuffers):
         log_decay = self._log_decay(x)
         if mask is not None:
             # padding must neither write to the state (after the feature map: phi(0) may be > 0) nor fade it
-            keep = mask.to(k.dtype)[:, :, None, None]
-            k = k * keep
-            if log_decay is not None and log_decay.dim() == 1:
-                log_decay = log_decay * mask[:, :, None]
-            elif log_decay is not None:
-                log_decay = log_decay * keep.to(log_decay.dtype)
+            keep = (mask != 0)[:, :, None]  # yes or no: its values are no factors
+            k = k * keep[..., None]
+            if log_decay is not None:
+                log_decay = log_decay * (keep if log_decay.dim() == 1 else keep[..., None])
         return k, v, log_decay
 
     def _place(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:

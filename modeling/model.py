@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
-from ..sequence_parallel.packing import document_edges, restarting_positions
+from ..sequence_parallel.packing import check_mask, document_edges, restarting_positions
 from .attention import LinearLlama3Attention
 from .buffers import LinearLlama3RotaryEmbedding
 from .cache import CountingCache, ShardedCache, new_cache
@@ -191,7 +191,7 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states `[B, T, hidden]` for `input_ids` `[B, T]` or `inputs_embeds` `[B, T, hidden]`.
 
-        `attention_mask`: `[B, past + T]`, 0 at padding, or the dictionary of masks that `generate` prepares.
+        `attention_mask`: `[B, past + T]`, 0 at padding and 1 elsewhere, or the dictionary of masks that `generate` prepares.
         Packed batches are told by `cu_seq_lens_q` (edges in the B * T tokens read row by row) or by
         `position_ids` `[B, T]` that restart. `use_cache` is by default the config's, but off in training, for
         packed batches and under a sequence-parallel context.
@@ -207,6 +207,7 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
                 f"the model was made with config.is_causal={self.config.is_causal}, got is_causal="
                 f"{kwargs['is_causal']}; leave is_causal out"
             )
+        check_mask(attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]

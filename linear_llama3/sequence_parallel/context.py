@@ -15,7 +15,7 @@ from ..ops.cross_entropy import IGNORE_INDEX
 from .collectives import check_group, group_rank, world_size
 from .layout import check_length, get_layout, shard
 from .linear.attention import StartedAttention, get_linear_strategy, linear_attention, start_linear_attention
-from .packing import document_edges, restarting_positions
+from .packing import check_mask, document_edges, restarting_positions
 from .softmax.attention import get_softmax_strategy, softmax_attention
 
 
@@ -127,6 +127,7 @@ class SequenceParallelContext:
         _check_shapes(name, tokens, rest)
         rows, length = tokens.shape[:2]
         mask, positions = rest.pop("attention_mask", None), rest.pop("position_ids", None)
+        check_mask(mask)
         _check_padding(mask)
         ragged = get_layout(self.layout, self.world_size).padded(length, self.world_size) != length
         if not self.causal and (ragged or (mask is not None and not mask.all())):
@@ -228,7 +229,7 @@ def _pack_padding(mask: Tensor, positions: Tensor | None, rest: Mapping[str, Any
     if edges is not None:
         return edges
     starts = torch.arange(rows, device=mask.device) * length
-    ends = starts + mask.sum(1).to(starts.dtype)
+    ends = starts + (mask != 0).sum(1)
     return torch.cat([starts, ends, ends.new_tensor([rows * length])]).unique().to(torch.int32)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,27 @@ def _check_edges(cu_seq_lens: Tensor, *, batch: int, length: int) -> Tensor:
             f"(documents do not cross rows), got {edges.tolist()}"
         )
     return edges
+
+
+def check_mask(attention_mask: Any) -> None:
+    """Check that a padding mask `[B, T]` of any dtype holds only 0 and 1; masks of other kinds are not looked at.
+
+    Softmax layers would read every other value as 1. The check reads one number from the device: call it once per
+    forward pass. It does nothing while a graph is traced or captured.
+
+    Raises:
+        ValueError: the mask has another value, for example the numbers of packed documents.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.dtype == torch.bool:
+        return
+    if torch.compiler.is_compiling() or (attention_mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    other = (attention_mask != 0) & (attention_mask != 1)
+    if other.any():
+        raise ValueError(
+            f"attention_mask must be 0 at padding and 1 elsewhere, got {attention_mask[other].unique().tolist()[:8]}; "
+            "describe packed documents by cu_seq_lens_q, restarting position_ids or seq_idx, without a mask"
+        )
 
 
 def restarting_positions(edges: Tensor, *, batch: int, length: int) -> Tensor:
