@@ -18,6 +18,9 @@ from .configuration import LinearLlama3Config
 SWITCH_OFF = "switch sequence parallelism off with enable_sequence_parallel(model, None)"
 ROPE_TYPES_OF_THE_LENGTH = ("dynamic", "longrope")  # their table depends on the longest position in the batch
 
+PER_TOKEN = ("labels", "shift_labels", "token_type_ids")  # the loss reads labels; Llama has no token types
+OTHER_NAMES_OF_EDGES = ("cu_seqlens", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens_k")  # fla's, Megatron's, flash-attn's
+
 Masks = dict[str, Any]  # layer type -> mask; a Tensor, None, or what the attention backend takes
 Mask = Tensor | Masks | None
 
@@ -29,10 +32,15 @@ def check_shard(
     *,
     cache_given: bool,
     context: SequenceParallelContext,
-    packed: bool,
+    documents: dict[str, Tensor | None],
     kwargs: dict[str, Any],
 ) -> None:
     """`ValueError` for what has no meaning on one rank's part of a sequence."""
+    if documents["seq_idx"] is not None:
+        raise ValueError(
+            "under sequence parallelism packed documents are described by cu_seq_lens_q of the whole sequence, got "
+            "seq_idx; call context.shard_batch(batch) first and pass all that it returns"
+        )
     if cache_given:
         raise ValueError(
             "under sequence parallelism there is no cache, got past_key_values or use_cache=True; leave it out, or, "
@@ -45,6 +53,7 @@ def check_shard(
         )
     expected = context.positions(position_ids.shape[1], position_ids.device)
     fits = bool((position_ids - position_ids[:, :1] == expected - expected[0]).all())
+    packed = any(x is not None for x in documents.values())
     if not packed and (not fits or (context.rank > 0 and bool((position_ids[:, 0] == 0).any()))):
         raise ValueError(
             f"under sequence parallelism position_ids are global, those of layout {context.layout!r}, and packed "
@@ -84,6 +93,21 @@ def check_counted(kwargs: dict[str, Any]) -> None:
             "under sequence parallelism the loss needs num_items_in_batch, got none; pass the number of "
             "labels other than -100 in the whole batch (a shard's own mean is not the mean, and nan without labels)"
         )
+
+
+def check_unread(kwargs: dict[str, Any], batch: int, length: int) -> None:
+    """`ValueError` for keywords that describe tokens or documents, but which nothing in the model reads.
+
+    transformers' models take any keyword. The names that Llama models are given without reading them pass here, too.
+    """
+    for name, x in kwargs.items():
+        per_token = isinstance(x, Tensor) and x.shape[:2] == (batch, length) and name not in PER_TOKEN
+        if x is not None and (per_token or name in OTHER_NAMES_OF_EDGES):
+            shape = f" of shape {tuple(x.shape)}" if isinstance(x, Tensor) else ""
+            raise ValueError(
+                f"the model reads no keyword {name!r}, got one{shape}; leave it out, and describe packed documents by "
+                "cu_seq_lens_q, restarting position_ids or seq_idx"
+            )
 
 
 def check_cache(config: LinearLlama3Config, cache: Cache) -> None:

@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
-from ..sequence_parallel.packing import check_mask, document_edges, restarting_positions
+from ..sequence_parallel.packing import DOCUMENT_KEYS, check_mask, document_edges, restarting_positions
 from .attention import LinearLlama3Attention
 from .buffers import LinearLlama3RotaryEmbedding
 from .cache import CountingCache, ShardedCache, new_cache
@@ -35,6 +35,7 @@ from .inputs import (
     check_cache,
     check_shard,
     check_sharded_loss,
+    check_unread,
     layer_masks,
     padding_mask,
     positions_to_keep,
@@ -191,13 +192,14 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states `[B, T, hidden]` for `input_ids` `[B, T]` or `inputs_embeds` `[B, T, hidden]`.
 
-        `attention_mask`: `[B, past + T]`, 0 at padding and 1 elsewhere, or the dictionary of masks that `generate` prepares.
-        Packed batches are told by `cu_seq_lens_q` (edges in the B * T tokens read row by row) or by
-        `position_ids` `[B, T]` that restart. `use_cache` is by default the config's, but off in training, for
-        packed batches and under a sequence-parallel context.
+        `attention_mask`: `[B, past + T]`, 0 at padding and 1 elsewhere, or the dictionary of masks that `generate`
+        prepares. Packed batches are described by `cu_seq_lens_q` or `cu_seq_lens_k` (edges in the B * T tokens read row
+        by row), by `position_ids` `[B, T]` that restart, or by `seq_idx` `[B, T]` (the number of the document); each is
+        enough. `use_cache` is by default the config's, but off in training, for packed batches and under a
+        sequence-parallel context.
 
         Under a context all tensors are this rank's shard, but `cu_seq_lens_q` speaks of the whole sequence.
-        Raises `ValueError` for inputs that do not fit together.
+        Raises `ValueError` for inputs that do not fit together, or that nothing here reads.
         """
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
@@ -211,7 +213,9 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]
-        cu_seq_lens = kwargs.pop("cu_seq_lens_q", None)
+        documents = {name: kwargs.pop(name, None) for name in DOCUMENT_KEYS}
+        described = any(x is not None for x in documents.values())
+        check_unread(kwargs, batch, length)
         cache_given = past_key_values is not None or bool(use_cache)
         if cache_given and not self.config.is_causal:
             raise ValueError(
@@ -225,15 +229,15 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
                 position_ids,
                 cache_given=cache_given and not isinstance(past_key_values, ShardedCache),
                 context=self.sequence_parallel_context,
-                packed=cu_seq_lens is not None,
+                documents=documents,
                 kwargs=kwargs,
             )
-            edges = cu_seq_lens
-        elif past_key_values is not None and cu_seq_lens is None and (length == 1 or isinstance(attention_mask, dict)):
+            edges = next((x for x in documents.values() if x is not None), None)
+        elif past_key_values is not None and not described and (length == 1 or isinstance(attention_mask, dict)):
             edges = None  # a decoding step, or `generate` with its own masks, where positions jump at padding
         else:
             mask = padding_mask(self.config, attention_mask, length)
-            edges = document_edges(position_ids, cu_seq_lens, mask, batch=batch, length=length)
+            edges = document_edges({**documents, "position_ids": position_ids}, mask, batch=batch, length=length)
         if edges is not None and cache_given:
             raise ValueError(
                 f"a packed batch takes no cache, got {len(edges) - 1} documents with past_key_values or "
@@ -248,7 +252,7 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
         masks: Masks = {}
         if self.sequence_parallel_context is None:
             masks = layer_masks(self.config, inputs_embeds, attention_mask, position_ids, past_key_values, edges)
-            if edges is not None:  # as transformers' flash attention wants to be told
+            if edges is not None:  # as transformers' flash attention expects
                 longest = int(edges.diff().max())
                 kwargs.update(cu_seq_lens_k=edges, max_length_q=longest, max_length_k=longest)
         kwargs["cu_seq_lens_q"] = edges
