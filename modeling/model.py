@@ -40,6 +40,7 @@ from .inputs import (
     padding_mask,
     positions_to_keep,
 )
+from .llama import HUB_OPTIONS, check_config
 from .loss import check_skipped, loss_without_logits
 from .mixers import LearnedFeatureMap, LinearAttention
 from .model_card import add_card, provenance
@@ -49,9 +50,6 @@ if TYPE_CHECKING:
     from ..sequence_parallel import SequenceParallelContext
 
 logger = logging.get_logger(__name__)
-
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-"""Keywords of `from_pretrained` that say where a file of a repository is."""
 
 
 class LinearLlama3DecoderLayer(Tiled, GradientCheckpointingLayer):
@@ -96,6 +94,10 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
         "attentions": LinearLlama3Attention,
     }
 
+    def __init__(self, config: LinearLlama3Config, *args: Any, **kwargs: Any) -> None:
+        _check_class(config)
+        super().__init__(config, *args, **kwargs)
+
     @property
     def _is_stateful(self) -> bool:
         """Whether there is a recurrent state, which cannot be rolled back: transformers refuses assisted decoding."""
@@ -123,8 +125,24 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
-        """Like `PreTrainedModel.from_pretrained`; remembers the licence of what was loaded, for the next card."""
+        """Like `PreTrainedModel.from_pretrained`, for checkpoints of this package and, with a config, of Llama.
+
+            config = LinearLlama3Config.from_llama("meta-llama/Llama-3.2-1B", linear_attention_type="gla")
+            model = LinearLlama3ForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B", config=config)
+
+        The licence of what was loaded is remembered for the next card.
+
+        Raises:
+            ValueError: `config` is of another class or contradicts the checkpoint's config (a config that was read from
+                this checkpoint may be changed); a Llama checkpoint without `config`.
+        """
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        if (config := kwargs.get("config")) is not None:
+            if isinstance(config, str | os.PathLike):
+                config = kwargs["config"] = LinearLlama3Config.from_pretrained(config, **hub)
+            _check_class(config)
+            if pretrained_model_name_or_path is not None:
+                check_config(config, str(pretrained_model_name_or_path), **hub)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
@@ -162,6 +180,14 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
         if not self._hf_peft_config_loaded:
             add_card(self, Path(working_dir), repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
+def _check_class(config: Any) -> None:
+    if not isinstance(config, LinearLlama3Config):
+        raise ValueError(
+            f"config must be a LinearLlama3Config, got a {type(config).__name__}; a Llama's is taken over by "
+            'LinearLlama3Config.from_llama(config, linear_attention_type="gla")'
+        )
 
 
 class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
