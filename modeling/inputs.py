@@ -134,11 +134,17 @@ def check_cache(config: LinearLlama3Config, cache: Cache) -> None:
 def padding_mask(config: LinearLlama3Config, attention_mask: Mask, length: int) -> Tensor | None:
     """The columns of a mask `[B, past + T]` that belong to these T tokens; None without such a mask.
 
-    Raises `ValueError` for a mask of another shape if there are linear layers, which could not honour it.
+    Raises `ValueError` for a mask that is too short, and for one with other dimensions if there are linear layers,
+    which could not apply it.
     """
     if not isinstance(attention_mask, Tensor):
         return None
     if attention_mask.dim() == 2:
+        if attention_mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask must cover all {length} tokens, got shape {tuple(attention_mask.shape)}; beside a cache "
+                "it covers the cached tokens as well"
+            )
         return attention_mask[:, -length:]
     if config.linear_layers:
         raise ValueError(

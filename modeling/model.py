@@ -64,9 +64,14 @@ class LinearLlama3DecoderLayer(Tiled, GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """`[B, T, hidden]` -> `[B, T, hidden]`; the keywords go to the attention."""
-        attention_output, _ = self.self_attn(self.in_tiles(self.input_layernorm, hidden_states), **kwargs)
+    def forward(self, hidden_states: Tensor, *, cache: Cache | None = None, **kwargs: Any) -> Tensor:
+        """`[B, T, hidden]` -> `[B, T, hidden]`; the keywords go to the attention.
+
+        `cache` is not called `past_key_values` here, which transformers 5.17 to 5.23 drop from a checkpointed layer,
+        also without gradients.
+        """
+        normed = self.in_tiles(self.input_layernorm, hidden_states)
+        attention_output, _ = self.self_attn(normed, past_key_values=cache, **kwargs)
         return self.in_tiles(self._feed_forward, hidden_states + attention_output)
 
     def _feed_forward(self, hidden_states: Tensor) -> Tensor:
@@ -83,7 +88,7 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     provenance: dict[str, Any] | None = None  # what `from_pretrained` knows of it; see model_card.provenance
     _no_split_modules = ["LinearLlama3DecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -305,16 +310,23 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
                 attention_mask=masks.get(layer_type),
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=past_key_values,
                 exchange_cache={} if keep_exchanged else None,
                 **kwargs,
             )
         return hidden_states
 
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, *, packed: bool) -> Cache | None:
-        if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
-            logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing. Set to False.")
-            return None
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if cache is not None:
+                raise ValueError(
+                    "gradient checkpointing computes a layer again in the backward pass, when the cache has changed, "
+                    f"got a {type(cache).__name__}; pass the complete sequence without a cache, or call "
+                    "model.gradient_checkpointing_disable() or model.eval()"
+                )
+            if use_cache:
+                logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing. Set to False.")
+                return None
         if use_cache is None:
             use_cache = (
                 self.config.use_cache and self.config.is_causal and not self.training and not packed
