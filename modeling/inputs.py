@@ -142,8 +142,8 @@ def padding_mask(config: LinearLlama3Config, attention_mask: Mask, length: int) 
     if attention_mask.dim() == 2:
         if attention_mask.shape[1] < length:
             raise ValueError(
-                f"attention_mask must cover all {length} tokens, got shape {tuple(attention_mask.shape)}; beside a cache "
-                "it covers the cached tokens as well"
+                f"attention_mask must cover all {length} tokens, got shape {tuple(attention_mask.shape)}; beside a "
+                "cache it covers the cached tokens as well"
             )
         return attention_mask[:, -length:]
     if config.linear_layers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,10 @@ class SequenceParallelConfig:
 class SequenceParallelContext:
     """One sequence-parallel group: its ranks hold the parts of the same sequences.
 
+    Copies of a model (`copy.deepcopy`, `torch.optim.swa_utils.AveragedModel`) share its context and run sharded as it
+    does. A pickle (`torch.save(model)`) leaves the context out, since a group means nothing in another process: None is
+    in its place, and the loaded model computes plain attention until `enable_sequence_parallel` is called again.
+
     Args:
         group: the ranks, in the order of the sequence; None is a group of one.
         config: strategies and layout.
@@ -55,6 +59,15 @@ class SequenceParallelContext:
         self.config = config or SequenceParallelConfig()
         self._layout = None if self.config.layout == "auto" else self.config.layout
         self.causal = True  # False once a bidirectional model is enabled, whose tokens would see padding
+
+    def __copy__(self) -> SequenceParallelContext:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SequenceParallelContext:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _no_context, ()
 
     @property
     def layout(self) -> str:
@@ -162,6 +175,10 @@ class SequenceParallelContext:
     def _cut(self, name: str, x: Tensor) -> Tensor:
         padding = IGNORE_INDEX if name in ("labels", "shift_labels") else 0
         return shard(x, group=self.group, dim=1, layout=self.layout, padding=padding).contiguous()
+
+
+def _no_context() -> None:
+    """What a pickled context is loaded as."""
 
 
 def enable_sequence_parallel(model: nn.Module, context: SequenceParallelContext | None) -> None:
