@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,6 +109,21 @@ def check_unread(kwargs: dict[str, Any], batch: int, length: int) -> None:
                 f"the model reads no keyword {name!r}, got one{shape}; leave it out, and describe packed documents by "
                 "cu_seq_lens_q, restarting position_ids or seq_idx"
             )
+
+
+def check_distribution(kwargs: dict[str, Any]) -> None:
+    """`ValueError` for keywords of `from_pretrained` that would cut the weights of linear layers among devices."""
+    asked = {name: kwargs[name] for name in ("tp_plan", "tp_size") if kwargs.get(name) is not None}
+    if (config := kwargs.get("distributed_config")) is not None:
+        read = config.get if isinstance(config, dict) else partial(getattr, config)
+        asked |= {name: plan for name in ("tp_plan",) if (plan := read(name, None)) is not None}
+        asked |= {name: size for name in ("tp_size", "pp_size") if (size := read(name, None) or 1) > 1}
+    if asked:
+        raise ValueError(
+            "there is no tensor- or pipeline-parallel plan for linear layers, got "
+            f"{', '.join(f'{name}={value!r}' for name, value in asked.items())}; leave it out, and spread long "
+            "sequences with enable_sequence_parallel, or weights with FSDP or device_map"
+        )
 
 
 def check_cache(config: LinearLlama3Config, cache: Cache) -> None:

@@ -33,6 +33,7 @@ from .inputs import (
     Mask,
     Masks,
     check_cache,
+    check_distribution,
     check_shard,
     check_sharded_loss,
     check_unread,
@@ -92,7 +93,8 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _supports_attention_backend = True
+    _supports_attention_backend = False  # it promises a tensor-parallel plan, and serving engines rely on it
+    _keep_in_fp32_modules_strict = list(LinearAttention.exact_parameters)  # noqa: RUF012
     _can_compile_fullgraph = True  # with a static or a CountingCache
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": LinearLlama3DecoderLayer,
@@ -139,8 +141,9 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: `config` is of another class or contradicts the checkpoint's config (a config that was read from
-                this checkpoint may be changed); a Llama checkpoint without `config`.
+                this checkpoint may be changed); a Llama checkpoint without `config`; tensor or pipeline parallelism.
         """
+        check_distribution(kwargs)
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         if (config := kwargs.get("config")) is not None:
             if isinstance(config, str | os.PathLike):
