@@ -74,13 +74,13 @@ def _agreed(given: dict[str, Tensor]) -> Tensor | None:
 
 
 def _check_positions(steps: Tensor, name: str, edges: Tensor) -> None:
-    """Positions may run on, or jump ahead, over several documents; where they restart, they describe documents.
+    """Positions may run on, stand still or jump ahead over several documents; where they fall, they describe documents.
 
     `steps` `[B, T - 1]` lead from one position to the next, `edges` are those that `name` gives.
     """
     starts = torch.isin(torch.arange(steps.shape[0] * (steps.shape[1] + 1), device=edges.device), edges)
     starts = starts.view(steps.shape[0], -1)[:, 1:].to(steps.device)
-    back = steps <= 0
+    back = steps < 0
     wrong = (back & ~starts) | (back.any() & starts & (steps == 1))
     if wrong.any():
         row, step = wrong.nonzero()[0].tolist()

@@ -103,7 +103,7 @@ def test_gradients(implementation: str) -> None:
         ({"position_ids": None, "cu_seq_lens_q": torch.tensor([0, 9, 5, 32])}, "must increase"),
         (
             {"cu_seq_lens_q": torch.tensor([0, 5, 32])},
-            r"cu_seq_lens_q and position_ids .* edges \[0, 5, 32\], but positions that restart at token 6 of row 0",
+            r"cu_seq_lens_q and position_ids .* edges \[0, 5, 32\], but positions that restart at token 23 of row 0",
         ),
         (
             {"cu_seq_lens_q": torch.tensor([0, 5, 6, 20, 23, 32])},
