@@ -1,4 +1,4 @@
-"""Constant buffers that casts must not round."""
+"""Constant buffers and small parameters that casts must not round."""
 
 from __future__ import annotations
 
@@ -8,19 +8,33 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from ..ops.precision import working_dtype
 
-class ExactBuffers(nn.Module):
-    """A module whose own buffers keep dtype and value when `.half()`, `.bfloat16()` or `.to(dtype)` cast the model."""
+
+class ExactTensors(nn.Module):
+    """A module whose own buffers keep dtype and value when `.half()`, `.bfloat16()` or `.to(dtype)` cast the model.
+
+    Its `exact_parameters` are at least float32 after such a cast.
+    """
+
+    exact_parameters: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        exact = dict(self.named_buffers(recurse=False))
+        buffers = dict(self.named_buffers(recurse=False))
+        values = {name: x.data for name in self.exact_parameters if (x := self._parameters.get(name)) is not None}
         super()._apply(fn, recurse)
-        for name, value in exact.items():
+        for name, value in buffers.items():
             cast = getattr(self, name)
             if cast.dtype != value.dtype:
                 setattr(self, name, nn.Buffer(value.to(cast.device), persistent=False))
+        for name, value in values.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != value.dtype:
+                gradient, parameter.grad = parameter.grad, None
+                parameter.data = value.to(parameter.device, working_dtype(parameter))
+                parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
         return self
 
 
-class LinearLlama3RotaryEmbedding(ExactBuffers, LlamaRotaryEmbedding):
+class LinearLlama3RotaryEmbedding(ExactTensors, LlamaRotaryEmbedding):
     """Llama's. Frequencies rounded to bfloat16, off by up to 0.2 %, would turn far tokens by other angles."""

@@ -3,15 +3,17 @@
 # No `from __future__ import annotations` here: @strict checks values against types, and not against strings.
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils.type_validators import interval
 
 from ..ops.feature_maps import FEATURE_MAPS
 from .hub import AUTO_MAP, write_shim
+from .llama import HUB_OPTIONS, llama_fields
 from .mixers import MIXERS
 
 SIZES = (
@@ -31,7 +33,8 @@ LAYER_TYPES = ("linear_attention", "full_attention")
 class LinearLlama3Config(PreTrainedConfig):
     """Configuration of a Llama 3 model whose layers are linear attention, softmax attention, or a mixture.
 
-    The defaults are the sizes of Llama 3 8B with softmax in every fourth layer. Fields beyond Llama's:
+    The defaults are the sizes of Llama 3 8B with softmax in every fourth layer: a model of `LinearLlama3Config()` has
+    8.4 billion parameters, 34 GB in float32. To start from Llama's weights, use `from_llama`. Fields beyond Llama's:
 
     - `linear_attention_type`: the mixer of the linear layers, one of `MIXERS` ("basic", "lightning", ...).
     - `layer_types`: "linear_attention" or "full_attention" per layer; None follows `full_attention_interval`.
@@ -225,10 +228,48 @@ class LinearLlama3Config(PreTrainedConfig):
         """
         from .presets import preset_fields  # here: `python -m` runs that module after this one
 
-        for field in overrides:
-            if not hasattr(cls, field) or callable(getattr(cls, field)):
-                raise ValueError(f"a preset takes the fields of {cls.__name__}, got {field!r}; see its documentation")
+        cls._check_fields("from_preset", overrides)
         return cls(**preset_fields(name, overrides))
+
+    @classmethod
+    def from_llama(cls, llama: LlamaConfig | str | os.PathLike, **changes: Any) -> "LinearLlama3Config":
+        """The configuration of a Llama model, with linear attention in its layers.
+
+        Everything that the Llama config says is taken over: sizes, rotary embedding, tied embeddings, biases, norms,
+        token ids, dtype. What is not named in `changes` stays as it is there; the fields beyond Llama's have their
+        defaults.
+
+            config = LinearLlama3Config.from_llama("meta-llama/Llama-3.2-1B", linear_attention_type="gla")
+            model = LinearLlama3ForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B", config=config)
+
+        Args:
+            llama: a LlamaConfig, or a folder or Hub name.
+            changes: fields of this config: `linear_attention_type="gla"`, `full_attention_interval=1` (all layers
+                softmax: the same model), `rope_parameters={...}` (another rotary embedding than the weights were
+                trained with); and `revision`, `token`, ... of a Hub name.
+
+        Raises:
+            ValueError: the config of another architecture, an unknown field, or fields that do not fit each other.
+        """
+        hub = {name: changes.pop(name) for name in HUB_OPTIONS if name in changes}
+        cls._check_fields("from_llama", changes)
+        name, fields = llama_fields(llama, **hub)
+        config = cls(**{**fields, **changes})
+        config.name_or_path = name
+        return config
+
+    @classmethod
+    def _check_fields(cls, method: str, names: Iterable[str]) -> None:
+        for name in names:
+            if not hasattr(cls, name) or callable(getattr(cls, name)):
+                raise ValueError(f"{method} takes the fields of {cls.__name__}, got {name!r}; see its documentation")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Like `PreTrainedConfig.from_pretrained`; the config remembers its checkpoint as `name_or_path`."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).name_or_path = pretrained_model_name_or_path
+        return loaded
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -240,9 +281,10 @@ class LinearLlama3Config(PreTrainedConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"the checkpoint's model_type must be {cls.model_type!r}, got {model_type!r}; load it with its "
-                "own class or AutoModelForCausalLM, or, to start from Llama weights, pass "
-                "config=LinearLlama3Config(...) to LinearLlama3ForCausalLM.from_pretrained"
+                f"the checkpoint's model_type must be {cls.model_type!r}, got {model_type!r}; load it with its own "
+                "class or AutoModelForCausalLM or, to start from the weights of a Llama, write "
+                "LinearLlama3ForCausalLM.from_pretrained(name, config=LinearLlama3Config.from_llama(name, "
+                'linear_attention_type="gla")). LinearLlama3Config() alone describes a model of 8.4 billion parameters'
             )
         changes = {name: kwargs.pop(name) for name in LinearLlama3Config.__annotations__ if name in kwargs}
         if "full_attention_interval" in changes:

@@ -9,6 +9,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
+from ..sequence_parallel.packing import check_mask
 from .cache import CountingCache, new_cache
 from .configuration import LinearLlama3Config
 from .inputs import SWITCH_OFF, Masks, layer_masks
@@ -50,6 +51,7 @@ class LinearLlama3GenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> Masks:
         """transformers' hook: the masks of a static cache, made outside of the compiled step."""
+        check_mask(attention_mask)
         return layer_masks(config, inputs_embeds, attention_mask, position_ids, cache, edges=None)
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from .releases import CACHE_NAME
 SWITCH_OFF = "switch sequence parallelism off with enable_sequence_parallel(model, None)"
 ROPE_TYPES_OF_THE_LENGTH = ("dynamic", "longrope")  # their table depends on the longest position in the batch
 
+PER_TOKEN = ("labels", "shift_labels", "token_type_ids")  # the loss reads labels; Llama has no token types
+OTHER_NAMES_OF_EDGES = ("cu_seqlens", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens_k")  # fla's, Megatron's, flash-attn's
+
 Masks = dict[str, Any]  # layer type -> mask; a Tensor, None, or what the attention backend takes
 Mask = Tensor | Masks | None
 
@@ -30,10 +34,15 @@ def check_shard(
     *,
     cache_given: bool,
     context: SequenceParallelContext,
-    packed: bool,
+    documents: dict[str, Tensor | None],
     kwargs: dict[str, Any],
 ) -> None:
     """`ValueError` for what has no meaning on one rank's part of a sequence."""
+    if documents["seq_idx"] is not None:
+        raise ValueError(
+            "under sequence parallelism packed documents are described by cu_seq_lens_q of the whole sequence, got "
+            "seq_idx; call context.shard_batch(batch) first and pass all that it returns"
+        )
     if cache_given:
         raise ValueError(
             "under sequence parallelism there is no cache, got a cache or use_cache=True; leave it out, or, "
@@ -46,6 +55,7 @@ def check_shard(
         )
     expected = context.positions(position_ids.shape[1], position_ids.device)
     fits = bool((position_ids - position_ids[:, :1] == expected - expected[0]).all())
+    packed = any(x is not None for x in documents.values())
     if not packed and (not fits or (context.rank > 0 and bool((position_ids[:, 0] == 0).any()))):
         raise ValueError(
             f"under sequence parallelism position_ids are global, those of layout {context.layout!r}, and packed "
@@ -87,6 +97,36 @@ def check_counted(kwargs: dict[str, Any]) -> None:
         )
 
 
+def check_unread(kwargs: dict[str, Any], batch: int, length: int) -> None:
+    """`ValueError` for keywords that describe tokens or documents, but which nothing in the model reads.
+
+    transformers' models take any keyword. The names that Llama models are given without reading them pass here, too.
+    """
+    for name, x in kwargs.items():
+        per_token = isinstance(x, Tensor) and x.shape[:2] == (batch, length) and name not in PER_TOKEN
+        if x is not None and (per_token or name in OTHER_NAMES_OF_EDGES):
+            shape = f" of shape {tuple(x.shape)}" if isinstance(x, Tensor) else ""
+            raise ValueError(
+                f"the model reads no keyword {name!r}, got one{shape}; leave it out, and describe packed documents by "
+                "cu_seq_lens_q, restarting position_ids or seq_idx"
+            )
+
+
+def check_distribution(kwargs: dict[str, Any]) -> None:
+    """`ValueError` for keywords of `from_pretrained` that would cut the weights of linear layers among devices."""
+    asked = {name: kwargs[name] for name in ("tp_plan", "tp_size") if kwargs.get(name) is not None}
+    if (config := kwargs.get("distributed_config")) is not None:
+        read = config.get if isinstance(config, dict) else partial(getattr, config)
+        asked |= {name: plan for name in ("tp_plan",) if (plan := read(name, None)) is not None}
+        asked |= {name: size for name in ("tp_size", "pp_size") if (size := read(name, None) or 1) > 1}
+    if asked:
+        raise ValueError(
+            "there is no tensor- or pipeline-parallel plan for linear layers, got "
+            f"{', '.join(f'{name}={value!r}' for name, value in asked.items())}; leave it out, and spread long "
+            "sequences with enable_sequence_parallel, or weights with FSDP or device_map"
+        )
+
+
 def check_cache(config: LinearLlama3Config, cache: Cache) -> None:
     """`ValueError` unless a cache that the user brought has a place for every linear layer's state."""
     if not isinstance(cache, Cache):
@@ -111,11 +151,17 @@ def check_cache(config: LinearLlama3Config, cache: Cache) -> None:
 def padding_mask(config: LinearLlama3Config, attention_mask: Mask, length: int) -> Tensor | None:
     """The columns of a mask `[B, past + T]` that belong to these T tokens; None without such a mask.
 
-    Raises `ValueError` for a mask of another shape if there are linear layers, which could not honour it.
+    Raises `ValueError` for a mask that is too short, and for one with other dimensions if there are linear layers,
+    which could not apply it.
     """
     if not isinstance(attention_mask, Tensor):
         return None
     if attention_mask.dim() == 2:
+        if attention_mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask must cover all {length} tokens, got shape {tuple(attention_mask.shape)}; beside a "
+                "cache it covers the cached tokens as well"
+            )
         return attention_mask[:, -length:]
     if config.linear_layers:
         raise ValueError(

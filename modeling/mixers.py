@@ -18,7 +18,7 @@ from ..ops import linear_attention
 from ..ops.decays import lightning_log_decay, retention_log_decay
 from ..ops.feature_maps import FEATURE_MAPS
 from ..ops.precision import working_dtype
-from .buffers import ExactBuffers
+from .buffers import ExactTensors
 from .cache import ShardedCache, keep_state
 from .tiling import Tiled
 
@@ -78,7 +78,7 @@ class LearnedFeatureMap(nn.Module):
         return FEATURE_MAPS[self.name](x, **dict(self.named_parameters()))
 
 
-class LinearAttention(Tiled, ExactBuffers):
+class LinearAttention(Tiled, ExactTensors):
     """The attention of a linear layer, in the place and with the projections of Llama's softmax attention.
 
     `q, k` pass through feature map and rotary embedding, the state decays as the mixer says, the output is normalised
@@ -87,6 +87,7 @@ class LinearAttention(Tiled, ExactBuffers):
     """
 
     layer_type = "linear_attention"
+    exact_parameters = ("decay_bias",)
 
     def __init__(self, config: LinearLlama3Config, layer_idx: int) -> None:
         super().__init__()
@@ -112,7 +113,9 @@ class LinearAttention(Tiled, ExactBuffers):
             features = self.num_kv_heads * config.linear_state_shape[1]
             self.decay_up_proj = nn.Linear(DECAY_RANK, features, bias=False)
             # not the projection's own bias: transformers lets only the owner of a parameter initialise it
-            self.decay_bias = nn.Parameter(torch.full((features,), config.gate_bias_init))
+            # float32 in a model of any dtype: near 6 the steps of bfloat16 are 0.03, and no update is that large
+            initial = torch.full((features,), config.gate_bias_init)
+            self.decay_bias = nn.Parameter(initial.to(working_dtype(initial)))
         if config.linear_output_gate:
             self.g_proj = nn.Linear(hidden, heads * self.value_dim, bias=False)
             self.gate_activation = ACT2FN[mixer.output_gate]
@@ -187,12 +190,10 @@ class LinearAttention(Tiled, ExactBuffers):
         log_decay = self._log_decay(x)
         if mask is not None:
             # padding must neither write to the state (after the feature map: phi(0) may be > 0) nor fade it
-            keep = mask.to(k.dtype)[:, :, None, None]
-            k = k * keep
-            if log_decay is not None and log_decay.dim() == 1:
-                log_decay = log_decay * mask[:, :, None]
-            elif log_decay is not None:
-                log_decay = log_decay * keep.to(log_decay.dtype)
+            keep = (mask != 0)[:, :, None]  # yes or no: its values are no factors
+            k = k * keep[..., None]
+            if log_decay is not None:
+                log_decay = log_decay * (keep if log_decay.dim() == 1 else keep[..., None])
         return k, v, log_decay
 
     def _place(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:

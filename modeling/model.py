@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
-from ..sequence_parallel.packing import document_edges, restarting_positions
+from ..sequence_parallel.packing import DOCUMENT_KEYS, check_mask, document_edges, restarting_positions
 from .attention import LinearLlama3Attention
 from .buffers import LinearLlama3RotaryEmbedding
 from .cache import CountingCache, ShardedCache, new_cache
@@ -33,12 +33,15 @@ from .inputs import (
     Mask,
     Masks,
     check_cache,
+    check_distribution,
     check_shard,
     check_sharded_loss,
+    check_unread,
     layer_masks,
     padding_mask,
     positions_to_keep,
 )
+from .llama import HUB_OPTIONS, check_config
 from .loss import check_skipped, loss_without_logits
 from .mixers import LearnedFeatureMap, LinearAttention
 from .model_card import add_card, provenance
@@ -49,9 +52,6 @@ if TYPE_CHECKING:
     from ..sequence_parallel import SequenceParallelContext
 
 logger = logging.get_logger(__name__)
-
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-"""Keywords of `from_pretrained` that say where a file of a repository is."""
 
 
 class LinearLlama3DecoderLayer(Tiled, GradientCheckpointingLayer):
@@ -66,9 +66,14 @@ class LinearLlama3DecoderLayer(Tiled, GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """`[B, T, hidden]` -> `[B, T, hidden]`; the keywords go to the attention."""
-        attention_output, _ = self.self_attn(self.in_tiles(self.input_layernorm, hidden_states), **kwargs)
+    def forward(self, hidden_states: Tensor, *, cache: Cache | None = None, **kwargs: Any) -> Tensor:
+        """`[B, T, hidden]` -> `[B, T, hidden]`; the keywords go to the attention.
+
+        `cache` is not called `past_key_values` here, which transformers 5.17 to 5.23 drop from a checkpointed layer,
+        also without gradients.
+        """
+        normed = self.in_tiles(self.input_layernorm, hidden_states)
+        attention_output, _ = self.self_attn(normed, cache=cache, **kwargs)
         return self.in_tiles(self._feed_forward, hidden_states + attention_output)
 
     def _feed_forward(self, hidden_states: Tensor) -> Tensor:
@@ -85,16 +90,21 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     provenance: dict[str, Any] | None = None  # what `from_pretrained` knows of it; see model_card.provenance
     _no_split_modules = ["LinearLlama3DecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _supports_attention_backend = True
+    _supports_attention_backend = False  # it promises a tensor-parallel plan, and serving engines rely on it
+    _keep_in_fp32_modules_strict = list(LinearAttention.exact_parameters)  # noqa: RUF012
     _can_compile_fullgraph = True  # with a static or a CountingCache
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": LinearLlama3DecoderLayer,
         "attentions": LinearLlama3Attention,
     }
+
+    def __init__(self, config: LinearLlama3Config, *args: Any, **kwargs: Any) -> None:
+        _check_class(config)
+        super().__init__(config, *args, **kwargs)
 
     @property
     def _is_stateful(self) -> bool:
@@ -123,8 +133,25 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
-        """Like `PreTrainedModel.from_pretrained`; remembers the licence of what was loaded, for the next card."""
+        """Like `PreTrainedModel.from_pretrained`, for checkpoints of this package and, with a config, of Llama.
+
+            config = LinearLlama3Config.from_llama("meta-llama/Llama-3.2-1B", linear_attention_type="gla")
+            model = LinearLlama3ForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B", config=config)
+
+        The licence of what was loaded is remembered for the next card.
+
+        Raises:
+            ValueError: `config` is of another class or contradicts the checkpoint's config (a config that was read from
+                this checkpoint may be changed); a Llama checkpoint without `config`; tensor or pipeline parallelism.
+        """
+        check_distribution(kwargs)
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        if (config := kwargs.get("config")) is not None:
+            if isinstance(config, str | os.PathLike):
+                config = kwargs["config"] = LinearLlama3Config.from_pretrained(config, **hub)
+            _check_class(config)
+            if pretrained_model_name_or_path is not None:
+                check_config(config, str(pretrained_model_name_or_path), **hub)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
@@ -164,6 +191,14 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
+def _check_class(config: Any) -> None:
+    if not isinstance(config, LinearLlama3Config):
+        raise ValueError(
+            f"config must be a LinearLlama3Config, got a {type(config).__name__}; a Llama's is taken over by "
+            'LinearLlama3Config.from_llama(config, linear_attention_type="gla")'
+        )
+
+
 class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
     """Embedding, decoder layers and final norm."""
 
@@ -193,13 +228,14 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states `[B, T, hidden]` for `input_ids` `[B, T]` or `inputs_embeds` `[B, T, hidden]`.
 
-        `attention_mask`: `[B, past + T]`, 0 at padding, or the dictionary of masks that `generate` prepares.
-        Packed batches are told by `cu_seq_lens_q` (edges in the B * T tokens read row by row) or by
-        `position_ids` `[B, T]` that restart. `use_cache` is by default the config's, but off in training, for
-        packed batches and under a sequence-parallel context.
+        `attention_mask`: `[B, past + T]`, 0 at padding and 1 elsewhere, or the dictionary of masks that `generate`
+        prepares. Packed batches are described by `cu_seq_lens_q` or `cu_seq_lens_k` (edges in the B * T tokens read row
+        by row), by `position_ids` `[B, T]` that restart, or by `seq_idx` `[B, T]` (the number of the document); each is
+        enough. `use_cache` is by default the config's, but off in training, for packed batches and under a
+        sequence-parallel context.
 
         Under a context all tensors are this rank's shard, but `cu_seq_lens_q` speaks of the whole sequence.
-        Raises `ValueError` for inputs that do not fit together.
+        Raises `ValueError` for inputs that do not fit together, or that nothing here reads.
         """
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
@@ -209,10 +245,13 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
                 f"the model was made with config.is_causal={self.config.is_causal}, got is_causal="
                 f"{kwargs['is_causal']}; leave is_causal out"
             )
+        check_mask(attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]
-        cu_seq_lens = kwargs.pop("cu_seq_lens_q", None)
+        documents = {name: kwargs.pop(name, None) for name in DOCUMENT_KEYS}
+        described = any(x is not None for x in documents.values())
+        check_unread(kwargs, batch, length)
         cache_given = cache is not None or bool(use_cache)
         if cache_given and not self.config.is_causal:
             raise ValueError(
@@ -226,15 +265,15 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
                 position_ids,
                 cache_given=cache_given and not isinstance(cache, ShardedCache),
                 context=self.sequence_parallel_context,
-                packed=cu_seq_lens is not None,
+                documents=documents,
                 kwargs=kwargs,
             )
-            edges = cu_seq_lens
-        elif cache is not None and cu_seq_lens is None and (length == 1 or isinstance(attention_mask, dict)):
+            edges = next((x for x in documents.values() if x is not None), None)
+        elif cache is not None and not described and (length == 1 or isinstance(attention_mask, dict)):
             edges = None  # a decoding step, or `generate` with its own masks, where positions jump at padding
         else:
             mask = padding_mask(self.config, attention_mask, length)
-            edges = document_edges(position_ids, cu_seq_lens, mask, batch=batch, length=length)
+            edges = document_edges({**documents, "position_ids": position_ids}, mask, batch=batch, length=length)
         if edges is not None and cache_given:
             raise ValueError(
                 f"a packed batch takes no cache, got {len(edges) - 1} documents with a cache or "
@@ -249,7 +288,7 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
         masks: Masks = {}
         if self.sequence_parallel_context is None:
             masks = layer_masks(self.config, inputs_embeds, attention_mask, position_ids, cache, edges)
-            if edges is not None:  # as transformers' flash attention wants to be told
+            if edges is not None:  # as transformers' flash attention expects
                 longest = int(edges.diff().max())
                 kwargs.update(cu_seq_lens_k=edges, max_length_q=longest, max_length_k=longest)
         kwargs["cu_seq_lens_q"] = edges
@@ -283,9 +322,16 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
         return hidden_states
 
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, *, packed: bool) -> Cache | None:
-        if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
-            logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing. Set to False.")
-            return None
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if cache is not None:
+                raise ValueError(
+                    "gradient checkpointing computes a layer again in the backward pass, when the cache has changed, "
+                    f"got a {type(cache).__name__}; pass the complete sequence without a cache, or call "
+                    "model.gradient_checkpointing_disable() or model.eval()"
+                )
+            if use_cache:
+                logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing. Set to False.")
+                return None
         if use_cache is None:
             use_cache = (
                 self.config.use_cache and self.config.is_causal and not self.training and not packed

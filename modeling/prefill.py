@@ -13,6 +13,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from ..sequence_parallel import SequenceParallelContext
 from ..sequence_parallel.collectives import fingerprints
 from ..sequence_parallel.handover import gather_end, gather_tokens
+from ..sequence_parallel.packing import check_mask
 from .cache import CountingCache, ShardedCache, keep_state, new_cache
 from .releases import CACHE_NAME
 
@@ -114,6 +115,7 @@ def _check_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None
     padding, ends = generation.pad_token_id, generation.eos_token_id
     if mask is None and padding is not None and padding not in (ends if isinstance(ends, list) else [ends]):
         mask = input_ids != padding  # as generate does without a mask
+    check_mask(mask)
     if mask is not None and (mask.shape != input_ids.shape or not bool(mask.all())):
         raise ValueError(
             f"prefill takes prompts of one length, got padding in {tuple(input_ids.shape)} input_ids; prefill prompts "

@@ -92,8 +92,7 @@ def batch_flops(model: nn.Module, batch: Mapping[str, Any]) -> Flops:
     """FLOPs of a batch as the loader gives it, documents told apart as the model does."""
     inputs = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
     rows, length = inputs.shape[:2]
-    edges, mask = batch.get("cu_seq_lens_q", batch.get("cu_seq_lens_k")), batch.get("attention_mask")
-    edges = document_edges(batch.get("position_ids"), edges, mask, batch=rows, length=length)
+    edges = document_edges(batch, batch.get("attention_mask"), batch=rows, length=length)
     lengths = [length] * rows if edges is None else edges.diff().tolist()
     causal = getattr(model.config, "is_causal", True)
     return count_flops(model, rows * length, attention_pairs(lengths, causal=causal))

@@ -89,6 +89,20 @@ def describe_grid(processes: int, ranks: int, tokens: int) -> str:
     return "\n".join(lines)
 
 
+def check_dtypes(model: nn.Module, mixed_precision: str) -> None:
+    """Check that FSDP, which joins the weights of a layer, finds one dtype: with mixed precision, accelerate makes it.
+
+    Raises:
+        ValueError: the weights to train have several dtypes, as those of a model in bfloat16 whose decay is learned.
+    """
+    dtypes = {str(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad}
+    if mixed_precision == "no" and len(dtypes) > 1:
+        raise ValueError(
+            f"FSDP without mixed precision needs weights of one dtype, got {sorted(dtypes)}; load the model with "
+            "dtype=torch.float32, and set bf16=True to compute in bfloat16"
+        )
+
+
 def uses_fsdp(plugin: object, *, cpu: bool) -> bool:
     """FSDP by a plugin's settings or by `accelerate launch --use_fsdp`; accelerate ignores both on CPUs."""
     return not cpu and (plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext
 from ..sequence_parallel.collectives import all_reduce
 from ..sequence_parallel.context import IGNORE_INDEX
+from ..sequence_parallel.packing import check_mask
 from ..sequence_parallel.planner import Cluster, Costs, StepPlan, aligned_groups, plan
 
 GroupKey = tuple[int, int]  # degree, first rank
@@ -182,6 +183,7 @@ def pack_rows(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _check_row(batch: dict[str, Any], row: int, length: int) -> None:
     shapes = {key: tuple(x.shape) for key, x in batch.items() if isinstance(x, Tensor)}
+    check_mask(batch.get("attention_mask"))
     padded = "attention_mask" in batch and not batch["attention_mask"].all()
     needed = {"input_ids", "labels"} <= shapes.keys() <= set(KEYS) and set(shapes.values()) == {(1, length)}
     if not needed or padded or int(batch.get("position_ids", torch.zeros(1, 1))[0, 0]):

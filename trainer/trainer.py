@@ -32,7 +32,15 @@ from .adaptive import AdaptiveMixin
 from .arguments import sequence_parallel_config
 from .flops import batch_flops
 from .memory import peak_memory
-from .parallelism import PeerCheck, attach, hidden_parallelism, is_sharded_by, resolve_parallelism, uses_fsdp
+from .parallelism import (
+    PeerCheck,
+    attach,
+    check_dtypes,
+    hidden_parallelism,
+    is_sharded_by,
+    resolve_parallelism,
+    uses_fsdp,
+)
 from .progress import ProgressBar, SpeedMeter
 from .reliability import ReliabilityMixin
 
@@ -132,6 +140,8 @@ class SequenceParallelMixin(ReliabilityMixin):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; the ranks of a sequence compare their batches from the first one on, also after a resume."""
         self._check_peers = PeerCheck()
+        if self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            check_dtypes(self.model, self.accelerator.mixed_precision)  # type: ignore[attr-defined]
         if self.args.world_size > 1 and not self.is_fsdp_enabled:  # type: ignore[attr-defined]
             # an evaluation marks the bare model as prepared, and accelerate would then train it without DDP
             self.model._is_accelerate_prepared = False  # type: ignore[attr-defined]

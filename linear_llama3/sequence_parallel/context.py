@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..ops.cross_entropy import IGNORE_INDEX
 from .collectives import check_group, group_rank, world_size
 from .layout import check_length, get_layout, shard
 from .linear.attention import StartedAttention, get_linear_strategy, linear_attention, start_linear_attention
-from .packing import document_edges, restarting_positions
+from .packing import DOCUMENT_KEYS, check_mask, document_edges, restarting_positions
 from .softmax.attention import get_softmax_strategy, softmax_attention
 
 
@@ -44,6 +44,10 @@ class SequenceParallelConfig:
 class SequenceParallelContext:
     """One sequence-parallel group: its ranks hold the parts of the same sequences.
 
+    Copies of a model (`copy.deepcopy`, `torch.optim.swa_utils.AveragedModel`) share its context and run sharded as it
+    does. A pickle (`torch.save(model)`) leaves the context out, since a group means nothing in another process: None is
+    in its place, and the loaded model computes plain attention until `enable_sequence_parallel` is called again.
+
     Args:
         group: the ranks, in the order of the sequence; None is a group of one.
         config: strategies and layout.
@@ -55,6 +59,15 @@ class SequenceParallelContext:
         self.config = config or SequenceParallelConfig()
         self._layout = None if self.config.layout == "auto" else self.config.layout
         self.causal = True  # False once a bidirectional model is enabled, whose tokens would see padding
+
+    def __copy__(self) -> SequenceParallelContext:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SequenceParallelContext:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _no_context, ()
 
     @property
     def layout(self) -> str:
@@ -112,12 +125,16 @@ class SequenceParallelContext:
         Args:
             batch: `input_ids` `[B, T]` or `inputs_embeds` `[B, T, D]`, and any of `labels`, `shift_labels`,
                 `position_ids` (or `[1, T]`), `attention_mask` `[B, T]` (right padding only; for bidirectional models it
-                becomes documents of its own), `cu_seq_lens_q/k` `[N + 1]`. Entries that are not cut (numbers,
-                `num_items_in_batch`) pass through.
+                becomes documents of its own), `cu_seq_lens_q/k` `[N + 1]`, `seq_idx` `[B, T]`. Entries that are not cut
+                (numbers, `num_items_in_batch`) pass through.
 
         Returns:
-            The same keys, cut, without `attention_mask`, and with `position_ids` and, where there are labels,
-            `shift_labels`.
+            The same keys, cut, without `attention_mask` and `seq_idx`, and with `position_ids` and, where there are
+            labels, `shift_labels`.
+
+        Raises:
+            ValueError: padding before a token, descriptions of documents that contradict each other, or shapes that do
+                not fit together.
         """
         rest = dict(batch)
         inputs = {name: rest.pop(name) for name in ("input_ids", "inputs_embeds") if rest.get(name) is not None}
@@ -127,16 +144,15 @@ class SequenceParallelContext:
         _check_shapes(name, tokens, rest)
         rows, length = tokens.shape[:2]
         mask, positions = rest.pop("attention_mask", None), rest.pop("position_ids", None)
+        check_mask(mask)
         _check_padding(mask)
+        edges = document_edges({**rest, "position_ids": positions}, mask, batch=rows, length=length)
+        for name in (*DOCUMENT_KEYS, "max_length_q", "max_length_k"):
+            rest.pop(name, None)  # describe the whole rows
         ragged = get_layout(self.layout, self.world_size).padded(length, self.world_size) != length
-        if not self.causal and (ragged or (mask is not None and not mask.all())):
+        if edges is None and not self.causal and (ragged or (mask is not None and not mask.all())):
             attended = torch.ones(rows, length, device=tokens.device) if mask is None else mask
-            rest["cu_seq_lens_q"] = _pack_padding(attended, positions, rest)
-            mask = positions = None
-        for name in ("max_length_q", "max_length_k", "seq_idx"):
-            rest.pop(name, None)  # describe the whole rows; nothing here needs them
-        edges = _same_edges(rest.pop("cu_seq_lens_q", None), rest.pop("cu_seq_lens_k", None))
-        edges = document_edges(positions, edges, mask, batch=rows, length=length)
+            edges, positions = _pack_padding(attended), None
         if positions is None and edges is not None:
             positions = restarting_positions(edges, batch=rows, length=length)
         elif positions is None:
@@ -159,6 +175,10 @@ class SequenceParallelContext:
     def _cut(self, name: str, x: Tensor) -> Tensor:
         padding = IGNORE_INDEX if name in ("labels", "shift_labels") else 0
         return shard(x, group=self.group, dim=1, layout=self.layout, padding=padding).contiguous()
+
+
+def _no_context() -> None:
+    """What a pickled context is loaded as."""
 
 
 def enable_sequence_parallel(model: nn.Module, context: SequenceParallelContext | None) -> None:
@@ -220,28 +240,12 @@ def _check_padding(mask: Tensor | None) -> None:
         )
 
 
-def _pack_padding(mask: Tensor, positions: Tensor | None, rest: Mapping[str, Any]) -> Tensor:
-    """Edges `[N + 1]` in the B * T tokens: what every row attends to are documents, its padding another."""
+def _pack_padding(mask: Tensor) -> Tensor:
+    """Edges `[N + 1]` in the B * T tokens: what every row attends to is a document, its padding another."""
     rows, length = mask.shape
-    edges = _same_edges(rest.get("cu_seq_lens_q"), rest.get("cu_seq_lens_k"))
-    edges = document_edges(positions, edges, mask, batch=rows, length=length)
-    if edges is not None:
-        return edges
     starts = torch.arange(rows, device=mask.device) * length
-    ends = starts + mask.sum(1).to(starts.dtype)
+    ends = starts + (mask != 0).sum(1)
     return torch.cat([starts, ends, ends.new_tensor([rows * length])]).unique().to(torch.int32)
-
-
-def _same_edges(queries: Tensor | None, keys: Tensor | None) -> Tensor | None:
-    """The documents of the queries are those of the keys: either edges are enough."""
-    if queries is None or keys is None:
-        return keys if queries is None else queries
-    if queries.tolist() != keys.tolist():
-        raise ValueError(
-            "cu_seq_lens_q and cu_seq_lens_k must be the same in self-attention, got "
-            f"{queries.tolist()} and {keys.tolist()}; give one of them"
-        )
-    return queries
 
 
 def _check_uncut(rest: Mapping[str, Any], rows: int, length: int) -> None:

@@ -2,44 +2,101 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+DOCUMENT_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+"""Keywords that describe documents and nothing else; restarting `position_ids` describe them as well."""
 
 
 def document_edges(
-    position_ids: Tensor | None,
-    cu_seq_lens: Tensor | None,
-    attention_mask: Tensor | None,
-    *,
-    batch: int,
-    length: int,
+    inputs: Mapping[str, Any], attention_mask: Tensor | None, *, batch: int, length: int
 ) -> Tensor | None:
     """Edges int32 `[N + 1]` of the documents in the `batch * length` tokens read row after row; None if unpacked.
 
-    A batch is packed if `cu_seq_lens` is given or if `position_ids` `[1 or B, T]` do not run on by one inside a
-    row. `attention_mask` `[B, T]` is 0 at padding, over which positions may jump. Raises `ValueError` for packed
-    rows with padding, and for edges that do not cover the batch row by row.
+    Args:
+        inputs: keywords of a forward pass. Each of these is enough to describe documents: `cu_seq_lens_q` or
+            `cu_seq_lens_k` `[N + 1]`, `seq_idx` int `[B, T]` (a number for each document in a row), and `position_ids`
+            `[1 or B, T]` that do not run on by one inside a row.
+        attention_mask: `[B, T]`, 0 at padding, over which positions may jump.
+
+    Raises:
+        ValueError: descriptions that contradict each other, packed rows with padding, or edges that do not cover the
+            batch row by row.
     """
-    if cu_seq_lens is None:
-        if position_ids is None:
-            return None
-        starts = torch.ones(batch, length, dtype=torch.bool, device=position_ids.device)
-        starts[:, 1:] = position_ids.diff() != 1
+    sizes = {"batch": batch, "length": length}
+    given = {name: _check_edges(x, **sizes) for name in DOCUMENT_KEYS[:2] if (x := inputs.get(name)) is not None}
+    explicit = bool(given)
+    if (seq_idx := inputs.get("seq_idx")) is not None:
+        given["seq_idx"] = _edges_of(_check_numbers(seq_idx, **sizes).diff() != 0, **sizes)
+    edges = _agreed(given)
+    if (position_ids := inputs.get("position_ids")) is not None:
+        steps = position_ids.diff().expand(batch, -1)
         if attention_mask is not None:
             attended = attention_mask.bool()
-            starts[:, 1:] &= attended[:, 1:] & attended[:, :-1]
-        edges = starts.flatten().nonzero().flatten().to(torch.int32)
-        if len(edges) == batch:
-            return None
-        edges = torch.cat([edges, edges.new_tensor([batch * length])])
-    else:
-        edges = _check_edges(cu_seq_lens, batch=batch, length=length)
+            steps = steps.where(attended[:, 1:] & attended[:, :-1], 1)
+        if edges is None:
+            edges = _edges_of(steps != 1, **sizes)
+        else:
+            _check_positions(steps, next(iter(given)), edges)
+    if edges is None or (not explicit and len(edges) == batch + 1):
+        return None
     if attention_mask is not None and not attention_mask.all():
         raise ValueError(
             f"packed rows take no padding, got an attention_mask with {int((attention_mask == 0).sum())} zeros; "
             "make the padding a document of its own with labels -100 and drop the mask"
         )
     return edges
+
+
+def _edges_of(starts: Tensor, *, batch: int, length: int) -> Tensor:
+    """Edges, from whether a document starts at the tokens 1, 2, ... of each row: `starts` bool `[B, T - 1]`."""
+    edges = F.pad(starts, (1, 0), value=True).flatten().nonzero().flatten().to(torch.int32)
+    return torch.cat([edges, edges.new_tensor([batch * length])])
+
+
+def _agreed(given: dict[str, Tensor]) -> Tensor | None:
+    """The edges that all descriptions give."""
+    if not given:
+        return None
+    (name, edges), *rest = given.items()
+    for other, others in rest:
+        if edges.tolist() != others.tolist():
+            raise ValueError(
+                f"{name} and {other} must describe the same documents, got edges {edges.tolist()} and "
+                f"{others.tolist()}; give one of them"
+            )
+    return edges
+
+
+def _check_positions(steps: Tensor, name: str, edges: Tensor) -> None:
+    """Positions may run on, stand still or jump ahead over several documents; where they fall, they describe documents.
+
+    `steps` `[B, T - 1]` lead from one position to the next, `edges` are those that `name` gives.
+    """
+    starts = torch.isin(torch.arange(steps.shape[0] * (steps.shape[1] + 1), device=edges.device), edges)
+    starts = starts.view(steps.shape[0], -1)[:, 1:].to(steps.device)
+    back = steps < 0
+    wrong = (back & ~starts) | (back.any() & starts & (steps == 1))
+    if wrong.any():
+        row, step = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} and position_ids must describe the same documents, got edges {edges.tolist()}, but positions that "
+            f"{'restart' if bool(back[row, step]) else 'run on'} at token {step + 1} of row {row}; give one of them"
+        )
+
+
+def _check_numbers(seq_idx: Tensor, *, batch: int, length: int) -> Tensor:
+    if seq_idx.shape != (batch, length) or seq_idx.is_floating_point():
+        raise ValueError(
+            f"seq_idx must hold the number of each token's document, integers [B, T] = {(batch, length)}, got "
+            f"{seq_idx.dtype} of shape {tuple(seq_idx.shape)}; leave it out if rows are not packed"
+        )
+    return seq_idx
 
 
 def _check_edges(cu_seq_lens: Tensor, *, batch: int, length: int) -> Tensor:
@@ -52,6 +109,27 @@ def _check_edges(cu_seq_lens: Tensor, *, batch: int, length: int) -> Tensor:
             f"(documents do not cross rows), got {edges.tolist()}"
         )
     return edges
+
+
+def check_mask(attention_mask: Any) -> None:
+    """Check that a padding mask `[B, T]` of any dtype holds only 0 and 1; masks of other kinds are not looked at.
+
+    Softmax layers would read every other value as 1. The check reads one number from the device: call it once per
+    forward pass. It does nothing while a graph is traced or captured.
+
+    Raises:
+        ValueError: the mask has another value, for example the numbers of packed documents.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.dtype == torch.bool:
+        return
+    if torch.compiler.is_compiling() or (attention_mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    other = (attention_mask != 0) & (attention_mask != 1)
+    if other.any():
+        raise ValueError(
+            f"attention_mask must be 0 at padding and 1 elsewhere, got {attention_mask[other].unique().tolist()[:8]}; "
+            "describe packed documents by cu_seq_lens_q, restarting position_ids or seq_idx, without a mask"
+        )
 
 
 def restarting_positions(edges: Tensor, *, batch: int, length: int) -> Tensor:

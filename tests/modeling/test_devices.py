@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from linear_llama3 import LinearLlama3ForCausalLM, LinearLlama3Model
 from linear_llama3.modeling import CountingCache
@@ -149,19 +151,27 @@ def test_number_of_parameters(tied: bool) -> None:
 
 def ask_for_tensor_parallelism(folder: str) -> str:
     try:
-        model = LinearLlama3ForCausalLM.from_pretrained(folder, tp_plan="auto")
+        LinearLlama3ForCausalLM.from_pretrained(folder, tp_plan="auto")
     except ValueError as error:
         return str(error)
-    return "whole" if torch.equal(model(tokens(1, 9)).logits, tiny_model()(tokens(1, 9)).logits) else "wrong"
+    return "loaded"
 
 
-def test_tensor_and_pipeline_parallelism_have_no_plan(tmp_path: Path) -> None:
-    """One made for softmax would cut linear layers wrongly. Without, transformers refuses (5.17 cuts nothing)."""
+def test_tensor_and_pipeline_parallelism_are_refused(tmp_path: Path) -> None:
+    """Linear layers cut by a plan for softmax would be wrong. transformers 5.17 itself loads without a plan."""
     model = tiny_model()
     assert not model.supports_tp_plan and not model.supports_pp_plan
+    assert not LinearLlama3ForCausalLM.is_backend_compatible(), "what serving engines ask before they apply a plan"
     model.save_pretrained(tmp_path)
     for message in run_distributed(ask_for_tensor_parallelism, 2, str(tmp_path)):
-        assert "has no `tp_plan`" in message or message == "whole", message
+        assert message.startswith("there is no tensor- or pipeline-parallel plan for linear layers, got tp_plan='auto'")
+    plan = {"layers.*.self_attn.q_proj": "colwise"}
+    for options in (
+        {"tp_plan": plan}, {"tp_size": 2}, {"distributed_config": SimpleNamespace(tp_plan=plan)},
+        {"distributed_config": SimpleNamespace(tp_plan=None, tp_size=2)}, {"distributed_config": {"pp_size": 2}},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"got (tp_plan={'layers|tp_size=2|pp_size=2)"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, **options)
 
 
 def test_fsdp_plan_names_what_exists() -> None:

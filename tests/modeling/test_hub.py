@@ -222,7 +222,8 @@ def test_llama_licence_is_handed_on(tmp_path: Path) -> None:
     """From Llama's folder to ours, from ours to the next, and over the Hub; also when the source is gone."""
     llama = LlamaForCausalLM(LlamaConfig(**SIZES))
     llama.save_pretrained(tmp_path / "Llama-3.2-1B")
-    converted = LinearLlama3ForCausalLM.from_pretrained(tmp_path / "Llama-3.2-1B", config=tiny_config("gla"))
+    config = LinearLlama3Config.from_llama(tmp_path / "Llama-3.2-1B", linear_attention_type="gla")
+    converted = LinearLlama3ForCausalLM.from_pretrained(tmp_path / "Llama-3.2-1B", config=config)
     converted.save_pretrained(tmp_path / "converted")
     LinearLlama3ForCausalLM.from_pretrained(tmp_path / "converted").save_pretrained(tmp_path / "next")
     for name in ("converted", "next"):

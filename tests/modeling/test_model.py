@@ -40,6 +40,8 @@ def test_inputs() -> None:
             model(**kwargs)
     with pytest.raises(ValueError, match=r"attention_mask \[B, T\] with 0 at padding, got \(3, 1, 11, 11\)"):
         model(x, attention_mask=torch.ones(3, 1, 11, 11))
+    with pytest.raises(ValueError, match=r"attention_mask must cover all 11 tokens, got shape \(3, 1\)"):
+        model(x, attention_mask=torch.ones(3, 1))
     with pytest.raises(ValueError, match="is_causal=False"):
         model(x, is_causal=False)
 

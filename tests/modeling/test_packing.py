@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DataCollatorWithFlattening
 
 from tests.modeling.tiny import MIXER_NAMES, gradients, tiny_model, tokens
 
@@ -21,6 +22,12 @@ def packed_kwargs(told_by: str, rows: list[list[int]]) -> dict[str, Tensor]:
         "position_ids": {"position_ids": positions},
         "cu_seq_lens": {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges},
         "both": {"position_ids": positions, "cu_seq_lens_q": edges},
+        "cu_seq_lens_k": {"cu_seq_lens_k": edges},
+        "seq_idx": {"seq_idx": numbers(rows)},
+        "all of them": {
+            "position_ids": positions, "seq_idx": numbers(rows), "cu_seq_lens_q": edges, "cu_seq_lens_k": edges.long(),
+            "max_length_q": int(lengths.max()), "max_length_k": int(lengths.max()),
+        },
         "all-ones mask": {"position_ids": positions, "attention_mask": torch.ones_like(positions)},
         "edges and running positions": {
             "position_ids": torch.arange(positions.shape[1])[None].expand_as(positions), "cu_seq_lens_q": edges,
@@ -28,10 +35,19 @@ def packed_kwargs(told_by: str, rows: list[list[int]]) -> dict[str, Tensor]:
     }[told_by]  # fmt: skip
 
 
+def numbers(rows: list[list[int]]) -> Tensor:
+    """As Mamba and Granite number documents: int32, from 0 in each row."""
+    return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows]).int()
+
+
 @pytest.mark.parametrize("rows", [LENGTHS[:1], LENGTHS], ids=["B1", "B2"])
 @pytest.mark.parametrize(
-    "told_by", ["position_ids", "cu_seq_lens", "both", "all-ones mask", "edges and running positions"]
-)
+    "told_by",
+    [
+        "position_ids", "cu_seq_lens", "both", "cu_seq_lens_k", "seq_idx", "all of them", "all-ones mask",
+        "edges and running positions",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize(("mixer", "interval"), [(mixer, 2) for mixer in MIXER_NAMES] + [("gla", 0), ("gla", 1)])
 def test_packed_equals_alone(mixer: str, interval: int, told_by: str, rows: list[list[int]]) -> None:
     model = tiny_model(mixer, full_attention_interval=interval).double()  # float32 costs Rebased digits (mixers.py)
@@ -85,6 +101,24 @@ def test_gradients(implementation: str) -> None:
             r"from 0 to batch \* length = 32",
         ),
         ({"position_ids": None, "cu_seq_lens_q": torch.tensor([0, 9, 5, 32])}, "must increase"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 5, 32])},
+            r"cu_seq_lens_q and position_ids .* edges \[0, 5, 32\], but positions that restart at token 23 of row 0",
+        ),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 5, 6, 20, 23, 32])},
+            "cu_seq_lens_q and position_ids .* but positions that run on at token 20 of row 0",
+        ),
+        ({"seq_idx": torch.zeros(1, 32, dtype=torch.int32)}, r"seq_idx and position_ids .* edges \[0, 32\]"),
+        (
+            {"cu_seq_lens_k": torch.tensor([0, 5, 32]), "cu_seq_lens_q": torch.tensor([0, 6, 32])},
+            r"cu_seq_lens_q and cu_seq_lens_k must .* \[0, 6, 32\] and \[0, 5, 32\]; give one of them",
+        ),
+        ({"position_ids": None, "seq_idx": numbers(LENGTHS[:1]), "use_cache": True}, "takes no cache, got 4 documents"),
+        ({"position_ids": None, "seq_idx": numbers(LENGTHS[:1])[0]}, r"seq_idx must hold .* got torch.int32 of .*32,"),
+        ({"position_ids": None, "seq_idx": torch.rand(1, 32)}, "seq_idx must hold .* got torch.float32"),
+        ({"segment_ids": torch.ones(1, 32)}, r"the model reads no keyword 'segment_ids', got one of shape \(1, 32\)"),
+        ({"cu_seqlens": torch.tensor([0, 5, 32])}, r"reads no keyword 'cu_seqlens', .*describe .* by cu_seq_lens_q"),
     ],
 )
 def test_refused(kwargs: dict[str, Any], message: str) -> None:
@@ -109,3 +143,42 @@ def test_the_default_cache_is_left_out_for_packed_input() -> None:
     model = tiny_model("gla")
     assert model(tokens(1, 8)).past_key_values is not None
     assert model(tokens(1, 8), position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])).past_key_values is None
+
+
+def test_generation_does_not_drop_seq_idx() -> None:
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match="a packed batch takes no cache, got 2 documents"):
+        tiny_model("gla").generate(tokens(1, 8), seq_idx=seq_idx, max_new_tokens=2)
+
+
+def test_positions_that_jump_ahead_are_no_documents_beside_edges() -> None:
+    """As position-skipping training has them: two documents, each with a gap in its positions."""
+    model, x = tiny_model("retention"), tokens(1, 8)
+    positions = torch.tensor([[0, 1, 9, 10, 0, 7, 8, 9]])
+    packed = model(x, position_ids=positions, cu_seq_lens_q=torch.tensor([0, 4, 8])).logits
+    for part in (slice(0, 4), slice(4, 8)):
+        alone = model(x[:, part], position_ids=positions[:, part], cu_seq_lens_q=torch.tensor([0, 4])).logits
+        torch.testing.assert_close(packed[:, part], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"return_position_ids": False, "return_seq_idx": True}, {"return_seq_idx": True}])
+def test_what_transformers_collator_makes(options: dict[str, bool]) -> None:
+    model, x = tiny_model("gla"), tokens(2, 9)
+    documents = [x[0, :5].tolist(), x[1].tolist()]
+    try:
+        collator = DataCollatorWithFlattening(**options)
+        batch = collator([{"input_ids": ids} for ids in documents])
+    except TypeError:
+        pytest.skip("this release of transformers always returns position_ids")
+    if not options.get("return_position_ids", True):
+        batch.pop("position_ids", None)  # earlier releases take any option
+    assert "seq_idx" in batch
+    logits = model(**batch).logits
+    torch.testing.assert_close(logits[:, :5], model(x[:1, :5]).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[:, 5:], model(x[1:]).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_token_types_of_a_tokenizer_change_nothing() -> None:
+    """A generic tokenizer makes them, and Llama has none."""
+    model, x = tiny_model("gla"), tokens(2, 9)
+    assert torch.equal(model(x, token_type_ids=torch.zeros_like(x)).logits, model(x).logits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections import Counter
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.optim.swa_utils import AveragedModel
 
 from linear_llama3.sequence_parallel import (
     LAYOUTS,
@@ -146,3 +149,44 @@ def uncut_batch() -> str:
 
 def test_an_uncut_batch_is_refused() -> None:
     assert "call context.shard_batch(batch) first" in run_distributed(uncut_batch, 2)[1]
+
+
+def copies(mixer: str) -> list[str]:
+    """What is wrong with copies of a model that runs on the shards of a group."""
+    model, inputs = tiny_model(mixer).double(), batch(1, None)
+    expected = model(inputs["input_ids"]).logits
+    count = (inputs["labels"][:, 1:] != -100).sum()
+    context = SequenceParallelContext(dist.group.WORLD)
+    enable_sequence_parallel(model, context)
+    local = {**context.shard_batch(inputs), "num_items_in_batch": count}
+    model(**local).loss.backward()
+    problems = []
+    for name, twin in (("deepcopy", copy.deepcopy(model)), ("AveragedModel", AveragedModel(model))):
+        twin.zero_grad()
+        out = twin(**local)
+        out.loss.backward()
+        whole = unshard(out.logits, group=context.group, length=LENGTH, layout=context.layout)
+        if not torch.allclose(whole, expected, rtol=1e-10, atol=1e-10):
+            problems.append(f"{name}: logits")
+        module = twin.module if name == "AveragedModel" else twin
+        if any(not torch.equal(g, gradients(model)[key]) for key, g in gradients(module).items()):
+            problems.append(f"{name}: gradients")
+        if module.model.sequence_parallel_context is not context or module.lm_head.weight is model.lm_head.weight:
+            problems.append(f"{name}: the context is shared, the weights are not")
+        enable_sequence_parallel(module, None)
+        if model.model.layers[0].self_attn.sequence_parallel_context is not context:
+            problems.append(f"{name}: the original has lost its context")
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    if any(getattr(module, "sequence_parallel_context", None) is not None for module in loaded.modules()):
+        problems.append("torch.save: a context")
+    if not torch.equal(loaded(inputs["input_ids"]).logits, expected):
+        problems.append("torch.save: logits")
+    return problems
+
+
+@pytest.mark.parametrize("mixer", ["gla", "retention"])
+def test_copies_run_sharded_and_saved_models_plain(mixer: str) -> None:
+    assert run_distributed(copies, 2, mixer) == [[], []]

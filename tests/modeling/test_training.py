@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 import linear_llama3.modeling.model
+from linear_llama3.modeling.cache import new_cache
 from tests.modeling.tiny import MIXER_NAMES, gradients, tiny_model, tokens
 
 
@@ -25,11 +26,35 @@ def test_gradient_checkpointing_switches_the_cache_off_and_says_so(
     model.gradient_checkpointing_enable()
     assert model(x).past_key_values is None and not warnings
     assert model(x, use_cache=True).past_key_values is None
-    assert model(x, past_key_values=cache).past_key_values is None
-    assert len(warnings) == 2 and all("incompatible with gradient checkpointing" in text for text in warnings)
+    assert len(warnings) == 1 and "incompatible with gradient checkpointing" in warnings[0]
     assert model.eval()(x, use_cache=True).past_key_values is not None
     model.train().gradient_checkpointing_disable()
     assert model(x, use_cache=True).past_key_values is not None
+
+
+@pytest.mark.parametrize("interval", [2, 1, 0])
+def test_gradient_checkpointing_refuses_a_cache(interval: int) -> None:
+    """To leave it out would leave out the context; an empty one would stay empty, and the next pass lack context."""
+    model, x = tiny_model("gla", full_attention_interval=interval).train(), tokens(2, 9)
+    filled = model(x[:, :5], use_cache=True).past_key_values
+    model.gradient_checkpointing_enable()
+    for cache in (filled, new_cache(model.config)):
+        with pytest.raises(ValueError, match=rf"the cache has changed, got a {type(cache).__name__};"):
+            model(x[:, 5:], past_key_values=cache, labels=x[:, 5:])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("interval", [2, 1, 0])
+@torch.no_grad()
+def test_a_cache_in_training_mode_without_gradients(interval: int, reentrant: bool) -> None:
+    """Nothing is computed again, so the cache is used, and `generate` returns what it does in evaluation mode."""
+    model, x = tiny_model("gla", full_attention_interval=interval), tokens(2, 9)
+    expected = model(x).logits[:, 5:]
+    text = model.generate(x, max_new_tokens=6, do_sample=False)
+    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    cache = model(x[:, :5], use_cache=True).past_key_values
+    torch.testing.assert_close(model(x[:, 5:], past_key_values=cache).logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.generate(x, max_new_tokens=6, do_sample=False), text)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

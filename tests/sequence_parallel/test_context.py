@@ -67,13 +67,14 @@ def test_labels_are_shifted_before_the_cut() -> None:
     assert "attention_mask" not in left and "cu_seq_lens_q" not in left
 
 
-@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens_q", "cu_seq_lens_k"])
+@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"])
 def test_packed_rows_become_one_sequence(told_by: str) -> None:
     ids = torch.arange(1, 11).view(2, 5)
     told = {
         "position_ids": torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 0]]),
         "cu_seq_lens_q": torch.tensor([0, 2, 5, 9, 10]),
         "cu_seq_lens_k": torch.tensor([0, 2, 5, 9, 10]),
+        "seq_idx": torch.tensor([[0, 0, 1, 1, 1], [2, 2, 2, 2, 3]], dtype=torch.int32),
     }
     parts = run_distributed(cut, 3, {"input_ids": ids, "labels": ids, told_by: told[told_by]})
     assert [p["input_ids"] for p in parts] == [[[1, 2, 3, 4]], [[5, 6, 7, 8]], [[9, 10, 0, 0]]]
@@ -92,7 +93,7 @@ def test_other_entries_pass_through() -> None:
     }
     local = SequenceParallelContext(None).shard_batch(batch)
     assert local["flag"] is True and local["num_items_in_batch"] == 3 and "labels" not in local
-    assert "seq_idx" not in local  # of the whole row, and not needed
+    assert "seq_idx" not in local and "cu_seq_lens_q" not in local  # one document
 
 
 def test_positions_of_all_rows_at_once() -> None:
@@ -122,8 +123,17 @@ ONES = torch.ones(1, 4, dtype=torch.long)
         ({"input_ids": ONES, "cu_seq_lens_q": torch.tensor([0, 3])}, "increase from 0 to"),
         (
             {"input_ids": ONES, "cu_seq_lens_q": torch.tensor([0, 4]), "cu_seq_lens_k": torch.tensor([0, 3, 4])},
-            r"cu_seq_lens_q and cu_seq_lens_k must be the same .* got \[0, 4\] and \[0, 3, 4\]",
+            r"cu_seq_lens_q and cu_seq_lens_k must describe the same documents, got edges \[0, 4\] and \[0, 3, 4\]",
         ),
+        (
+            {"input_ids": ONES, "cu_seq_lens_q": torch.tensor([0, 4]), "seq_idx": torch.tensor([[0, 0, 0, 1]])},
+            r"cu_seq_lens_q and seq_idx must describe the same documents, got edges \[0, 4\] and \[0, 3, 4\]",
+        ),
+        (
+            {"input_ids": ONES, "seq_idx": torch.tensor([[4, 4, 7, 7]]), "position_ids": torch.tensor([[0, 1, 2, 0]])},
+            r"seq_idx and position_ids .* edges \[0, 2, 4\], but positions that run on at token 2 of row 0",
+        ),
+        ({"input_ids": ONES, "seq_idx": ONES[:, :3]}, r"seq_idx must hold .* \[B, T\] = \(1, 4\), got torch.int64 .*3"),
         ({"input_ids": ONES, "token_type_ids": ONES}, r"cuts no other .*'token_type_ids' of shape \(1, 4\)"),
         ({"input_ids": ONES, "bias": torch.ones(1, 4, 3)}, r"cuts no other .*'bias' of shape \(1, 4, 3\)"),
     ],

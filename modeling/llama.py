@@ -1,0 +1,108 @@
+"""Starting from Llama's weights: its config is taken over, and a config that contradicts a checkpoint is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig, PreTrainedConfig
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+"""Keywords of `from_pretrained` that say where a file of a repository is."""
+
+OF_THE_FILE = ("architectures", "auto_map", "model_type", "pretraining_tp", "transformers_version", "_name_or_path")
+"""Entries of a Llama config that describe the file and its class, not the model."""
+
+LLAMA_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "tie_word_embeddings", "rope_parameters",
+)  # fmt: skip
+"""Fields without which weights are another model's."""
+
+LINEAR_FIELDS = {
+    "is_causal": "is_causal",
+    "layer_types": "layer_types",
+    "linear_attention_type": "linear_attention_type",
+    "linear_feature_map": "feature_map",
+    "linear_use_rope": "uses_linear_rope",
+    "linear_output_gate": "linear_output_gate",
+    "linear_output_norm": "uses_linear_output_norm",
+    "linear_num_key_value_heads": "linear_num_key_value_heads",
+    "linear_key_head_dim": "linear_key_head_dim",
+    "linear_value_head_dim": "linear_value_head_dim",
+}
+"""The same of a linear Llama: field -> attribute with the value that None stands for."""
+
+
+def llama_fields(llama: LlamaConfig | str | os.PathLike, **hub: Any) -> tuple[str, dict[str, Any]]:
+    """(name of the checkpoint or "", everything that a Llama config says about its model).
+
+    Args:
+        llama: a config, or a folder or Hub name with one.
+        hub: `HUB_OPTIONS`.
+
+    Raises:
+        ValueError: the config of another architecture.
+    """
+    if isinstance(llama, PreTrainedConfig):
+        name, model_type, config = llama.name_or_path or "", llama.model_type, llama
+    else:
+        name = str(llama)
+        fields, _ = PreTrainedConfig.get_config_dict(name, **hub)
+        model_type = fields.get("model_type")
+    if model_type != "llama":
+        raise ValueError(
+            f"from_llama takes over the config of a Llama model (model_type 'llama'), got {model_type!r}"
+            f"{f' in {name!r}' if name else ''}; weights of other architectures do not fit"
+        )
+    if not isinstance(llama, PreTrainedConfig):
+        config = LlamaConfig.from_dict(fields)
+    return name, {key: value for key, value in config.to_dict().items() if key not in OF_THE_FILE}
+
+
+def check_config(config: PreTrainedConfig, name: str, **hub: Any) -> None:
+    """Check that a config written by hand describes the model in a checkpoint, before its weights are loaded.
+
+    A config that was read from the checkpoint itself already has all its values, so what differs was changed on
+    purpose. It is known by its `name_or_path`.
+
+    Args:
+        config: a LinearLlama3Config.
+        name: folder or Hub name of the weights.
+        hub: `HUB_OPTIONS`.
+
+    Raises:
+        ValueError: the config contradicts the checkpoint's, or the checkpoint is of another architecture.
+    """
+    if config.name_or_path and _same(config.name_or_path, name):
+        return
+    try:
+        saved, _ = PreTrainedConfig.get_config_dict(name, **hub)
+    except OSError:
+        return  # weights without a config contradict nothing
+    model_type = saved.get("model_type")
+    if model_type == "llama":
+        theirs, compared = LlamaConfig.from_dict(saved), {field: field for field in LLAMA_FIELDS}
+        remedy = f"config=LinearLlama3Config.from_llama({name!r}"
+    elif model_type == config.model_type:
+        theirs, compared = type(config).from_dict(saved), {field: field for field in LLAMA_FIELDS} | LINEAR_FIELDS
+        remedy = f"config=LinearLlama3Config.from_pretrained({name!r}"
+    else:
+        raise ValueError(
+            f"weights must be those of a Llama or a linear Llama model, got model_type {model_type!r} in {name!r}; "
+            "weights of other architectures do not fit"
+        )
+    values = {field: (getattr(config, key), getattr(theirs, key)) for field, key in compared.items()}
+    wrong = {field: pair for field, pair in values.items() if pair[0] != pair[1]}
+    if wrong:
+        pairs = "; ".join(f"{field}={ours!r}, the checkpoint {saved!r}" for field, (ours, saved) in wrong.items())
+        raise ValueError(
+            f"the config contradicts that of the weights in {name!r}: it has {pairs}. Take everything over with "
+            f"{remedy}, ...), and name there what is to differ, such as {next(iter(wrong))}=..."
+        )
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two names mean the same folder or repository."""
+    return one == other or (os.path.isdir(one) and os.path.isdir(other) and Path(one).samefile(other))
