@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor, nn
+from torch import nn
 
 from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
 from ..sequence_parallel.context import IGNORE_INDEX
-from .parallelism import PeerCheck, attach, hidden_parallelism, resolve_parallelism, uses_fsdp
+from .parallelism import PeerCheck, attach, hidden_parallelism, keep_precision, resolve_parallelism, uses_fsdp
 
 
 class SequenceParallelAccelerator(Accelerator):
@@ -55,6 +55,7 @@ class SequenceParallelAccelerator(Accelerator):
             visible = parallelism if uses_fsdp(kwargs.get("fsdp_plugin"), cpu=cpu) else None
             with hidden_parallelism():
                 super().__init__(*args, parallelism_config=visible, **kwargs)
+        keep_precision(self)
         self._check_peers, self._causal = PeerCheck(), True
         if parallelism is not None:
             config = sequence_parallel_config or SequenceParallelConfig()
@@ -77,12 +78,12 @@ class SequenceParallelAccelerator(Accelerator):
         self._check_peers(context, batch)
         return context.shard_batch(batch)
 
-    def num_items(self, *batches: dict[str, Any]) -> Tensor:
+    def num_items(self, *batches: dict[str, Any]) -> float:
         """The model's `num_items_in_batch` for the (uncut) batches that this process accumulates in one optimizer step.
 
         It is the number of labels in all processes' batches, divided by what the gradients will be divided by: the
         number of processes, and accelerate's gradient accumulation steps. They become those of the mean over all
-        labels.
+        labels. A Python number: mixed precision would round a floating-point tensor.
         """
         first = 1 if self._causal else 0  # nothing predicts the first token of a causal model
         targets = [
@@ -90,6 +91,5 @@ class SequenceParallelAccelerator(Accelerator):
         ]
         local = torch.stack([labels.ne(IGNORE_INDEX).sum() for labels in targets]).sum().to(self.device)
         ranks = 1 if self.sequence_parallel_context is None else self.sequence_parallel_context.world_size
-        return (
-            self.reduce(local.double(), reduction="sum") / ranks / self.num_processes / self.gradient_accumulation_steps
-        )
+        total = self.reduce(local, reduction="sum").item()
+        return total / ranks / self.num_processes / self.gradient_accumulation_steps

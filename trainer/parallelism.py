@@ -9,18 +9,21 @@ case its hook that would shard softmax attention (`_prepare_cp`) passes everythi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..sequence_parallel import LAYOUTS, SequenceParallelConfig, SequenceParallelContext
 from ..sequence_parallel.collectives import fingerprints
@@ -129,6 +132,28 @@ def attach(
     if accelerator.is_main_process:
         warn_across_nodes(sequence_groups(state.device_mesh))
     return SequenceParallelContext(state.device_mesh["cp"].get_group(), config)
+
+
+def keep_precision(accelerator: Accelerator) -> None:
+    """FSDP2's mixed precision for weights and activations only. accelerate's own policy also sums gradients in 16 bits
+    and rounds what the model returns, the loss among it.
+
+    Raises:
+        ValueError: the caller's own policy rounds the loss.
+    """
+    plugin: Any = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if policy is None:
+        return
+    dtype = policy.param_dtype
+    if policy == MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype, output_dtype=dtype):  # accelerate's
+        policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+        plugin.mixed_precision_policy = policy
+    if policy.output_dtype is not None and policy.output_dtype.itemsize < 4:
+        raise ValueError(
+            "mixed_precision_policy must leave the loss in float32, got output_dtype="
+            f"{policy.output_dtype}; set output_dtype to None or float32"
+        )
 
 
 def sequence_groups(mesh: DeviceMesh) -> list[list[int]]:

@@ -32,7 +32,16 @@ from .adaptive import AdaptiveMixin
 from .arguments import sequence_parallel_config
 from .flops import batch_flops
 from .memory import peak_memory
-from .parallelism import PeerCheck, attach, hidden_parallelism, is_sharded_by, require, resolve_parallelism, uses_fsdp
+from .parallelism import (
+    PeerCheck,
+    attach,
+    hidden_parallelism,
+    is_sharded_by,
+    keep_precision,
+    require,
+    resolve_parallelism,
+    uses_fsdp,
+)
 from .progress import ProgressBar, SpeedMeter
 from .reliability import ReliabilityMixin
 
@@ -79,6 +88,10 @@ class SequenceParallelMixin(ReliabilityMixin):
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's hook: builds the Accelerator, then gives it the `cp` axis."""
         require(self, "_prepare_context_parallel_inputs")
+        self._create_accelerator()
+        keep_precision(self.accelerator)
+
+    def _create_accelerator(self) -> None:
         args: Any = self.args  # type: ignore[attr-defined]
         parallelism = resolve_parallelism(args.parallelism_config, self._wanted_degree(), args.world_size)
         if parallelism is None:
@@ -139,16 +152,25 @@ class SequenceParallelMixin(ReliabilityMixin):
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Trainer's hook: the labels of uncut batches, each counted once. Releases before 5.23 round the quotient."""
-        if self.sequence_parallel_context is None:
-            return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
-        state = self.accelerator.state
+        """Trainer's hook: the labels of uncut batches, each counted once. Some releases round the quotient.
+
+        Returns:
+            An integer tensor or a Python number, which mixed precision does not round, or None.
+        """
+        state, context = self.accelerator.state, self.sequence_parallel_context
+        if context is None:
+            count = super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
+            return count.round().long() if isinstance(count, torch.Tensor) else count
         parallelism, state.parallelism_config = state.parallelism_config, None
         try:
             count = super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
         finally:
             state.parallelism_config = parallelism
-        return None if count is None else count / self.sequence_parallel_context.world_size
+        if count is None:
+            return None
+        if self.args.average_tokens_across_devices:  # type: ignore[attr-defined]
+            return (count / context.world_size).round().long()  # of all processes: a multiple
+        return count.item() / context.world_size
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Trainer's hook: all ranks of a sequence count the same batch."""

@@ -7,7 +7,7 @@ exclusive affine scan of (state, decay). Each strategy is one body of that scan,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ def linear_attention(
     causal: bool = True,
     length: int | None = None,
     backend: str = "auto",
-    exchange_cache: dict[str, Tensor] | None = None,
+    exchange_cache: MutableMapping[str, Tensor] | None = None,
 ) -> Tensor:
     """`ops.linear_attention` of the whole sequence, local shards in and out.
 
@@ -84,7 +84,7 @@ def linear_attention(
         length: true length of the whole sequence, where its tail is padding. Whatever the padding holds changes
             nothing; its outputs are 0.
         backend: "chunked", "triton" or "auto", as in `ops.linear_attention`. "recurrent" is defined on one device only.
-        exchange_cache: a dict that lives as long as this layer's forward pass and its recomputation under
+        exchange_cache: a mapping that lives as long as this layer's forward pass and its recomputation under
             gradient checkpointing: the state received first is kept there and not exchanged again (causal only).
 
     Returns:
@@ -112,7 +112,7 @@ def start_linear_attention(
     causal: bool = True,
     length: int | None = None,
     backend: str = "auto",
-    exchange_cache: dict[str, Tensor] | None = None,
+    exchange_cache: MutableMapping[str, Tensor] | None = None,
     output_final_state: bool = False,
 ) -> StartedAttention:
     """The first half of `linear_attention`, which needs no queries: the states of this rank are sent.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class StateExchange:
         part: Part,
         *,
         fades: bool,
-        cache: dict[str, Tensor] | None,
+        cache: MutableMapping[str, Tensor] | None,
         output_final_state: bool = False,
     ) -> None:
         self.scan, self.group, self.chain, self.cache = scan, group, part.layout.chain(part.ranks), cache

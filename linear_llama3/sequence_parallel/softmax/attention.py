@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from numbers import Integral
 from typing import Any
 
@@ -55,7 +56,7 @@ def softmax_attention(
     sliding_window: int | None = None,
     causal: bool = True,
     length: int | None = None,
-    exchange_cache: dict[str, Any] | None = None,
+    exchange_cache: MutableMapping[str, Any] | None = None,
 ) -> Tensor:
     """Softmax attention of the whole sequence, local shards in and out.
 
@@ -72,7 +73,7 @@ def softmax_attention(
         sliding_window: w lets a token see itself and the w - 1 before it.
         causal: False lets every token see all of its document.
         length: true length of the whole sequence, where its tail is padding; its outputs are 0.
-        exchange_cache: an empty dict that lives as long as this layer's forward pass and its recomputation under
+        exchange_cache: an empty mapping that lives as long as this layer's forward pass and its recomputation under
             gradient checkpointing: what the recomputation needs of an exchange, the output or with "ulysses" what was
             received, is kept there. "lasp2h" gathers K and V once more for its backward pass, "rsa" does all again.
 
