@@ -36,7 +36,7 @@ from ..sequence_parallel.planner import (
 from .data_order import DataOrder, content_hash
 from .failures import on_every_rank, reading
 from .flops import attention_pairs, count_flops
-from .parallelism import REFUSED_ENGINES, PeerCheck
+from .parallelism import REFUSED_ENGINES, PeerCheck, check_overrides
 from .planned_steps import GroupKey, OneAhead, PlannedStep, StepPlanner, fingerprint, group_contexts
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ class AdaptiveMixin(_Trainer):
                 "adaptive groups stand for a static degree, got both: a cp size of "
                 f"{self.sequence_parallel_context.world_size} by accelerate's settings; take one of them out"
             )
+        check_overrides(type(self))
         if (engine := self.accelerator.state.distributed_type) in REFUSED_ENGINES:
             raise ValueError(f"adaptive groups go with DDP and FSDP2, got {engine.value}; launch with --multi_gpu")
 

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 TESTED = "transformers 5.17 to 5.23 and accelerate 1.15"
 REFUSED_ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
+READ_SHARDS = ("compute_loss", "_prepare_inputs")  # Trainer's methods that are given one rank's part of a batch
+RIGHT_FOR_SHARDS = (__package__, "transformers.trainer", "trl.trainer.sft_trainer")  # modules; else `handles_shards`
 _FLAG = "ACCELERATE_USE_PARALLELISM_CONFIG"
 
 
@@ -192,6 +194,23 @@ def set_timeout(accelerator: Accelerator, seconds: float) -> None:
     mesh = accelerator.state.device_mesh
     for group in [dist.group.WORLD, *(mesh.get_all_groups() if mesh is not None else ())]:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)  # what torchtitan uses as well
+
+
+def check_overrides(trainer: type) -> None:
+    """ValueError where a class overrides what is given one rank's part of a batch, unless it says `handles_shards`.
+
+    There logits end at the cut, labels have no neighbours, and the mean over a part is not the mean.
+    """
+    for owner in trainer.__mro__:
+        methods = [name for name in READ_SHARDS if name in vars(owner)]
+        known = any(owner.__module__ == name or owner.__module__.startswith(f"{name}.") for name in RIGHT_FOR_SHARDS)
+        if methods and not known and not vars(owner).get("handles_shards", False):
+            raise ValueError(
+                f"under sequence parallelism {' and '.join(methods)} must know that a rank holds a part of every "
+                f"sequence, got {owner.__name__}'s own; change the loss by model.loss_function (of shift_labels and "
+                "num_items_in_batch, with chunked_loss=False), or set handles_shards = True in that class if it is "
+                "right for a part, as where it passes on what super() returns; or train with sequence_parallel_size=1"
+            )
 
 
 class PeerCheck:

@@ -35,6 +35,7 @@ from .memory import peak_memory
 from .parallelism import (
     PeerCheck,
     attach,
+    check_overrides,
     hidden_parallelism,
     is_sharded_by,
     keep_precision,
@@ -55,6 +56,9 @@ class SequenceParallelMixin(ReliabilityMixin):
 
     Reads `sequence_parallel_size`, `linear_strategy`, `softmax_strategy` and `sequence_layout` of the arguments
     where there are any; plain TrainingArguments take all processes, LASP-2 and LASP-2H.
+
+    A class that overrides `compute_loss` or `_prepare_inputs`, which are given this rank's part of a batch
+    (`shift_labels` among it, and `num_items_in_batch` of the complete batch), must set `handles_shards = True`.
     """
 
     sequence_parallel_context: SequenceParallelContext | None = None
@@ -98,6 +102,7 @@ class SequenceParallelMixin(ReliabilityMixin):
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
             return
         self._check_arguments(args)
+        check_overrides(type(self))
         args.parallelism_config = parallelism if uses_fsdp(args.fsdp_plugin_args, cpu=args.use_cpu) else None
         with hidden_parallelism():
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
@@ -132,20 +137,26 @@ class SequenceParallelMixin(ReliabilityMixin):
         context = self.sequence_parallel_context
         if context is None:
             return super()._prepare_context_parallel_inputs(model, inputs)  # type: ignore[misc]
-        if self.compute_loss_func is not None:  # type: ignore[attr-defined]
-            raise ValueError(
-                "compute_loss_func is not possible under sequence parallelism: it would see one shard and labels "
-                "without their neighbours; let the model compute the loss"
-            )
+        self._check_loss_functions()
         if not is_sharded_by(model, context):
             enable_sequence_parallel(model, context)
         self._check_peers(context, inputs)
         self._batch_is_whole = False
         return contextlib.nullcontext, context.shard_batch(inputs)
 
+    def _check_loss_functions(self) -> None:
+        for name in ("compute_loss_func", "label_smoother"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is not possible under sequence parallelism: it would see one shard and labels without "
+                    "their neighbours; let the model compute the loss"
+                )
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; the ranks of a sequence compare their batches from the first one on, also after a resume."""
         self._check_peers = PeerCheck()
+        if self.sequence_parallel_context is not None:
+            self._check_loss_functions()
         if self.args.world_size > 1 and not self.is_fsdp_enabled:  # type: ignore[attr-defined]
             # an evaluation marks the bare model as prepared, and accelerate would then train it without DDP
             self.model._is_accelerate_prepared = False  # type: ignore[attr-defined]
