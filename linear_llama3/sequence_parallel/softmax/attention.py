@@ -16,6 +16,7 @@ from ...ops.softmax_attention import softmax_attention as attention_on_one_devic
 from ...ops.visibility import Visibility
 from ..collectives import world_size
 from ..costs import choose_softmax, sizes_of
+from ..linear.exchange import finish_started
 from ..part import locate
 from .lasp2h import lasp2h
 from .ring import ring
@@ -93,6 +94,7 @@ def softmax_attention(
     if group is None or world_size(group) == 1:
         out = attention_on_one_device(q, k, v, scale=scale, visibility=visibility)
     else:
+        finish_started(group)
         if strategy == "auto":
             sizes = sizes_of(q, v, part, group, recomputed=exchange_cache is not None)
             strategy = choose_softmax(sizes, log=part.rank == 0)
