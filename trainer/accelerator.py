@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
 from ..sequence_parallel.context import IGNORE_INDEX
 from .parallelism import PeerCheck, attach, hidden_parallelism, keep_precision, resolve_parallelism, uses_fsdp
+from .rows import ReplicaScheduler, gather_rows
 
 
 class SequenceParallelAccelerator(Accelerator):
@@ -26,6 +28,10 @@ class SequenceParallelAccelerator(Accelerator):
             local = accelerator.shard_batch(batch)
             loss = model(**local, num_items_in_batch=accelerator.num_items(batch)).loss
             accelerator.backward(loss)
+
+    `gather_for_metrics` and a prepared scheduler count every row once. `gather`, `reduce` and `pad_across_processes`
+    are accelerate's own: they speak of processes, and all ranks of a sequence hold its rows. So `reduce(loss, "mean")`
+    is the loss, but a sum over rows counts each row once for every rank of its sequence.
 
     Args:
         sequence_parallel_size: processes that share every sequence; "auto" takes all of the launch. accelerate's
@@ -70,6 +76,25 @@ class SequenceParallelAccelerator(Accelerator):
                     enable_sequence_parallel(model, self.sequence_parallel_context)
         return super().prepare(*args, **kwargs)
 
+    @property
+    def _ranks(self) -> int:
+        """That share a sequence."""
+        return 1 if self.sequence_parallel_context is None else self.sequence_parallel_context.world_size
+
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        """As Accelerator's; it advances by one for each replica, not for each process."""
+        prepared = super().prepare_scheduler(scheduler)
+        if self._ranks == 1 or not isinstance(prepared, AcceleratedScheduler) or prepared.split_batches:
+            return prepared
+        self._schedulers[-1] = ReplicaScheduler(prepared, self.num_processes // self._ranks)
+        return self._schedulers[-1]
+
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """As Accelerator's: every row of the dataset once, although all ranks of a sequence have it (`gather_rows`)."""
+        if self._ranks == 1:
+            return super().gather_for_metrics(input_data, use_gather_object=use_gather_object)
+        return gather_rows(self, self._ranks, input_data, as_objects=use_gather_object)
+
     def shard_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """This process's part of a batch from a prepared loader (`SequenceParallelContext.shard_batch`)."""
         context = self.sequence_parallel_context
@@ -90,6 +115,5 @@ class SequenceParallelAccelerator(Accelerator):
             batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, first:] for batch in batches
         ]
         local = torch.stack([labels.ne(IGNORE_INDEX).sum() for labels in targets]).sum().to(self.device)
-        ranks = 1 if self.sequence_parallel_context is None else self.sequence_parallel_context.world_size
         total = self.reduce(local, reduction="sum").item()
-        return total / ranks / self.num_processes / self.gradient_accumulation_steps
+        return total / self._ranks / self.num_processes / self.gradient_accumulation_steps

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 from transformers.utils import logging
@@ -45,6 +44,7 @@ from .parallelism import (
 )
 from .progress import ProgressBar, SpeedMeter
 from .reliability import ReliabilityMixin
+from .rows import gather_rows
 
 logger = logging.get_logger(__name__)
 
@@ -76,18 +76,8 @@ class SequenceParallelMixin(ReliabilityMixin):
         self._gather_function = function
 
     def _gather_sequences(self, data: Any) -> Any:
-        """accelerate's `gather_for_metrics` knows nothing of `cp`: it keeps a copy of every row for each rank of
-        a sequence, or cuts rows off at the end of the data because of the copies."""
-        accelerator = self.accelerator
         assert self.sequence_parallel_context is not None
-        ranks, state = self.sequence_parallel_context.world_size, accelerator.gradient_state
-
-        def once(gathered: Tensor) -> Tensor:  # [processes * rows, ...], ranks of a sequence side by side
-            rows = gathered.shape[0] // accelerator.num_processes
-            gathered = gathered.unflatten(0, (-1, ranks, rows))[:, 0].flatten(0, 1)
-            return gathered[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else gathered
-
-        return recursively_apply(once, accelerator.gather(data))
+        return gather_rows(self.accelerator, self.sequence_parallel_context.world_size, data)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's hook: builds the Accelerator, then gives it the `cp` axis."""
