@@ -16,7 +16,7 @@ from torch import nn
 from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
 from ..sequence_parallel.context import IGNORE_INDEX
 from .parallelism import PeerCheck, attach, hidden_parallelism, keep_precision, resolve_parallelism, uses_fsdp
-from .rows import ReplicaScheduler, gather_rows
+from .rows import ReplicaScheduler
 
 
 class SequenceParallelAccelerator(Accelerator):
@@ -88,12 +88,6 @@ class SequenceParallelAccelerator(Accelerator):
             return prepared
         self._schedulers[-1] = ReplicaScheduler(prepared, self.num_processes // self._ranks)
         return self._schedulers[-1]
-
-    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
-        """As Accelerator's: every row of the dataset once, although all ranks of a sequence have it (`gather_rows`)."""
-        if self._ranks == 1:
-            return super().gather_for_metrics(input_data, use_gather_object=use_gather_object)
-        return gather_rows(self, self._ranks, input_data, as_objects=use_gather_object)
 
     def shard_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """This process's part of a batch from a prepared loader (`SequenceParallelContext.shard_batch`)."""

@@ -90,6 +90,10 @@ class AdaptiveMixin(_Trainer):
         if self.adapts:
             self._check_accelerator()
 
+    @property
+    def _holds_parts(self) -> bool:
+        return self.adapts or super()._holds_parts
+
     def _wanted_degree(self) -> int | str:
         return 1 if self.adapts else super()._wanted_degree()
 
@@ -251,6 +255,7 @@ class AdaptiveMixin(_Trainer):
             context = self._contexts[portion.group]
             self._peer_checks[portion.group](context, {"input_ids": portion.tokens.to(self.accelerator.device)})
             enable_sequence_parallel(model, context)
+            self._prepare_noise(model, {"input_ids": portion.tokens})
             last = n + 1 == len(inputs.portions)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss += super().training_step(model, portion.inputs, *args, **kwargs)

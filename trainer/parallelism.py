@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..sequence_parallel import LAYOUTS, SequenceParallelConfig, SequenceParallelContext
 from ..sequence_parallel.collectives import fingerprints
+from .rows import gather_rows
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +133,7 @@ def attach(
             f"{parallelism.cp_size} after {state.parallelism_config.cp_size}"
         )
     accelerator._prepare_cp = lambda *objects: objects
+    accelerator.gather_for_metrics = partial(gather_rows, accelerator, parallelism.cp_size)
     if accelerator.is_main_process:
         warn_across_nodes(sequence_groups(state.device_mesh))
     return SequenceParallelContext(state.device_mesh["cp"].get_group(), config)

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object, recursively_apply
 from torch import Tensor
 
 
-def gather_rows(accelerator: Accelerator, ranks: int, data: Any, *, as_objects: bool = False) -> Any:
+def gather_rows(accelerator: Accelerator, ranks: int, input_data: Any, use_gather_object: bool = False) -> Any:
     """accelerate's `gather_for_metrics`, with every row of the dataset once.
 
     accelerate's own keeps a copy of every row for each rank of a sequence, or cuts rows off at the end of the data
@@ -19,9 +19,9 @@ def gather_rows(accelerator: Accelerator, ranks: int, data: Any, *, as_objects: 
 
     Args:
         ranks: that share a sequence, side by side.
-        data: nested tensors `[rows, ...]`, the same on all ranks of a sequence, or a list of one object for each row.
-            A tensor without dimensions is a number of the process, and all processes' are returned.
-        as_objects: takes nested tensors as objects too.
+        input_data: nested tensors `[rows, ...]`, the same on all ranks of a sequence, or a list of one object for each
+            row. A tensor without dimensions is a number of the process, and all processes' are returned.
+        use_gather_object: takes nested tensors as objects too.
 
     Raises:
         ValueError: the ranks of a sequence have different rows.
@@ -46,9 +46,9 @@ def gather_rows(accelerator: Accelerator, ranks: int, data: Any, *, as_objects: 
             )
         return without_repeats(first.flatten(0, 2))
 
-    if as_objects or not _all_tensors(data):
-        return without_repeats([row for part in gather_object([data])[::ranks] for row in part])
-    return recursively_apply(once, data)
+    if use_gather_object or not _all_tensors(input_data):
+        return without_repeats([row for part in gather_object([input_data])[::ranks] for row in part])
+    return recursively_apply(once, input_data)
 
 
 def _all_tensors(data: Any) -> bool:

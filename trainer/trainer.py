@@ -8,7 +8,7 @@ averages over them, so loss, gradients and their norm are those of one process.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from .adaptive import AdaptiveMixin
 from .arguments import sequence_parallel_config
 from .flops import batch_flops
 from .memory import peak_memory
+from .noise import EmbeddingNoise
 from .parallelism import (
     PeerCheck,
     attach,
@@ -44,7 +45,6 @@ from .parallelism import (
 )
 from .progress import ProgressBar, SpeedMeter
 from .reliability import ReliabilityMixin
-from .rows import gather_rows
 
 logger = logging.get_logger(__name__)
 
@@ -64,20 +64,8 @@ class SequenceParallelMixin(ReliabilityMixin):
     sequence_parallel_context: SequenceParallelContext | None = None
     _check_peers: PeerCheck
     _batch_is_whole = False  # an evaluation batch that nobody has counted and cut yet
-    _gather_function: Callable[[Any], Any]
-
-    @property
-    def gather_function(self) -> Callable[[Any], Any]:
-        """What Trainer collects the results of an evaluation with: every sequence once."""
-        return self._gather_function if self.sequence_parallel_context is None else self._gather_sequences
-
-    @gather_function.setter
-    def gather_function(self, function: Callable[[Any], Any]) -> None:
-        self._gather_function = function
-
-    def _gather_sequences(self, data: Any) -> Any:
-        assert self.sequence_parallel_context is not None
-        return gather_rows(self.accelerator, self.sequence_parallel_context.world_size, data)
+    _batch_tokens: Tensor  # of the last batch, uncut, without padding
+    _noise: EmbeddingNoise | None = None  # while training with NEFTune on parts of sequences
 
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's hook: builds the Accelerator, then gives it the `cp` axis."""
@@ -99,6 +87,9 @@ class SequenceParallelMixin(ReliabilityMixin):
         args.parallelism_config = parallelism
         self._check_peers = PeerCheck()
         self.sequence_parallel_context = attach(self.accelerator, parallelism, sequence_parallel_config(args))
+        self.gather_function = functools.partial(
+            self.accelerator.gather_for_metrics, use_gather_object=args.eval_use_gather_object
+        )
 
     def _wanted_degree(self) -> int | str:
         return getattr(self.args, "sequence_parallel_size", "auto")  # type: ignore[attr-defined]
@@ -132,6 +123,10 @@ class SequenceParallelMixin(ReliabilityMixin):
             enable_sequence_parallel(model, context)
         self._check_peers(context, inputs)
         self._batch_is_whole = False
+        self._prepare_noise(model, inputs)
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        mask = inputs.get("attention_mask")
+        self._batch_tokens = torch.tensor(tokens.shape[:2].numel()) if mask is None else mask.sum()  # type: ignore[union-attr]
         return contextlib.nullcontext, context.shard_batch(inputs)
 
     def _check_loss_functions(self) -> None:
@@ -150,7 +145,27 @@ class SequenceParallelMixin(ReliabilityMixin):
         if self.args.world_size > 1 and not self.is_fsdp_enabled:  # type: ignore[attr-defined]
             # an evaluation marks the bare model as prepared, and accelerate would then train it without DDP
             self.model._is_accelerate_prepared = False  # type: ignore[attr-defined]
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        alpha = self.neftune_noise_alpha  # type: ignore[has-type]
+        if alpha is None or not self._holds_parts:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        self._noise, self.neftune_noise_alpha = EmbeddingNoise(alpha, self.args.process_index), None  # type: ignore[attr-defined]
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._noise.remove()
+            self._noise, self.neftune_noise_alpha = None, alpha
+
+    @property
+    def _holds_parts(self) -> bool:
+        """Whether a process holds parts of sequences."""
+        return self.sequence_parallel_context is not None
+
+    def _prepare_noise(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """For the forward pass over an uncut `batch`."""
+        if self._noise is not None:
+            tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+            embedding = self.accelerator.unwrap_model(model).get_input_embeddings()
+            self._noise.prepare(embedding, tokens.shape[1])  # type: ignore[union-attr]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Trainer's hook: the labels of uncut batches, each counted once. Some releases round the quotient.
@@ -192,9 +207,15 @@ class SequenceParallelMixin(ReliabilityMixin):
         if self._batch_is_whole:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)  # type: ignore[attr-defined]
             _, inputs = self._prepare_context_parallel_inputs(model, inputs)
-        return super().compute_loss(  # type: ignore[misc]
+        tokens = getattr(self, "_total_train_tokens", None)  # SFTTrainer's, which adds those of a part, as of one row
+        loss = super().compute_loss(  # type: ignore[misc]
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
+        if tokens is not None and self.sequence_parallel_context is not None and model.training:
+            counted = self.accelerator.gather(self._batch_tokens.to(self.args.device)).sum().item()  # type: ignore[attr-defined]
+            self._total_train_tokens = tokens + counted // self.sequence_parallel_context.world_size
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]  # type: ignore[attr-defined]
+        return loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """Trainer's hook: this process's share of a batch's FLOPs, forward and backward, as flops.py counts them."""
