@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -37,7 +38,7 @@ class LinearLlama3Attention(LlamaAttention):
         *,
         position_embeddings: tuple[Tensor, Tensor],
         cu_seq_lens_q: Tensor | None = None,
-        exchange_cache: dict[str, Any] | None = None,
+        exchange_cache: MutableMapping[str, Any] | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -48,9 +49,10 @@ class LinearLlama3Attention(LlamaAttention):
         """
         context = self.sequence_parallel_context
         if context is None and (cu_seq_lens_q is None or not attends_by_document(self.config)):
+            cos, sin = (table.to(hidden_states.dtype) for table in position_embeddings)  # as transformers has them
             return super().forward(
                 hidden_states,
-                position_embeddings=position_embeddings,
+                position_embeddings=(cos, sin),
                 cu_seq_lens_q=cu_seq_lens_q,
                 **{CACHE_NAME: cache},
                 **kwargs,

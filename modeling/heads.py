@@ -14,7 +14,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils import can_return_tuple
 
 from .configuration import LinearLlama3Config
-from .inputs import Mask, check_counted
+from .inputs import Mask, check_loss
 from .loss import check_skipped, loss_without_logits
 from .model import LinearLlama3Model, LinearLlama3PreTrainedModel
 
@@ -54,8 +54,8 @@ class LinearLlama3ForMaskedLM(LinearLlama3PreTrainedModel):
         """
         if skip_logits:
             check_skipped(labels)
-        if labels is not None and self.model.sequence_parallel_context is not None:
-            check_counted(kwargs)
+        if labels is not None:
+            check_loss(kwargs, sharded=self.model.sequence_parallel_context is not None, shifts=False)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

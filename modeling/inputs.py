@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_recurrent_attention_mask
+from transformers.utils import logging
 
 from ..sequence_parallel import SequenceParallelContext
 from ..sequence_parallel.packing import restarting_positions
 from .cache import CountingCache, ShardedCache
 from .configuration import LinearLlama3Config
 from .releases import CACHE_NAME
+
+logger = logging.get_logger(__name__)
 
 SWITCH_OFF = "switch sequence parallelism off with enable_sequence_parallel(model, None)"
 ROPE_TYPES_OF_THE_LENGTH = ("dynamic", "longrope")  # their table depends on the longest position in the batch
@@ -78,23 +81,32 @@ def check_shard(
         )
 
 
-def check_sharded_loss(kwargs: dict[str, Any]) -> None:
-    """`ValueError` unless the keywords of a forward pass with labels make a loss on one rank's shard."""
-    if kwargs.get("shift_labels") is None:
+def check_loss(kwargs: dict[str, Any], *, sharded: bool, shifts: bool) -> None:
+    """`ValueError` unless the keywords of a forward pass with labels make a loss.
+
+    Args:
+        sharded: this is one rank's part of the sequences, which knows neither the next label nor the number of labels.
+        shifts: a position predicts the next label.
+    """
+    count = kwargs.get("num_items_in_batch")
+    if sharded and shifts and kwargs.get("shift_labels") is None:
         raise ValueError(
             "under sequence parallelism labels are shifted before the cut, got labels without shift_labels; "
             "call context.shard_batch(batch) first and pass all that it returns"
         )
-    check_counted(kwargs)
-
-
-def check_counted(kwargs: dict[str, Any]) -> None:
-    """`ValueError` unless the number of labels is told, which no rank can count."""
-    if kwargs.get("num_items_in_batch") is None:
+    if sharded and count is None:
         raise ValueError(
             "under sequence parallelism the loss needs num_items_in_batch, got none; pass the number of "
             "labels other than -100 in the whole batch (a shard's own mean is not the mean, and nan without labels)"
         )
+    if isinstance(count, Tensor) and count.is_floating_point() and count.dtype.itemsize < 4:
+        message = (
+            f"num_items_in_batch must be exact, got {count.dtype}, in which a count is rounded or infinite; pass an "
+            "integer tensor or a Python number, which FSDP2's mixed precision does not cast (LinearLlama3Trainer does)"
+        )
+        if sharded:
+            raise ValueError(message)
+        logger.warning_once(message)  # transformers' own Trainer divides its count, and so gets here under FSDP2
 
 
 def check_unread(kwargs: dict[str, Any], batch: int, length: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -136,7 +136,7 @@ class LinearAttention(Tiled, ExactTensors):
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         cu_seq_lens_q: Tensor | None = None,
-        exchange_cache: dict[str, Any] | None = None,
+        exchange_cache: MutableMapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """`hidden_states` `[B, T, hidden]` -> (the same shape, None: there are no attention weights).

@@ -8,6 +8,7 @@ attention layers, which alone mix tokens, exchange what they need.
 from __future__ import annotations
 
 import os
+from collections import UserDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..sequence_parallel.packing import DOCUMENT_KEYS, check_mask, document_edges, restarting_positions
 from .attention import LinearLlama3Attention
-from .buffers import LinearLlama3RotaryEmbedding
+from .buffers import LinearLlama3RotaryEmbedding, as_floats, as_integers
 from .cache import CountingCache, ShardedCache, new_cache
 from .configuration import LinearLlama3Config
 from .generation import LinearLlama3GenerationMixin
@@ -34,8 +35,8 @@ from .inputs import (
     Masks,
     check_cache,
     check_distribution,
+    check_loss,
     check_shard,
-    check_sharded_loss,
     check_unread,
     layer_masks,
     padding_mask,
@@ -66,12 +67,20 @@ class LinearLlama3DecoderLayer(Tiled, GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, *, cache: Cache | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """`[B, T, hidden]` -> `[B, T, hidden]`; the keywords go to the attention.
 
-        `cache` is not called `past_key_values` here, which transformers 5.17 to 5.23 drop from a checkpointed layer,
-        also without gradients.
+        `position_embeddings`: cosines and sines `[B, T, D]`, perhaps `as_integers`. `cache` is not called
+        `past_key_values` here, which transformers 5.17 to 5.23 drop from a checkpointed layer, also without gradients.
         """
+        kwargs["position_embeddings"] = tuple(map(as_floats, position_embeddings))
         normed = self.in_tiles(self.input_layernorm, hidden_states)
         attention_output, _ = self.self_attn(normed, cache=cache, **kwargs)
         return self.in_tiles(self._feed_forward, hidden_states + attention_output)
@@ -306,8 +315,9 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
         cache: Cache | None,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        # what a layer exchanged in its forward pass, kept for the recomputation
+        position_embeddings = tuple(map(as_integers, self.rotary_emb(hidden_states, position_ids=position_ids)))
+        # What a layer exchanged in its forward pass is kept for the recomputation. In no dict: FSDP2 hands each layer
+        # copies of the dicts among its arguments.
         keep_exchanged = self.gradient_checkpointing and self.training and self.sequence_parallel_context is not None
         for layer, layer_type in zip(self.layers, self.config.layer_types or (), strict=True):
             hidden_states = layer(
@@ -316,7 +326,7 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 cache=cache,
-                exchange_cache={} if keep_exchanged else None,
+                exchange_cache=UserDict() if keep_exchanged else None,
                 **kwargs,
             )
         return hidden_states
@@ -387,8 +397,8 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, LinearLlama3Generatio
         """
         if skip_logits:
             check_skipped(labels, logits_to_keep)
-        if labels is not None and self.model.sequence_parallel_context is not None:
-            check_sharded_loss(kwargs)
+        if labels is not None:
+            check_loss(kwargs, sharded=self.model.sequence_parallel_context is not None, shifts=True)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import PartialState
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor, nn
+from torch import nn
 
 from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
 from ..sequence_parallel.context import IGNORE_INDEX
-from .parallelism import PeerCheck, attach, hidden_parallelism, resolve_parallelism, uses_fsdp
+from .parallelism import PeerCheck, attach, hidden_parallelism, keep_precision, resolve_parallelism, uses_fsdp
+from .rows import ReplicaScheduler
 
 
 class SequenceParallelAccelerator(Accelerator):
@@ -26,6 +28,10 @@ class SequenceParallelAccelerator(Accelerator):
             local = accelerator.shard_batch(batch)
             loss = model(**local, num_items_in_batch=accelerator.num_items(batch)).loss
             accelerator.backward(loss)
+
+    `gather_for_metrics` and a prepared scheduler count every row once. `gather`, `reduce` and `pad_across_processes`
+    are accelerate's own: they speak of processes, and all ranks of a sequence hold its rows. So `reduce(loss, "mean")`
+    is the loss, but a sum over rows counts each row once for every rank of its sequence.
 
     Args:
         sequence_parallel_size: processes that share every sequence; "auto" takes all of the launch. accelerate's
@@ -55,6 +61,7 @@ class SequenceParallelAccelerator(Accelerator):
             visible = parallelism if uses_fsdp(kwargs.get("fsdp_plugin"), cpu=cpu) else None
             with hidden_parallelism():
                 super().__init__(*args, parallelism_config=visible, **kwargs)
+        keep_precision(self)
         self._check_peers, self._causal = PeerCheck(), True
         if parallelism is not None:
             config = sequence_parallel_config or SequenceParallelConfig()
@@ -69,6 +76,19 @@ class SequenceParallelAccelerator(Accelerator):
                     enable_sequence_parallel(model, self.sequence_parallel_context)
         return super().prepare(*args, **kwargs)
 
+    @property
+    def _ranks(self) -> int:
+        """That share a sequence."""
+        return 1 if self.sequence_parallel_context is None else self.sequence_parallel_context.world_size
+
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        """As Accelerator's; it advances by one for each replica, not for each process."""
+        prepared = super().prepare_scheduler(scheduler)
+        if self._ranks == 1 or not isinstance(prepared, AcceleratedScheduler) or prepared.split_batches:
+            return prepared
+        self._schedulers[-1] = ReplicaScheduler(prepared, self.num_processes // self._ranks)
+        return self._schedulers[-1]
+
     def shard_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """This process's part of a batch from a prepared loader (`SequenceParallelContext.shard_batch`)."""
         context = self.sequence_parallel_context
@@ -77,19 +97,17 @@ class SequenceParallelAccelerator(Accelerator):
         self._check_peers(context, batch)
         return context.shard_batch(batch)
 
-    def num_items(self, *batches: dict[str, Any]) -> Tensor:
+    def num_items(self, *batches: dict[str, Any]) -> float:
         """The model's `num_items_in_batch` for the (uncut) batches that this process accumulates in one optimizer step.
 
         It is the number of labels in all processes' batches, divided by what the gradients will be divided by: the
         number of processes, and accelerate's gradient accumulation steps. They become those of the mean over all
-        labels.
+        labels. A Python number: mixed precision would round a floating-point tensor.
         """
         first = 1 if self._causal else 0  # nothing predicts the first token of a causal model
         targets = [
             batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, first:] for batch in batches
         ]
         local = torch.stack([labels.ne(IGNORE_INDEX).sum() for labels in targets]).sum().to(self.device)
-        ranks = 1 if self.sequence_parallel_context is None else self.sequence_parallel_context.world_size
-        return (
-            self.reduce(local.double(), reduction="sum") / ranks / self.num_processes / self.gradient_accumulation_steps
-        )
+        total = self.reduce(local, reduction="sum").item()
+        return total / self._ranks / self.num_processes / self.gradient_accumulation_steps

@@ -36,7 +36,7 @@ from ..sequence_parallel.planner import (
 from .data_order import DataOrder, content_hash
 from .failures import on_every_rank, reading
 from .flops import attention_pairs, count_flops
-from .parallelism import REFUSED_ENGINES, PeerCheck
+from .parallelism import REFUSED_ENGINES, PeerCheck, check_overrides
 from .planned_steps import GroupKey, OneAhead, PlannedStep, StepPlanner, fingerprint, group_contexts
 
 if TYPE_CHECKING:
@@ -90,6 +90,10 @@ class AdaptiveMixin(_Trainer):
         if self.adapts:
             self._check_accelerator()
 
+    @property
+    def _holds_parts(self) -> bool:
+        return self.adapts or super()._holds_parts
+
     def _wanted_degree(self) -> int | str:
         return 1 if self.adapts else super()._wanted_degree()
 
@@ -99,6 +103,7 @@ class AdaptiveMixin(_Trainer):
                 "adaptive groups stand for a static degree, got both: a cp size of "
                 f"{self.sequence_parallel_context.world_size} by accelerate's settings; take one of them out"
             )
+        check_overrides(type(self))
         if (engine := self.accelerator.state.distributed_type) in REFUSED_ENGINES:
             raise ValueError(f"adaptive groups go with DDP and FSDP2, got {engine.value}; launch with --multi_gpu")
 
@@ -250,6 +255,7 @@ class AdaptiveMixin(_Trainer):
             context = self._contexts[portion.group]
             self._peer_checks[portion.group](context, {"input_ids": portion.tokens.to(self.accelerator.device)})
             enable_sequence_parallel(model, context)
+            self._prepare_noise(model, {"input_ids": portion.tokens})
             last = n + 1 == len(inputs.portions)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss += super().training_step(model, portion.inputs, *args, **kwargs)

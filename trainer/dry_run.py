@@ -80,7 +80,7 @@ class DryRun:
         if kind == "linear":
             heads, key_dim, value_dim = config.linear_state_shape
             mixer = MIXERS[config.linear_attention_type]
-            decays = packed or mixer.learned_decay is not None or mixer.constant_log_decay is not None
+            decays = packed or mixer.learned_decay or mixer.constant_log_decay is not None
         return Sizes(
             batch=1 if packed else self.rows,
             tokens=self.local_tokens * (self.rows if packed else 1),

@@ -9,25 +9,32 @@ case its hook that would shard softmax attention (`_prepare_cp`) passes everythi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..sequence_parallel import LAYOUTS, SequenceParallelConfig, SequenceParallelContext
 from ..sequence_parallel.collectives import fingerprints
+from .rows import gather_rows
 
 logger = logging.getLogger(__name__)
 
 REFUSED_ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
+READ_SHARDS = ("compute_loss", "_prepare_inputs")  # Trainer's methods that are given one rank's part of a batch
+RIGHT_FOR_SHARDS = (__package__, "transformers.trainer", "trl.trainer.sft_trainer")  # modules; else `handles_shards`
 _FLAG = "ACCELERATE_USE_PARALLELISM_CONFIG"
 
 
@@ -138,9 +145,32 @@ def attach(
             f"{parallelism.cp_size} after {state.parallelism_config.cp_size}"
         )
     accelerator._prepare_cp = lambda *objects: objects
+    accelerator.gather_for_metrics = partial(gather_rows, accelerator, parallelism.cp_size)
     if accelerator.is_main_process:
         warn_across_nodes(sequence_groups(state.device_mesh))
     return SequenceParallelContext(state.device_mesh["cp"].get_group(), config)
+
+
+def keep_precision(accelerator: Accelerator) -> None:
+    """FSDP2's mixed precision for weights and activations only. accelerate's own policy also sums gradients in 16 bits
+    and rounds what the model returns, the loss among it.
+
+    Raises:
+        ValueError: the caller's own policy rounds the loss.
+    """
+    plugin: Any = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if policy is None:
+        return
+    dtype = policy.param_dtype
+    if policy == MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype, output_dtype=dtype):  # accelerate's
+        policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+        plugin.mixed_precision_policy = policy
+    if policy.output_dtype is not None and policy.output_dtype.itemsize < 4:
+        raise ValueError(
+            "mixed_precision_policy must leave the loss in float32, got output_dtype="
+            f"{policy.output_dtype}; set output_dtype to None or float32"
+        )
 
 
 def sequence_groups(mesh: DeviceMesh) -> list[list[int]]:
@@ -170,6 +200,23 @@ def set_timeout(accelerator: Accelerator, seconds: float) -> None:
     mesh = accelerator.state.device_mesh
     for group in [dist.group.WORLD, *(mesh.get_all_groups() if mesh is not None else ())]:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)  # what torchtitan uses as well
+
+
+def check_overrides(trainer: type) -> None:
+    """ValueError where a class overrides what is given one rank's part of a batch, unless it says `handles_shards`.
+
+    There logits end at the cut, labels have no neighbours, and the mean over a part is not the mean.
+    """
+    for owner in trainer.__mro__:
+        methods = [name for name in READ_SHARDS if name in vars(owner)]
+        known = any(owner.__module__ == name or owner.__module__.startswith(f"{name}.") for name in RIGHT_FOR_SHARDS)
+        if methods and not known and not vars(owner).get("handles_shards", False):
+            raise ValueError(
+                f"under sequence parallelism {' and '.join(methods)} must know that a rank holds a part of every "
+                f"sequence, got {owner.__name__}'s own; change the loss by model.loss_function (of shift_labels and "
+                "num_items_in_batch, with chunked_loss=False), or set handles_shards = True in that class if it is "
+                "right for a part, as where it passes on what super() returns; or train with sequence_parallel_size=1"
+            )
 
 
 class PeerCheck:

@@ -8,12 +8,11 @@ averages over them, so loss, gradients and their norm are those of one process.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 from transformers.utils import logging
@@ -32,12 +31,15 @@ from .adaptive import AdaptiveMixin
 from .arguments import sequence_parallel_config
 from .flops import batch_flops
 from .memory import peak_memory
+from .noise import EmbeddingNoise
 from .parallelism import (
     PeerCheck,
     attach,
     check_dtypes,
+    check_overrides,
     hidden_parallelism,
     is_sharded_by,
+    keep_precision,
     resolve_parallelism,
     uses_fsdp,
 )
@@ -54,50 +56,39 @@ class SequenceParallelMixin(ReliabilityMixin):
 
     Reads `sequence_parallel_size`, `linear_strategy`, `softmax_strategy` and `sequence_layout` of the arguments
     where there are any; plain TrainingArguments take all processes, LASP-2 and LASP-2H.
+
+    A class that overrides `compute_loss` or `_prepare_inputs`, which are given this rank's part of a batch
+    (`shift_labels` among it, and `num_items_in_batch` of the complete batch), must set `handles_shards = True`.
     """
 
     sequence_parallel_context: SequenceParallelContext | None = None
     _check_peers: PeerCheck
     _batch_is_whole = False  # an evaluation batch that nobody has counted and cut yet
-    _gather_function: Callable[[Any], Any]
-
-    @property
-    def gather_function(self) -> Callable[[Any], Any]:
-        """What Trainer collects the results of an evaluation with: every sequence once."""
-        return self._gather_function if self.sequence_parallel_context is None else self._gather_sequences
-
-    @gather_function.setter
-    def gather_function(self, function: Callable[[Any], Any]) -> None:
-        self._gather_function = function
-
-    def _gather_sequences(self, data: Any) -> Any:
-        """accelerate's `gather_for_metrics` knows nothing of `cp`: it keeps a copy of every row for each rank of
-        a sequence, or cuts rows off at the end of the data because of the copies."""
-        accelerator = self.accelerator
-        assert self.sequence_parallel_context is not None
-        ranks, state = self.sequence_parallel_context.world_size, accelerator.gradient_state
-
-        def once(gathered: Tensor) -> Tensor:  # [processes * rows, ...], ranks of a sequence side by side
-            rows = gathered.shape[0] // accelerator.num_processes
-            gathered = gathered.unflatten(0, (-1, ranks, rows))[:, 0].flatten(0, 1)
-            return gathered[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else gathered
-
-        return recursively_apply(once, accelerator.gather(data))
+    _batch_tokens: Tensor  # of the last batch, uncut, without padding
+    _noise: EmbeddingNoise | None = None  # while training with NEFTune on parts of sequences
 
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's hook: builds the Accelerator, then gives it the `cp` axis."""
+        self._create_accelerator()
+        keep_precision(self.accelerator)
+
+    def _create_accelerator(self) -> None:
         args: Any = self.args  # type: ignore[attr-defined]
         parallelism = resolve_parallelism(args.parallelism_config, self._wanted_degree(), args.world_size)
         if parallelism is None:
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
             return
         self._check_arguments(args)
+        check_overrides(type(self))
         args.parallelism_config = parallelism if uses_fsdp(args.fsdp_plugin_args, cpu=args.use_cpu) else None
         with hidden_parallelism():
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
         args.parallelism_config = parallelism
         self._check_peers = PeerCheck()
         self.sequence_parallel_context = attach(self.accelerator, parallelism, sequence_parallel_config(args))
+        self.gather_function = functools.partial(
+            self.accelerator.gather_for_metrics, use_gather_object=args.eval_use_gather_object
+        )
 
     def _wanted_degree(self) -> int | str:
         return getattr(self.args, "sequence_parallel_size", "auto")  # type: ignore[attr-defined]
@@ -126,38 +117,77 @@ class SequenceParallelMixin(ReliabilityMixin):
         context = self.sequence_parallel_context
         if context is None:
             return super()._prepare_context_parallel_inputs(model, inputs)  # type: ignore[misc]
-        if self.compute_loss_func is not None:  # type: ignore[attr-defined]
-            raise ValueError(
-                "compute_loss_func is not possible under sequence parallelism: it would see one shard and labels "
-                "without their neighbours; let the model compute the loss"
-            )
+        self._check_loss_functions()
         if not is_sharded_by(model, context):
             enable_sequence_parallel(model, context)
         self._check_peers(context, inputs)
         self._batch_is_whole = False
+        self._prepare_noise(model, inputs)
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        mask = inputs.get("attention_mask")
+        self._batch_tokens = torch.tensor(tokens.shape[:2].numel()) if mask is None else mask.sum()  # type: ignore[union-attr]
         return contextlib.nullcontext, context.shard_batch(inputs)
+
+    def _check_loss_functions(self) -> None:
+        for name in ("compute_loss_func", "label_smoother"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is not possible under sequence parallelism: it would see one shard and labels without "
+                    "their neighbours; let the model compute the loss"
+                )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; the ranks of a sequence compare their batches from the first one on, also after a resume."""
         self._check_peers = PeerCheck()
         if self.is_fsdp_enabled:  # type: ignore[attr-defined]
             check_dtypes(self.model, self.accelerator.mixed_precision)  # type: ignore[attr-defined]
+        if self.sequence_parallel_context is not None:
+            self._check_loss_functions()
         if self.args.world_size > 1 and not self.is_fsdp_enabled:  # type: ignore[attr-defined]
             # an evaluation marks the bare model as prepared, and accelerate would then train it without DDP
             self.model._is_accelerate_prepared = False  # type: ignore[attr-defined]
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        alpha = self.neftune_noise_alpha  # type: ignore[has-type]
+        if alpha is None or not self._holds_parts:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        self._noise, self.neftune_noise_alpha = EmbeddingNoise(alpha, self.args.process_index), None  # type: ignore[attr-defined]
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._noise.remove()
+            self._noise, self.neftune_noise_alpha = None, alpha
+
+    @property
+    def _holds_parts(self) -> bool:
+        """Whether a process holds parts of sequences."""
+        return self.sequence_parallel_context is not None
+
+    def _prepare_noise(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """For the forward pass over an uncut `batch`."""
+        if self._noise is not None:
+            tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+            embedding = self.accelerator.unwrap_model(model).get_input_embeddings()
+            self._noise.prepare(embedding, tokens.shape[1])  # type: ignore[union-attr]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Trainer's hook: the labels of uncut batches, each counted once. Releases before 5.23 round the quotient."""
-        if self.sequence_parallel_context is None:
-            return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
-        state = self.accelerator.state
+        """Trainer's hook: the labels of uncut batches, each counted once. Some releases round the quotient.
+
+        Returns:
+            An integer tensor or a Python number, which mixed precision does not round, or None.
+        """
+        state, context = self.accelerator.state, self.sequence_parallel_context
+        if context is None:
+            count = super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
+            return count.round().long() if isinstance(count, torch.Tensor) else count
         parallelism, state.parallelism_config = state.parallelism_config, None
         try:
             count = super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
         finally:
             state.parallelism_config = parallelism
-        return None if count is None else count / self.sequence_parallel_context.world_size
+        if count is None:
+            return None
+        if self.args.average_tokens_across_devices:  # type: ignore[attr-defined]
+            return (count / context.world_size).round().long()  # of all processes: a multiple
+        return count.item() / context.world_size
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Trainer's hook: all ranks of a sequence count the same batch."""
@@ -178,9 +208,15 @@ class SequenceParallelMixin(ReliabilityMixin):
         if self._batch_is_whole:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)  # type: ignore[attr-defined]
             _, inputs = self._prepare_context_parallel_inputs(model, inputs)
-        return super().compute_loss(  # type: ignore[misc]
+        tokens = getattr(self, "_total_train_tokens", None)  # SFTTrainer's, which adds those of a part, as of one row
+        loss = super().compute_loss(  # type: ignore[misc]
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
+        if tokens is not None and self.sequence_parallel_context is not None and model.training:
+            counted = self.accelerator.gather(self._batch_tokens.to(self.args.device)).sum().item()  # type: ignore[attr-defined]
+            self._total_train_tokens = tokens + counted // self.sequence_parallel_context.world_size
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]  # type: ignore[attr-defined]
+        return loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """Trainer's hook: this process's share of a batch's FLOPs, forward and backward, as flops.py counts them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -95,7 +95,7 @@ def self_adjoint(
     x: Tensor,
     group: dist.ProcessGroup,
     *,
-    cache: dict[str, Any] | None = None,
+    cache: MutableMapping[str, Any] | None = None,
     key: str = "received",
 ) -> Tensor:
     """What an all_reduce or all_to_all of `x` gives, differentiable: these linear maps are their own gradients.
@@ -108,7 +108,12 @@ def self_adjoint(
 class _SelfAdjoint(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, collective: Collective, group: dist.ProcessGroup, cache: dict[str, Any] | None, key: str
+        ctx: Any,
+        x: Tensor,
+        collective: Collective,
+        group: dist.ProcessGroup,
+        cache: MutableMapping[str, Any] | None,
+        key: str,
     ) -> Tensor:
         ctx.collective, ctx.group = collective, group
         if cache is None:

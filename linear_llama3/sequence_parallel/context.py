@@ -71,10 +71,12 @@ class SequenceParallelContext:
 
     @property
     def layout(self) -> str:
-        """Name of the layout. "auto" is settled by the first model that is enabled, or as contiguous by whatever
-        asks before that, and stays: what is cut and what is computed never differ."""
-        if self._layout is None:
-            self._layout = "contiguous"
+        """Name of the layout. "auto" is settled by the first model that is enabled, or as contiguous by what is cut or
+        computed before that, and stays: what is cut and what is computed never differ."""
+        return self._layout or "auto"
+
+    def _settled_layout(self) -> str:
+        self._layout = self._layout or "contiguous"
         return self._layout
 
     def settle(self, model: nn.Module) -> None:
@@ -89,8 +91,8 @@ class SequenceParallelContext:
     def positions(self, tokens: int, device: torch.device | None = None) -> Tensor:
         """Global positions `[C]` of this rank's `tokens` local ones, padding included."""
         ranks, total = self.world_size, tokens * self.world_size
-        check_length(tokens, ranks, self.layout, total)
-        spans = get_layout(self.layout, ranks).spans(self.rank, ranks, total, total)
+        check_length(tokens, ranks, self._settled_layout(), total)
+        spans = get_layout(self._settled_layout(), ranks).spans(self.rank, ranks, total, total)
         return torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])
 
     @property
@@ -104,16 +106,18 @@ class SequenceParallelContext:
     def start_linear_attention(self, k: Tensor, v: Tensor, **options: Any) -> StartedAttention:
         """`sequence_parallel.start_linear_attention` with this context's group, strategy and layout."""
         return start_linear_attention(
-            k, v, group=self.group, strategy=self.config.linear, layout=self.layout, **options
+            k, v, group=self.group, strategy=self.config.linear, layout=self._settled_layout(), **options
         )
 
     def linear_attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """`sequence_parallel.linear_attention` with this context's group, strategy and layout."""
-        return linear_attention(q, k, v, group=self.group, strategy=self.config.linear, layout=self.layout, **options)
+        layout = self._settled_layout()
+        return linear_attention(q, k, v, group=self.group, strategy=self.config.linear, layout=layout, **options)
 
     def softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """`sequence_parallel.softmax_attention` with this context's group, strategy and layout."""
-        return softmax_attention(q, k, v, group=self.group, strategy=self.config.softmax, layout=self.layout, **options)
+        layout = self._settled_layout()
+        return softmax_attention(q, k, v, group=self.group, strategy=self.config.softmax, layout=layout, **options)
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's part of a batch that every rank of the group holds whole.
@@ -149,7 +153,7 @@ class SequenceParallelContext:
         edges = document_edges({**rest, "position_ids": positions}, mask, batch=rows, length=length)
         for name in (*DOCUMENT_KEYS, "max_length_q", "max_length_k"):
             rest.pop(name, None)  # describe the whole rows
-        ragged = get_layout(self.layout, self.world_size).padded(length, self.world_size) != length
+        ragged = get_layout(self._settled_layout(), self.world_size).padded(length, self.world_size) != length
         if edges is None and not self.causal and (ragged or (mask is not None and not mask.all())):
             attended = torch.ones(rows, length, device=tokens.device) if mask is None else mask
             edges, positions = _pack_padding(attended), None
@@ -163,7 +167,7 @@ class SequenceParallelContext:
         if edges is not None and rows > 1:
             sequences = {name: x.flatten(0, 1).unsqueeze(0) for name, x in sequences.items()}
         total = sequences["position_ids"].shape[1]
-        padding = get_layout(self.layout, self.world_size).padded(total, self.world_size) - total
+        padding = get_layout(self._settled_layout(), self.world_size).padded(total, self.world_size) - total
         sequences["position_ids"] = _extend_positions(sequences["position_ids"], padding, edges is not None)
         local = {name: self._cut(name, x) for name, x in sequences.items()}
         if edges is not None:
@@ -174,7 +178,7 @@ class SequenceParallelContext:
 
     def _cut(self, name: str, x: Tensor) -> Tensor:
         padding = IGNORE_INDEX if name in ("labels", "shift_labels") else 0
-        return shard(x, group=self.group, dim=1, layout=self.layout, padding=padding).contiguous()
+        return shard(x, group=self.group, dim=1, layout=self._settled_layout(), padding=padding).contiguous()
 
 
 def _no_context() -> None:

@@ -70,7 +70,9 @@ def fine_tune(
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model()
     reset_accelerate()
-    return {**outcome(trainer), "eval": (before, after)}
+    logs = [log for log in trainer.state.log_history if "mean_token_accuracy" in log]
+    metrics = [tuple(log[name] for name in ("num_tokens", "mean_token_accuracy", "entropy")) for log in logs]
+    return {**outcome(trainer), "eval": (before, after), "metrics": metrics}
 
 
 def assert_right(runs: list[dict[str, Any]], checkpoint: Path, batches: str, *, lora: bool = False) -> None:
@@ -104,6 +106,15 @@ def test_sequence_parallel_sft_trainer(
 ) -> None:
     runs = run_distributed(fine_tune, 2, str(checkpoint), str(tmp_path), batches, True, checkpointing, lora)
     assert_right(runs, checkpoint, batches, lora=lora)
+
+
+@pytest.mark.parametrize("batches", ["padded", "padding-free"])
+def test_metrics_are_those_of_one_process(batches: str, checkpoint: Path, tmp_path: Path) -> None:
+    (one,) = run_distributed(fine_tune, 1, str(checkpoint), str(tmp_path), batches)
+    assert len(one["metrics"]) == 2 and 0 < one["metrics"][0][0] < one["metrics"][1][0]
+    for run in run_distributed(fine_tune, 2, str(checkpoint), str(tmp_path), batches, True):
+        for got, expected in zip(run["metrics"], one["metrics"], strict=True):
+            assert got == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_mixin_changes_nothing_on_one_process(checkpoint: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ strategies exchange is tested in tests/sequence_parallel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import pytest
@@ -29,10 +29,10 @@ class OneRank:
         return torch.arange(tokens, device=device)
 
     def __init__(self) -> None:
-        self.exchange_caches: list[dict[str, Any] | None] = []
+        self.exchange_caches: list[MutableMapping[str, Any] | None] = []
 
     def start_linear_attention(
-        self, k: Tensor, v: Tensor, *, exchange_cache: dict[str, Any] | None = None, **kwargs: Any
+        self, k: Tensor, v: Tensor, *, exchange_cache: MutableMapping[str, Any] | None = None, **kwargs: Any
     ) -> Callable[[Tensor], Tensor]:
         self.exchange_caches.append(exchange_cache)
         return lambda q: linear_attention(q, k, v, **kwargs)[0]
@@ -46,7 +46,7 @@ class OneRank:
         scale: float,
         cu_seqlens: Tensor | None,
         causal: bool,
-        exchange_cache: dict[str, Any] | None,
+        exchange_cache: MutableMapping[str, Any] | None,
     ) -> Tensor:
         assert causal
         self.exchange_caches.append(exchange_cache)
@@ -102,9 +102,9 @@ def test_one_rank_is_the_model(context: OneRank, mixer: str, documents: list[int
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3 * scale, msg=name)
 
     seen = context.exchange_caches
-    if checkpointing:  # one dictionary per layer, found again by the recomputation in backward order
+    if checkpointing:  # one mapping per layer, found again by the recomputation in backward order
         assert [id(cache) for cache in seen[:4]] == [id(cache) for cache in seen[:3:-1]]
-        assert len({id(cache) for cache in seen}) == 4 and all(isinstance(cache, dict) for cache in seen)
+        assert len({id(cache) for cache in seen}) == 4 and all(isinstance(cache, MutableMapping) for cache in seen)
     else:
         assert seen == [None] * 4
 

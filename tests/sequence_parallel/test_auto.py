@@ -84,7 +84,7 @@ def test_auto_is_one_of_the_strategies() -> None:
 
 
 def layouts() -> list[str]:
-    """The layout "auto" stands for: of a hybrid, of a linear model, before any model, and after that."""
+    """What layout "auto" becomes: of a linear model, of a hybrid, of one that was read before, and after a cut."""
     found = []
     for kind in ("linear_attention", "full_attention"):
         context = SequenceParallelContext(dist.group.WORLD)
@@ -92,6 +92,13 @@ def layouts() -> list[str]:
             tiny_model("basic", num_hidden_layers=2, layer_types=["linear_attention", kind]), context
         )
         found.append(context.layout)
+        assert context.layout != "auto"
+    read = SequenceParallelContext(dist.group.WORLD)
+    assert read.layout == "auto"  # nothing is settled by reading it
+    with pytest.raises(ValueError, match=r"layout must be one of .*got 'auto'"):
+        shard(tokens(1, 9), group=dist.group.WORLD, layout=read.layout)
+    enable_sequence_parallel(tiny_model("basic"), read)
+    found.append(read.layout)
     early = SequenceParallelContext(dist.group.WORLD, SequenceParallelConfig(linear="auto", softmax="auto"))
     early.shard_batch({"input_ids": tokens(1, 9)})
     enable_sequence_parallel(tiny_model("basic"), early)
@@ -99,7 +106,7 @@ def layouts() -> list[str]:
 
 
 def test_layout_by_the_model() -> None:
-    assert run_distributed(layouts, 2) == [["contiguous", "zigzag", "contiguous"]] * 2
+    assert run_distributed(layouts, 2) == [["contiguous", "zigzag", "zigzag", "contiguous"]] * 2
 
 
 def other_layout() -> str:

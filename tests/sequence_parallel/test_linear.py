@@ -13,7 +13,16 @@ import torch.distributed as dist
 
 from linear_llama3.ops import chunked
 from linear_llama3.ops import linear_attention as one_device
-from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES, collectives, costs, linear_attention, shard
+from linear_llama3.sequence_parallel import (
+    LAYOUTS,
+    LINEAR_STRATEGIES,
+    collectives,
+    costs,
+    linear_attention,
+    shard,
+    softmax_attention,
+    start_linear_attention,
+)
 from linear_llama3.sequence_parallel.linear.attention import StateExchange
 from tests.attention_cases import GATES, Case, join, leaves, relative_error, shards
 from tests.distributed import run_distributed, strided_group
@@ -152,6 +161,30 @@ def test_recomputation_does_not_gather_again() -> None:
     for gathers, difference in run_distributed(recompute_twice, 3):
         assert gathers == 1
         assert difference == 0.0
+
+
+def answered_late(strategy: str, layout: str) -> list[float]:
+    """Errors of attentions that are started before others are answered, and after one that never is."""
+    case, where = Case(tokens=24, gate="channel"), {"group": dist.group.WORLD, "layout": layout}
+    local = shards(case.inputs(), layout=layout)
+    del local["w"]  # of the loss
+    expected = linear_attention(**local, strategy=strategy, **where)
+    q, k, v = (local.pop(name) for name in "qkv")
+    softmax = softmax_attention(q, k, v, strategy="ring", **where)
+    start = functools.partial(start_linear_attention, v=v, strategy=strategy, **where, **local)
+    start(k)  # never answered, as after an error
+    first, second = start(k), start(2 * k)
+    outs = [(second(q), 2 * expected), (first(q), expected)]
+    third = start(k)
+    outs += [(softmax_attention(q, k, v, strategy="ring", **where), softmax), (third(q), expected)]
+    return [(out - right).abs().max().item() for out, right in outs]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", LINEAR_STRATEGIES)
+def test_queries_may_come_late_or_never(strategy: str, layout: str) -> None:
+    for errors in run_distributed(answered_late, 4, strategy, layout):
+        assert max(errors) < 1e-10, errors
 
 
 def strided_groups(strategy: str) -> float:

@@ -20,7 +20,6 @@ from linear_llama3.sequence_parallel import (
     shard,
     softmax_attention,
 )
-from linear_llama3.sequence_parallel.linear import start_linear_attention
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
 from tests.distributed import run_distributed
 from tests.modeling.tiny import tiny_model, tokens
@@ -66,15 +65,6 @@ def window_both_ways() -> None:
 
 def recurrent() -> None:
     linear_attention(*qkv(), group=dist.group.WORLD, backend="recurrent")
-
-
-def two_at_once() -> None:
-    q, k, v = qkv()
-    started = start_linear_attention(k, v, group=dist.group.WORLD)
-    try:
-        start_linear_attention(k, v, group=dist.group.WORLD)
-    finally:
-        started(q)
 
 
 def half_a_zigzag() -> None:
@@ -123,7 +113,6 @@ REFUSED: list[tuple[str, Callable[[], None], str]] = [  # (the README's words, w
     ("a decay without a causal mask", decay_both_ways, "causal=False allows no decay"),
     ("a sliding window without a causal mask", window_both_ways, "needs causal=True, got 2 with causal=False"),
     ('`backend="recurrent"` on several ranks', recurrent, "'recurrent' is defined on one device"),
-    ("two linear attentions started at once", two_at_once, "was started in this group and still waits for its queries"),
     ("an odd number of local tokens on the zigzag layout", half_a_zigzag, "2 equal chunks, got 5 local tokens"),
     ("names that are not in the registries", unknown_names, "must be one of .*got 'megatron'"),
     ("dropout inside attention", dropout, "attention_dropout must be 0 in sequence-parallel training, got 0.1"),

@@ -95,7 +95,8 @@ def sent(recipe: str, changes: list[str]) -> tuple[float, int]:
     length = loaded.sequence_length
     ids = torch.arange(length)[None] % 20
     positions = torch.cat([torch.arange(length // 2), torch.arange(length - length // 2)])[None]
-    local = context.shard_batch({"input_ids": ids, "labels": ids, "position_ids": positions})
+    packed = {} if loaded.data.packing == "none" else {"position_ids": positions}
+    local = context.shard_batch({"input_ids": ids, "labels": ids, **packed})
     with Traffic() as traffic:
         model(**local, num_items_in_batch=length).loss.backward()
     return traffic.bytes / 2**20, local["input_ids"].shape[1]
@@ -110,6 +111,8 @@ def sent(recipe: str, changes: list[str]) -> tuple[float, int]:
         ["sequence_parallel.linear=lasp2", "sequence_parallel.softmax=lasp2h", "training.gradient_checkpointing=true"],
         ["sequence_parallel.linear=auto", "sequence_parallel.softmax=rsa", "training.gradient_checkpointing=true"],
         ["model.full_attention_interval=0"],
+        ["data.packing=none", "model.linear_attention_type=basic"],
+        ["data.packing=none", "model.linear_attention_type=retention"],
     ],
     ids=lambda changes: " ".join(change.split(".")[1] for change in changes),
 )

@@ -7,7 +7,7 @@ exclusive affine scan of (state, decay). Each strategy is one body of that scan,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ def linear_attention(
     causal: bool = True,
     length: int | None = None,
     backend: str = "auto",
-    exchange_cache: dict[str, Tensor] | None = None,
+    exchange_cache: MutableMapping[str, Tensor] | None = None,
 ) -> Tensor:
     """`ops.linear_attention` of the whole sequence, local shards in and out.
 
@@ -84,7 +84,7 @@ def linear_attention(
         length: true length of the whole sequence, where its tail is padding. Whatever the padding holds changes
             nothing; its outputs are 0.
         backend: "chunked", "triton" or "auto", as in `ops.linear_attention`. "recurrent" is defined on one device only.
-        exchange_cache: a dict that lives as long as this layer's forward pass and its recomputation under
+        exchange_cache: a mapping that lives as long as this layer's forward pass and its recomputation under
             gradient checkpointing: the state received first is kept there and not exchanged again (causal only).
 
     Returns:
@@ -112,14 +112,13 @@ def start_linear_attention(
     causal: bool = True,
     length: int | None = None,
     backend: str = "auto",
-    exchange_cache: dict[str, Tensor] | None = None,
+    exchange_cache: MutableMapping[str, Tensor] | None = None,
     output_final_state: bool = False,
 ) -> StartedAttention:
     """The first half of `linear_attention`, which needs no queries: the states of this rank are sent.
 
-    The result must be called with them, `started(q, scale=None) -> out`, before another attention is started in this
-    group: messages between two ranks are told apart by their order only. What is computed in between, their
-    projection for one, hides the exchange.
+    The result is called with them, `started(q, scale=None) -> out`. What is computed in between, their projection for
+    one, hides the exchange. Another attention in this group first waits for the exchange of this one.
 
     With `output_final_state`, `started.final_state` is then the state behind this rank's last chunk,
     `[B, H_kv, D_k, D_v]` (+ 1 column with `normalize`); that of the whole sequence is on the rank that holds its end

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class StateExchange:
         part: Part,
         *,
         fades: bool,
-        cache: dict[str, Tensor] | None,
+        cache: MutableMapping[str, Tensor] | None,
         output_final_state: bool = False,
     ) -> None:
         self.scan, self.group, self.chain, self.cache = scan, group, part.layout.chain(part.ranks), cache
@@ -37,20 +38,17 @@ class StateExchange:
         cache = None if reverse else self.cache
         if cache is not None and "states" in cache:
             return lambda: cache["states"]
-        if self.group in _under_way:
-            raise ValueError(
-                "linear attention was started in this group and still waits for its queries: messages between two "
-                "ranks are told apart by their order only; call what start_linear_attention returned first"
-            )
+        finish_started(self.group)
         states, factors = summarize()
         sent = factors if self.fades else None
         own = pack(states[-1], None if sent is None else sent[-1]) if self.output_final_state else None
-        wait = self.scan(states, sent, group=self.group, chain=self.chain, reverse=reverse)
-        _under_way.add(self.group)
+        wait = functools.cache(self.scan(states, sent, group=self.group, chain=self.chain, reverse=reverse))
+        _under_way[self.group] = wait
 
         def finish() -> Tensor:
+            if _under_way.get(self.group) is wait:
+                del _under_way[self.group]
             received = wait()
-            _under_way.discard(self.group)
             if own is not None:
                 self.final_state = fold(received[-1], own)
             return received if cache is None else cache.setdefault("states", received)
@@ -58,7 +56,16 @@ class StateExchange:
         return finish
 
 
-_under_way: set[dist.ProcessGroup] = set()
+_under_way: dict[dist.ProcessGroup, Callable[[], Tensor]] = {}
+
+
+def finish_started(group: dist.ProcessGroup) -> None:
+    """Complete the exchange that was started last in `group`, if it still waits for queries.
+
+    Messages between two ranks are told apart by their order only, and after an error the queries may never come.
+    """
+    if (wait := _under_way.pop(group, None)) is not None:
+        wait()
 
 
 def complete_states(states: Tensor, *, scan: Scan, group: dist.ProcessGroup, part: Part) -> Tensor:
@@ -85,6 +92,7 @@ class _CompleteStates(torch.autograd.Function):
 
 
 def _complete(states: Tensor, scan: Scan, group: dist.ProcessGroup, part: Part) -> Tensor:
+    finish_started(group)
     if not part.packed:
         return all_reduce(states.sum(0), group).wait().expand_as(states)
     nothing = torch.zeros_like(states[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from numbers import Integral
 from typing import Any
 
@@ -15,6 +16,7 @@ from ...ops.softmax_attention import softmax_attention as attention_on_one_devic
 from ...ops.visibility import Visibility
 from ..collectives import world_size
 from ..costs import choose_softmax, sizes_of
+from ..linear.exchange import finish_started
 from ..part import locate
 from .lasp2h import lasp2h
 from .ring import ring
@@ -55,7 +57,7 @@ def softmax_attention(
     sliding_window: int | None = None,
     causal: bool = True,
     length: int | None = None,
-    exchange_cache: dict[str, Any] | None = None,
+    exchange_cache: MutableMapping[str, Any] | None = None,
 ) -> Tensor:
     """Softmax attention of the whole sequence, local shards in and out.
 
@@ -72,7 +74,7 @@ def softmax_attention(
         sliding_window: w lets a token see itself and the w - 1 before it.
         causal: False lets every token see all of its document.
         length: true length of the whole sequence, where its tail is padding; its outputs are 0.
-        exchange_cache: an empty dict that lives as long as this layer's forward pass and its recomputation under
+        exchange_cache: an empty mapping that lives as long as this layer's forward pass and its recomputation under
             gradient checkpointing: what the recomputation needs of an exchange, the output or with "ulysses" what was
             received, is kept there. "lasp2h" gathers K and V once more for its backward pass, "rsa" does all again.
 
@@ -92,6 +94,7 @@ def softmax_attention(
     if group is None or world_size(group) == 1:
         out = attention_on_one_device(q, k, v, scale=scale, visibility=visibility)
     else:
+        finish_started(group)
         if strategy == "auto":
             sizes = sizes_of(q, v, part, group, recomputed=exchange_cache is not None)
             strategy = choose_softmax(sizes, log=part.rank == 0)

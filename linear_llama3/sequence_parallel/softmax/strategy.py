@@ -6,7 +6,7 @@ forward pass and the backward pass that belongs to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,7 +28,7 @@ class Setting:
     part: Part  # which tokens this rank and the others hold
     scale: float
     visibility: Visibility  # the mask, in global positions
-    exchange_cache: dict[str, Any] | None = None  # see `softmax_attention`
+    exchange_cache: MutableMapping[str, Any] | None = None  # see `softmax_attention`
 
 
 class SoftmaxStrategy(Protocol):

@@ -1,0 +1,79 @@
+"""Rows of a batch over processes of which several hold the same ones: the ranks of a sequence."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import gather_object, recursively_apply
+from torch import Tensor
+
+
+def gather_rows(accelerator: Accelerator, ranks: int, input_data: Any, use_gather_object: bool = False) -> Any:
+    """accelerate's `gather_for_metrics`, with every row of the dataset once.
+
+    accelerate's own keeps a copy of every row for each rank of a sequence, or cuts rows off at the end of the data
+    because of the copies.
+
+    Args:
+        ranks: that share a sequence, side by side.
+        input_data: nested tensors `[rows, ...]`, the same on all ranks of a sequence, or a list of one object for each
+            row. A tensor without dimensions is a number of the process, and all processes' are returned.
+        use_gather_object: takes nested tensors as objects too.
+
+    Raises:
+        ValueError: the ranks of a sequence have different rows.
+    """
+    state = accelerator.gradient_state
+
+    def without_repeats(rows: Any) -> Any:
+        """Rows that accelerate's loader repeats to fill the last batch are behind the others."""
+        return rows[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else rows
+
+    def once(x: Tensor) -> Tensor:
+        gathered = accelerator.gather(x)
+        if not x.dim():
+            return gathered
+        replicas = gathered.unflatten(0, (-1, ranks, x.shape[0]))  # [replicas, ranks, rows, ...]
+        first = replicas[:, :1]
+        if not bool(((replicas == first) | ((replicas != replicas) & (first != first))).all()):  # nan is nan
+            raise ValueError(
+                "gather_for_metrics takes rows that all ranks of a sequence agree on, got different ones (logits or "
+                "losses of a part of the sequence?); make the sequence complete with sequence_parallel.unshard, or "
+                'sum its parts with accelerator.reduce(x, "mean"), which gives the loss'
+            )
+        return without_repeats(first.flatten(0, 2))
+
+    if use_gather_object or not _all_tensors(input_data):
+        return without_repeats([row for part in gather_object([input_data])[::ranks] for row in part])
+    return recursively_apply(once, input_data)
+
+
+def _all_tensors(data: Any) -> bool:
+    try:
+        recursively_apply(lambda x: x, data, error_on_other_type=True)
+    except TypeError:
+        return False
+    return True
+
+
+class ReplicaScheduler(AcceleratedScheduler):
+    """accelerate's scheduler advances by the batches of a step, and takes every process to have a batch of its own."""
+
+    def __init__(self, prepared: AcceleratedScheduler, replicas: int) -> None:
+        super().__init__(
+            prepared.scheduler,
+            prepared.optimizers,
+            step_with_optimizer=prepared.step_with_optimizer,
+            split_batches=True,  # so that accelerate's own step advances by one
+        )
+        self.replicas = replicas
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """As accelerate's, by one for each batch that a step is made of."""
+        updates = self.step_with_optimizer and self.gradient_state.sync_gradients
+        for _ in range(self.replicas if updates else 1):
+            if self.scheduler._step_count <= getattr(self.scheduler, "total_steps", math.inf):  # OneCycle's end
+                super().step(*args, **kwargs)
