@@ -12,8 +12,9 @@ from .heads import (
     LinearLlama3ForTokenClassification,
 )
 from .mixers import MIXERS, LinearAttention, Mixer
-from .model import LinearLlama3ForCausalLM, LinearLlama3Model, LinearLlama3PreTrainedModel
+from .model import LinearLlama3ForCausalLM, LinearLlama3Model
 from .prefill import prefill
+from .pretrained import LinearLlama3PreTrainedModel
 from .tiling import enable_sequence_tiling
 
 __all__ = [

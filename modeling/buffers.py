@@ -15,7 +15,6 @@ _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 _FLOATS = {integer: real for real, integer in _INTEGERS.items()}
 
 
-
 class ExactTensors(nn.Module):
     """A module whose own buffers keep dtype and value when `.half()`, `.bfloat16()` or `.to(dtype)` cast the model.
 

@@ -16,7 +16,8 @@ from transformers.utils import can_return_tuple
 from .configuration import LinearLlama3Config
 from .inputs import Mask, check_loss
 from .loss import check_skipped, loss_without_logits
-from .model import LinearLlama3Model, LinearLlama3PreTrainedModel
+from .model import LinearLlama3Model
+from .pretrained import LinearLlama3PreTrainedModel
 
 
 class LinearLlama3ForMaskedLM(LinearLlama3PreTrainedModel):

@@ -7,34 +7,26 @@ attention layers, which alone mix tokens, exchange what they need.
 
 from __future__ import annotations
 
-import os
 from collections import UserDict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from ..sequence_parallel.packing import DOCUMENT_KEYS, check_mask, document_edges, restarting_positions
-from .attention import LinearLlama3Attention
-from .buffers import LinearLlama3RotaryEmbedding, as_floats, as_integers
+from .buffers import LinearLlama3RotaryEmbedding, as_integers
 from .cache import CountingCache, ShardedCache, new_cache
 from .configuration import LinearLlama3Config
 from .generation import LinearLlama3GenerationMixin
-from .hub import staged_save
 from .inputs import (
     Mask,
     Masks,
     check_cache,
-    check_distribution,
     check_loss,
     check_shard,
     check_unread,
@@ -42,10 +34,9 @@ from .inputs import (
     padding_mask,
     positions_to_keep,
 )
-from .llama import HUB_OPTIONS, check_config
+from .layer import LinearLlama3DecoderLayer
 from .loss import check_skipped, loss_without_logits
-from .mixers import LearnedFeatureMap, LinearAttention
-from .model_card import add_card, provenance
+from .pretrained import LinearLlama3PreTrainedModel
 from .releases import CACHE_NAME, cache_keyword
 from .tiling import Tiled
 
@@ -53,159 +44,6 @@ if TYPE_CHECKING:
     from ..sequence_parallel import SequenceParallelContext
 
 logger = logging.get_logger(__name__)
-
-
-class LinearLlama3DecoderLayer(Tiled, GradientCheckpointingLayer):
-    """A Llama block around a linear or a softmax attention."""
-
-    def __init__(self, config: LinearLlama3Config, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        attention = LinearAttention if layer_idx in config.linear_layers else LinearLlama3Attention
-        self.self_attn = attention(config, layer_idx)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *,
-        position_embeddings: tuple[Tensor, Tensor],
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """`[B, T, hidden]` -> `[B, T, hidden]`; the keywords go to the attention.
-
-        `position_embeddings`: cosines and sines `[B, T, D]`, perhaps `as_integers`. `cache` is not called
-        `past_key_values` here, which transformers 5.17 to 5.23 drop from a checkpointed layer, also without gradients.
-        """
-        kwargs["position_embeddings"] = tuple(map(as_floats, position_embeddings))
-        normed = self.in_tiles(self.input_layernorm, hidden_states)
-        attention_output, _ = self.self_attn(normed, cache=cache, **kwargs)
-        return self.in_tiles(self._feed_forward, hidden_states + attention_output)
-
-    def _feed_forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-class LinearLlama3PreTrainedModel(PreTrainedModel):
-    """What the base model and its heads share: initialisation, saving, and what transformers may do."""
-
-    config: LinearLlama3Config
-    config_class = LinearLlama3Config  # transformers reads the annotation, but here it is a string
-    base_model_prefix = "model"
-    model_tags = ["linear_llama3", "linear-attention"]  # noqa: RUF012
-    supports_gradient_checkpointing = True
-    provenance: dict[str, Any] | None = None  # what `from_pretrained` knows of it; see model_card.provenance
-    _no_split_modules = ["LinearLlama3DecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = False  # it promises a tensor-parallel plan, and serving engines rely on it
-    _keep_in_fp32_modules_strict = list(LinearAttention.exact_parameters)  # noqa: RUF012
-    _can_compile_fullgraph = True  # with a static or a CountingCache
-    _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": LinearLlama3DecoderLayer,
-        "attentions": LinearLlama3Attention,
-    }
-
-    def __init__(self, config: LinearLlama3Config, *args: Any, **kwargs: Any) -> None:
-        _check_class(config)
-        super().__init__(config, *args, **kwargs)
-
-    @property
-    def _is_stateful(self) -> bool:
-        """Whether there is a recurrent state, which cannot be rolled back: transformers refuses assisted decoding."""
-        return bool(self.config.linear_layers)
-
-    @property
-    def supports_context_parallel(self) -> bool:
-        """True only while our own sequence parallelism is on, so that any other keeps refusing the model."""
-        return self.base_model.sequence_parallel_context is not None
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Does nothing, for the reason given at `LinearLlama3Config.register_for_auto_class`."""
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, LinearAttention):
-            if module.mixer.constant_log_decay is not None:
-                init.copy_(module.log_decay, module.constant_log_decay())
-            if module.mixer.learned_decay:
-                init.constant_(module.decay_bias, self.config.gate_bias_init)
-        elif isinstance(module, LearnedFeatureMap):
-            for name, value in module.initial().items():
-                init.copy_(getattr(module, name), value)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
-        """Like `PreTrainedModel.from_pretrained`, for checkpoints of this package and, with a config, of Llama.
-
-            config = LinearLlama3Config.from_llama("meta-llama/Llama-3.2-1B", linear_attention_type="gla")
-            model = LinearLlama3ForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B", config=config)
-
-        The licence of what was loaded is remembered for the next card.
-
-        Raises:
-            ValueError: `config` is of another class or contradicts the checkpoint's config (a config that was read from
-                this checkpoint may be changed); a Llama checkpoint without `config`; tensor or pipeline parallelism.
-        """
-        check_distribution(kwargs)
-        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        if (config := kwargs.get("config")) is not None:
-            if isinstance(config, str | os.PathLike):
-                config = kwargs["config"] = LinearLlama3Config.from_pretrained(config, **hub)
-            _check_class(config)
-            if pretrained_model_name_or_path is not None:
-                check_config(config, str(pretrained_model_name_or_path), **hub)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if pretrained_model_name_or_path is not None:
-            model.provenance = provenance(str(pretrained_model_name_or_path), **hub)
-        return loaded
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Like `PreTrainedModel.save_pretrained`; an interrupted save leaves the previous checkpoint whole.
-
-        All files are written to a staging folder and moved when they are complete. With `push_to_hub=True`
-        the upload comes before the move. A model card is among them, unless the folder has one of the user's.
-        """
-        save = super().save_pretrained
-        # ranks that only take part in a gather write nothing; all write a distributed checkpoint at once
-        if kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process):
-            save(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
-            return
-        folder = Path(save_directory)
-        if push_to_hub:
-            kwargs.setdefault("repo_id", folder.name)
-        with staged_save(folder, kwargs.get("variant")) as staging:
-            save(staging, is_main_process, state_dict, push_to_hub, **kwargs)
-            if not self._hf_peft_config_loaded:  # adapters alone are no model
-                add_card(self, staging, folder.resolve().name)
-
-    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """transformers' hook in both ways to push; it has just put a placeholder where the repository has no card."""
-        if not self._hf_peft_config_loaded:
-            add_card(self, Path(working_dir), repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-
-
-def _check_class(config: Any) -> None:
-    if not isinstance(config, LinearLlama3Config):
-        raise ValueError(
-            f"config must be a LinearLlama3Config, got a {type(config).__name__}; a Llama's is taken over by "
-            'LinearLlama3Config.from_llama(config, linear_attention_type="gla")'
-        )
 
 
 class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
