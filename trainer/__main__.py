@@ -16,6 +16,7 @@ from ..modeling.hub import CARD_NAME
 from .build import build_model, load_tokenizer
 from .checkpoints import ResumeError
 from .data import training_rows
+from .launched import fail, join_on_cpus
 from .packing import collate_whole
 from .parallelism import describe_grid, local_tokens
 from .recipe import Recipe, load_recipe
@@ -29,15 +30,16 @@ def main(arguments: list[str]) -> None:
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("linear_llama3").setLevel(logging.INFO)  # what "auto" chose, and why
     try:
+        join_on_cpus()
         recipe = load_recipe(arguments[0], arguments[1:])
         trainer = build_trainer(recipe)
     except (ValueError, ImportError) as error:  # the user's; later ones keep their traceback
-        raise SystemExit(f"error: {error}") from error
+        fail(error)
     describe(trainer, recipe)
     try:
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     except ResumeError as error:
-        raise SystemExit(f"error: {error}") from error
+        fail(error)
     if trainer.is_world_process_zero():
         write_report(trainer, recipe)  # before the save, which may upload the folder
     save(trainer)

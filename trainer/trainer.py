@@ -31,6 +31,7 @@ from ..sequence_parallel.collectives import all_reduce
 from .adaptive import AdaptiveMixin
 from .arguments import sequence_parallel_config
 from .flops import batch_flops
+from .launched import check_launch
 from .memory import peak_memory
 from .parallelism import PeerCheck, attach, hidden_parallelism, is_sharded_by, require, resolve_parallelism, uses_fsdp
 from .progress import ProgressBar, SpeedMeter
@@ -80,6 +81,7 @@ class SequenceParallelMixin(ReliabilityMixin):
         """Trainer's hook: builds the Accelerator, then gives it the `cp` axis."""
         require(self, "_prepare_context_parallel_inputs")
         args: Any = self.args  # type: ignore[attr-defined]
+        check_launch(args.world_size)
         parallelism = resolve_parallelism(args.parallelism_config, self._wanted_degree(), args.world_size)
         if parallelism is None:
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
