@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from typer.testing import CliRunner
 
 from linear_llama3 import cli
-from linear_llama3.trainer import profiling
+from linear_llama3.trainer import launched, profiling
 from linear_llama3.trainer.recipe import load_recipe
 from tests.trainer.test_recipe import recipe_with, write_corpus, write_tokenizer
 
@@ -54,7 +54,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         raise Replaced
 
     monkeypatch.setattr(os, "execv", execv)
-    for name in ("WORLD_SIZE", "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):
+    for name in (*launched.SIZES, *launched.TORCH_LAUNCH, "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return found
@@ -109,12 +109,36 @@ def test_under_torchrun_it_is_the_trainer(
     tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "3")
     assert isinstance(run("train", "any.yaml", "processes=2").exception, Replaced)
     assert isinstance(run("profile", "any.yaml", "any.json", "processes=2").exception, Replaced)
     assert started == [
         ["-m", "linear_llama3.trainer", "any.yaml", "processes=2"],
         ["-m", "linear_llama3.trainer.profiling", "any.yaml", "any.json", "processes=2"],
     ]
+
+
+def test_what_another_launch_has_left(
+    tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch of one process is none: the recipe says how many to start. Half a launch of eight is neither."""
+    launches: list[int] = []
+
+    def launch(module: str, arguments: list[str], processes: int, *, gpu: bool) -> None:
+        launches.append(processes)
+        raise Replaced
+
+    monkeypatch.setattr(cli, "launch", launch)
+    for processes in (1, 2):
+        for name in launched.TORCH_LAUNCH:
+            monkeypatch.setenv(name, "1")
+        assert isinstance(run("train", recipe_with(tmp_path), f"processes={processes}").exception, Replaced)
+        assert not os.environ.keys() & set(launched.TORCH_LAUNCH), "accelerate would join what is not there"
+    assert launches == [2] and len(started) == 1
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    done = run("train", recipe_with(tmp_path), "processes=2")
+    assert "error: a launch sets RANK beside WORLD_SIZE, got WORLD_SIZE=8" in str(done.exception)
+    assert launches == [2] and len(started) == 1
 
 
 def test_what_accelerate_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
