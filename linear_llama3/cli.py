@@ -85,15 +85,22 @@ def presets(
 def start(module: str, recipe: Path, arguments: list[str], changes: list[str] | None) -> NoReturn:
     """Goes on as the processes of a module that takes these arguments, as many as the recipe says."""
     from .trainer.launched import forget_launch, launched_processes
+    from .trainer.preflight import NothingLeft, check_before_launch
     from .trainer.recipe import load_recipe
 
     try:
         if launched_processes() > 1:  # torchrun, accelerate or MPI has started this process beside others
             become(module, arguments)
         forget_launch()
-        gpu, processes = number_of_processes(load_recipe(recipe, changes or []))
+        loaded = load_recipe(recipe, changes or [])
+        gpu, processes = number_of_processes(loaded)
+        if module == TRAINER:
+            check_before_launch(loaded, processes)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+    except NothingLeft as finished:
+        print(finished)
+        raise SystemExit(0) from None
     if not gpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     if processes > 1:

@@ -173,7 +173,8 @@ def _lost(trainer: Any, error: Exception, words: LastWords) -> str:
         limit = f"ddp_timeout = {trainer.args.ddp_timeout} s"
         text = f"{ranks} did not answer within {limit}. It hangs, or takes longer: raise ddp_timeout."
     else:
-        text = f"{ranks} has ended without a word, as if killed, perhaps by a machine out of memory."
+        text = f"{ranks} has ended without a word, as if killed, perhaps by a machine out of memory: `linear-llama3 "
+        text += "train RECIPE.yaml --dry-run` computes what a rank needs."
     return f"{where(trainer)}: {text} {how_to_resume(trainer)}"
 
 

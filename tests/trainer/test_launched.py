@@ -38,16 +38,14 @@ def trainer(kind: type[Trainer], folder: str, arguments: type[TrainingArguments]
 
 
 def refusals(folder: str) -> None:
-    """Writes what each class says on a machine without GPUs, where accelerate joins processes only if it is asked to."""
+    """Writes what each class says without GPUs, where accelerate joins processes only if it is asked to."""
     os.environ.pop("ACCELERATE_USE_CPU")
     dist.init_process_group("gloo")  # as accelerate itself does here, without counting its processes
     attempts: dict[str, Callable[[], Any]] = {
         "accelerator": SequenceParallelAccelerator,
         "data-parallel": lambda: SequenceParallelAccelerator(sequence_parallel_size=1),
         "trainer": lambda: trainer(LinearLlama3Trainer, folder, LinearLlama3TrainingArguments),
-        "degree": lambda: trainer(
-            LinearLlama3Trainer, folder, LinearLlama3TrainingArguments, sequence_parallel_size=2
-        ),
+        "degree": lambda: trainer(LinearLlama3Trainer, folder, LinearLlama3TrainingArguments, sequence_parallel_size=2),
         "mixin": lambda: trainer(PlainTrainer, folder, TrainingArguments),
         "asked to": lambda: trainer(PlainTrainer, folder, TrainingArguments, use_cpu=True),
         "asked for": lambda: SequenceParallelAccelerator(cpu=True),
@@ -83,7 +81,8 @@ def commands(folder: str, recipe: str) -> None:
     reset_accelerate()
     evaluation.main([f"{folder}/out", f"{folder}/../corpus/1.txt", "--length", "6", "--output", folder])
     reset_accelerate()
-    needle.main([f"{folder}/out", "--tokens", "--lengths", "16", "--depths", "0.5", "--samples", "2", "--output", folder])
+    lengths = ["--lengths", "16", "--depths", "0.5", "--samples", "2"]
+    needle.main([f"{folder}/out", "--tokens", *lengths, "--output", folder])
 
 
 def test_commands_join_the_processes_of_a_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
