@@ -235,7 +235,7 @@ class ReliabilityMixin(_Trainer):
         if tokens is not None:
             self.batch_shape = tokens.shape[0], tokens.shape[1]
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self._finite_check.note(loss)
+        self._finite_check.note(loss, args[0] if args else kwargs.get("num_items_in_batch"))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

@@ -190,14 +190,18 @@ class SequenceParallelMixin(ReliabilityMixin):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """Trainer's: the exact loss, and the logits of whole sequences."""
+        """Trainer's: the exact loss where there are labels, and the logits of complete sequences."""
         context = self.sequence_parallel_context
         if context is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
-        if inputs.get("labels") is None:
-            raise ValueError("evaluation under sequence parallelism needs labels, got a batch without them")
-        rows, length = inputs["labels"].shape
-        self._batch_is_whole = True
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if tokens is None:
+            raise ValueError(f"a batch needs input_ids or inputs_embeds, got {sorted(inputs)}")
+        rows, length = tokens.shape[:2]
+        if inputs.get("labels") is None:  # Trainer's step then calls the model without a loss
+            _, inputs = self._prepare_context_parallel_inputs(model, self._prepare_inputs(inputs))  # type: ignore[attr-defined]
+        else:
+            self._batch_is_whole = True
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
         if loss is not None and context.group is not None:  # of a shard: Trainer would average only some of them
             loss = all_reduce(loss, context.group).wait() / context.world_size

@@ -20,6 +20,7 @@ def packed_kwargs(told_by: str, rows: list[list[int]]) -> dict[str, Tensor]:
     return {
         "position_ids": {"position_ids": positions},
         "cu_seq_lens": {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges},
+        "empty documents": {"cu_seq_lens_q": edges.repeat_interleave(2), "cu_seq_lens_k": edges.repeat_interleave(2)},
         "both": {"position_ids": positions, "cu_seq_lens_q": edges},
         "all-ones mask": {"position_ids": positions, "attention_mask": torch.ones_like(positions)},
         "edges and running positions": {
@@ -30,7 +31,8 @@ def packed_kwargs(told_by: str, rows: list[list[int]]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("rows", [LENGTHS[:1], LENGTHS], ids=["B1", "B2"])
 @pytest.mark.parametrize(
-    "told_by", ["position_ids", "cu_seq_lens", "both", "all-ones mask", "edges and running positions"]
+    "told_by",
+    ["position_ids", "cu_seq_lens", "empty documents", "both", "all-ones mask", "edges and running positions"],
 )
 @pytest.mark.parametrize(("mixer", "interval"), [(mixer, 2) for mixer in MIXER_NAMES] + [("gla", 0), ("gla", 1)])
 def test_packed_equals_alone(mixer: str, interval: int, told_by: str, rows: list[list[int]]) -> None:
