@@ -148,6 +148,8 @@ def check_sizes(folder: Path, model: nn.Module) -> None:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             saved |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if not saved:
+        return
     own = {name.replace(".default.", "."): tuple(x.shape) for name, x in model.state_dict().items()}  # PEFT's adapter
     other = [
         f"{name} {saved[name]} where the run has {own.get(name, 'none')}"
@@ -156,7 +158,7 @@ def check_sizes(folder: Path, model: nn.Module) -> None:
     ]
     if not hasattr(model, "peft_config"):
         tied = getattr(model, "all_tied_weights_keys", {})
-        other += [f"no {name}" for name in sorted(own.keys() - saved.keys() - tied.keys()) if saved]
+        other += [f"no {name}" for name in sorted(own.keys() - saved.keys() - tied.keys())]
     if other:
         further = f" and {len(other) - 3} others" if len(other) > 3 else ""
         raise ResumeError(

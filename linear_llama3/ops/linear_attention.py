@@ -71,8 +71,7 @@ def linear_attention(
         options = {"log_decay": log_decay, "scale": scale, "normalize": normalize, "causal": causal, "backend": backend}
         if not torch.compiler.is_compiling() and len(drop_empty(edges := read_cu_seqlens(cu_seqlens))) < len(edges):
             check_initial_state(initial_state, q, v, len(edges) - 1, normalize=normalize)
-            out, state = _without_empty(q, k, v, edges, initial_state, cu_seqlens, options)
-            return out, state if output_final_state else None
+            return _without_empty(q, k, v, edges, initial_state, cu_seqlens, output_final_state, options)
     documents = None if cu_seqlens is None else len(cu_seqlens) - 1
     check_initial_state(initial_state, q, v, documents, normalize=normalize)
     backend = choose_backend(backend, k, causal=causal)
@@ -104,15 +103,17 @@ def linear_attention(
 
 def _without_empty(
     q: Tensor, k: Tensor, v: Tensor, edges: tuple[int, ...], initial_state: Tensor | None, cu_seqlens: Tensor,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    output_final_state: bool, options: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """As `linear_attention`, of the documents that have tokens; the state of an empty one stays as it was."""
     kept = torch.tensor([n for n, (a, b) in enumerate(itertools.pairwise(edges)) if a != b], device=q.device)
     out, state = linear_attention(
         q, k, v, cu_seqlens=torch.cat([cu_seqlens[kept.to(cu_seqlens.device)], cu_seqlens[-1:]]),
-        initial_state=None if initial_state is None else initial_state[kept], output_final_state=True, **options,
+        initial_state=None if initial_state is None else initial_state[kept], output_final_state=output_final_state,
+        **options,
     )  # fmt: skip
-    assert state is not None
+    if state is None:
+        return out, None
     before = state.new_zeros(len(edges) - 1, *state.shape[1:]) if initial_state is None else initial_state.to(state)
     return out, before.index_copy(0, kept, state)
 
