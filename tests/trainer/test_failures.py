@@ -90,7 +90,11 @@ def fail(kind: str, folder: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "rank", "messages"),
     [
-        ("killed", 0, ["step 2, rank 0 of 2: rank 1 has ended without a word, as if killed"]),
+        (
+            "killed",
+            0,
+            ["step 2, rank 0 of 2: rank 1 has ended without a word, as if killed", "RECIPE.yaml --dry-run` computes"],
+        ),
         ("hangs", 0, ["step 2, rank 0 of 2: rank 1 did not answer within ddp_timeout = 2 s", "raise ddp_timeout"]),
         (
             "full disk",
