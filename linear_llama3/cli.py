@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -83,14 +84,23 @@ def presets(
 
 def start(module: str, recipe: Path, arguments: list[str], changes: list[str] | None) -> NoReturn:
     """Goes on as the processes of a module that takes these arguments, as many as the recipe says."""
+    from .trainer.launched import forget_launch, launched_processes
+    from .trainer.preflight import NothingLeft, check_before_launch
     from .trainer.recipe import load_recipe
 
-    if "WORLD_SIZE" in os.environ:  # torchrun or accelerate has started this process beside others
-        become(module, arguments)
     try:
-        gpu, processes = number_of_processes(load_recipe(recipe, changes or []))
+        if launched_processes() > 1:  # torchrun, accelerate or MPI has started this process beside others
+            become(module, arguments)
+        forget_launch()
+        loaded = load_recipe(recipe, changes or [])
+        gpu, processes = number_of_processes(loaded)
+        if module == TRAINER:
+            check_before_launch(loaded, processes)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+    except NothingLeft as finished:
+        print(finished)
+        raise SystemExit(0) from None
     if not gpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     if processes > 1:
@@ -137,13 +147,22 @@ def launch(module: str, arguments: list[str], processes: int, *, gpu: bool) -> N
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode  # a negative one is a signal's
-        print(
-            f"error: process {rank} of {processes} ended with exit code {code}; its message is above", file=sys.stderr
-        )
+        print(f"error: process {rank} of {processes} {_how_it_ended(failure.exitcode)}", file=sys.stderr)
         raise SystemExit(code) from None
-    except SignalException as signal:
-        raise SystemExit(128 + signal.sigval) from None
+    except SignalException as stopped:
+        raise SystemExit(128 + stopped.sigval) from None
     raise SystemExit(0)
+
+
+def _how_it_ended(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}; its message is above"
+    if exit_code == -signal.SIGKILL:  # a process cannot say anything then
+        return (
+            "was killed (signal 9), probably by the system for want of memory; `linear-llama3 train RECIPE.yaml "
+            "--dry-run` computes what a process needs"
+        )
+    return f"was ended by signal {-exit_code} ({signal.strsignal(-exit_code)})"
 
 
 def become(module: str, arguments: list[str]) -> NoReturn:

@@ -18,11 +18,13 @@ from linear_llama3.trainer import SequenceParallelAccelerator
 from linear_llama3.trainer.__main__ import leave
 from linear_llama3.trainer.build import build_model, load_tokenizer
 from linear_llama3.trainer.data import training_rows
+from linear_llama3.trainer.launched import join_on_cpus
 from linear_llama3.trainer.recipe import load_recipe
 
 
 def main() -> None:
     recipe = load_recipe(sys.argv[1], sys.argv[2:])
+    join_on_cpus()
     accelerator = SequenceParallelAccelerator(
         cpu=bool(recipe.training.get("use_cpu")), sequence_parallel_config=recipe.sequence_parallel.config()
     )

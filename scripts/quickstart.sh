@@ -22,7 +22,7 @@ python scripts/compare_loss.py scripts/recipes/quickstart.yaml "$@"
 two_processes scripts/compare_loss.py scripts/recipes/quickstart.yaml "$@"
 
 echo "== 3. Training on two processes"
-linear-llama3 train scripts/recipes/quickstart.yaml "$@"
+linear-llama3 train scripts/recipes/quickstart.yaml training.overwrite_output_dir=true "$@"
 
 echo "== 4. A new process loads the checkpoint through the Auto classes and writes Python"
 python scripts/quickstart_generate.py runs/quickstart/model

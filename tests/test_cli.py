@@ -16,14 +16,22 @@ import torch
 import yaml
 from accelerate.commands import launch as accelerate_launch
 from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from typer.testing import CliRunner
 
 from linear_llama3 import cli
-from linear_llama3.trainer import profiling
+from linear_llama3.trainer import launched, profiling
 from linear_llama3.trainer.recipe import load_recipe
 from tests.trainer.test_recipe import recipe_with, write_corpus, write_tokenizer
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path: Path) -> None:
+    """Those that `recipe_with` names."""
+    write_corpus(tmp_path / "corpus")
+    write_tokenizer(tmp_path / "tokenizer")
 
 
 def run(*arguments: Any) -> Any:
@@ -54,7 +62,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         raise Replaced
 
     monkeypatch.setattr(os, "execv", execv)
-    for name in ("WORLD_SIZE", "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):
+    for name in (*launched.SIZES, *launched.TORCH_LAUNCH, "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return found
@@ -109,12 +117,36 @@ def test_under_torchrun_it_is_the_trainer(
     tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "3")
     assert isinstance(run("train", "any.yaml", "processes=2").exception, Replaced)
     assert isinstance(run("profile", "any.yaml", "any.json", "processes=2").exception, Replaced)
     assert started == [
         ["-m", "linear_llama3.trainer", "any.yaml", "processes=2"],
         ["-m", "linear_llama3.trainer.profiling", "any.yaml", "any.json", "processes=2"],
     ]
+
+
+def test_what_another_launch_has_left(
+    tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch of one process is none: the recipe says how many to start. Half a launch of eight is neither."""
+    launches: list[int] = []
+
+    def launch(module: str, arguments: list[str], processes: int, *, gpu: bool) -> None:
+        launches.append(processes)
+        raise Replaced
+
+    monkeypatch.setattr(cli, "launch", launch)
+    for processes in (1, 2):
+        for name in launched.TORCH_LAUNCH:
+            monkeypatch.setenv(name, "1")
+        assert isinstance(run("train", recipe_with(tmp_path), f"processes={processes}").exception, Replaced)
+        assert not os.environ.keys() & set(launched.TORCH_LAUNCH), "accelerate would join what is not there"
+    assert launches == [2] and len(started) == 1
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    done = run("train", recipe_with(tmp_path), "processes=2")
+    assert "error: a launch sets RANK beside WORLD_SIZE, got WORLD_SIZE=8" in str(done.exception)
+    assert launches == [2] and len(started) == 1
 
 
 def test_what_accelerate_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,15 +180,38 @@ def command(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[
 
 
 def test_a_launch_that_fails(tmp_path: Path) -> None:
-    """The degree that the environment asks for does not fit: the trainer's message and exit code, no traceback."""
-    write_corpus(tmp_path / "corpus")
-    write_tokenizer(tmp_path / "tokenizer")
-    environment = {"PARALLELISM_CONFIG_CP_SIZE": "3", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = command("train", recipe_with(tmp_path), "processes=2", **environment)
+    """What only the processes can find: their message once, and their exit code, no traceback."""
+    changes = ["processes=2", "training.load_best_model_at_end=true", "training.save_strategy=steps"]
+    done = command("train", recipe_with(tmp_path), *changes, HF_DATASETS_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 1
-    assert "must divide the number of processes, got 3 for 2" in done.stderr
-    assert re.search(r"error: process [01] of 2 ended with exit code 1; its message is above\n$", done.stderr)
+    assert done.stderr.count("requires the save and eval strategy to match") == 1, done.stderr
+    assert re.search(r"error: process 0 of 2 ended with exit code 1; its message is above\n$", done.stderr)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "expected"),
+    [
+        (3, (3, "ended with exit code 3; its message is above")),
+        (-signal.SIGKILL, (137, "was killed .signal 9., probably .* for want of memory; .*--dry-run` computes")),
+        (-signal.SIGSEGV, (139, "was ended by signal 11 .Segmentation fault.")),
+    ],
+)
+def test_how_a_process_has_ended(
+    exit_code: int,
+    expected: tuple[int, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def launch_command(arguments: Any) -> None:
+        raise ChildFailedError("train", {1: ProcessFailure(1, 99, exit_code, str(tmp_path / "none"))})
+
+    monkeypatch.setattr(accelerate_launch, "launch_command", launch_command)
+    with pytest.raises(SystemExit) as ended:
+        cli.launch("module", [], 2, gpu=False)
+    assert ended.value.code == expected[0]
+    assert re.search(f"^error: process 1 of 2 {expected[1]}", capsys.readouterr().err, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +228,9 @@ def test_a_launch_that_fails(tmp_path: Path) -> None:
             "a dry run describes one degree, got size: adaptive",
         ),
         (["recipe.yaml", "--dry-run", "tokenizer=none"], "tokenizer must be a folder or a Hub name"),
+        (["recipe.yaml", "tokenizer=none"], "error: tokenizer must be a folder or a Hub name"),
+        (["recipe.yaml", "sequence_parallel.size=3", "processes=2"], "error: the sequence-parallel degree .* 3 for 2"),
+        (["recipe.yaml", "training.output_dir=/proc/nope"], "error: output_dir must be a folder that can be written"),
     ],
 )
 def test_what_is_refused_before_a_launch(
@@ -180,7 +238,8 @@ def test_what_is_refused_before_a_launch(
 ) -> None:
     recipe_with(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert message in str(run("train", *arguments).exception)
+    monkeypatch.setattr(cli, "launch", lambda *_, **__: pytest.fail("launched"))
+    assert re.search(message, str(run("train", *arguments).exception))
 
 
 @pytest.mark.parametrize(

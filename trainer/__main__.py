@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
+from accelerate import PartialState
 from datasets import IterableDataset
 from transformers import default_data_collator, set_seed
 
 from ..modeling.hub import CARD_NAME
+from . import checkpoints
 from .build import build_model, load_tokenizer
 from .checkpoints import ResumeError
 from .data import training_rows
+from .failures import on_every_rank
+from .launched import fail, join_on_cpus
 from .packing import collate_whole
 from .parallelism import describe_grid, local_tokens
+from .preflight import NothingLeft, check_output_dir, check_trackers
 from .recipe import Recipe, load_recipe
 from .report import PLOT_NAME, plot_loss, write_model_card
 from .trainer import LinearLlama3Trainer
@@ -29,15 +34,20 @@ def main(arguments: list[str]) -> None:
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("linear_llama3").setLevel(logging.INFO)  # what "auto" chose, and why
     try:
+        join_on_cpus()
         recipe = load_recipe(arguments[0], arguments[1:])
         trainer = build_trainer(recipe)
     except (ValueError, ImportError) as error:  # the user's; later ones keep their traceback
-        raise SystemExit(f"error: {error}") from error
+        fail(error)
+    except NothingLeft as finished:
+        if PartialState().is_main_process:
+            print(finished, flush=True)
+        return
     describe(trainer, recipe)
     try:
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     except ResumeError as error:
-        raise SystemExit(f"error: {error}") from error
+        fail(error)
     if trainer.is_world_process_zero():
         write_report(trainer, recipe)  # before the save, which may upload the folder
     save(trainer)
@@ -47,15 +57,22 @@ def main(arguments: list[str]) -> None:
 
 
 def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
-    """Everything that the recipe names, ready to train."""
+    """Everything that the recipe names, ready to train.
+
+    Raises:
+        ValueError: what the recipe asks for cannot be done.
+        NothingLeft: the run has finished.
+    """
     args = recipe.training_arguments()
+    if (finished := on_every_rank(partial(_finished, recipe))[0]) is not None:
+        raise NothingLeft(finished)
     set_seed(args.seed)
     tokenizer = load_tokenizer(recipe)
     with args.main_process_first(desc="preparing the data"):  # the others read its cache
         rows = training_rows(recipe.data, tokenizer, recipe.sequence_length)
     collator = default_data_collator
     if recipe.data.packing == "none":
-        collator = functools.partial(collate_whole, padding=tokenizer.pad_token_id or 0)
+        collator = partial(collate_whole, padding=tokenizer.pad_token_id or 0)
     trainer = LinearLlama3Trainer(
         model=build_model(recipe, tokenizer),
         args=args,
@@ -65,7 +82,19 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
     )
     if trainer.sequence_parallel_context is not None:
         trainer.sequence_parallel_context.settle(trainer.model)
+    if args.overwrite_output_dir and trainer.is_world_process_zero():
+        checkpoints.clear(Path(args.output_dir))
     return trainer
+
+
+def _finished(recipe: Recipe) -> str | None:
+    """What to say of a run that has finished. Machines may lack a tracker or the folder."""
+    check_trackers(recipe.training)
+    try:
+        check_output_dir(recipe.training)
+    except NothingLeft as finished:
+        return str(finished)
+    return None
 
 
 def describe(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:

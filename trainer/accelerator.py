@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 
 from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
 from ..sequence_parallel.context import IGNORE_INDEX
+from .launched import check_launch, launched_processes
 from .parallelism import PeerCheck, attach, hidden_parallelism, keep_precision, resolve_parallelism, uses_fsdp
 from .rows import ReplicaScheduler
 
@@ -38,6 +38,9 @@ class SequenceParallelAccelerator(Accelerator):
             own setting (`parallelism_config`, `PARALLELISM_CONFIG_CP_SIZE`) goes before it.
         sequence_parallel_config: strategies and layout.
         parallelism_config, kwargs: accelerate's.
+
+    Raises:
+        ValueError: a degree that does not divide the processes, or a launch that accelerate has not joined.
     """
 
     sequence_parallel_context: SequenceParallelContext | None = None
@@ -51,9 +54,9 @@ class SequenceParallelAccelerator(Accelerator):
         **kwargs: Any,
     ) -> None:
         # before the process group is there: building it is left to accelerate, with the caller's kwargs_handlers
-        shared = PartialState._shared_state
-        processes = PartialState().num_processes if shared else int(os.environ.get("WORLD_SIZE", "1"))
-        parallelism = resolve_parallelism(parallelism_config, sequence_parallel_size, processes)
+        if PartialState._shared_state:
+            check_launch(PartialState().num_processes)
+        parallelism = resolve_parallelism(parallelism_config, sequence_parallel_size, launched_processes())
         cpu = kwargs.get("cpu", False) or parse_flag_from_env("ACCELERATE_USE_CPU")
         if parallelism is None:
             super().__init__(*args, parallelism_config=parallelism_config, **kwargs)
@@ -61,6 +64,7 @@ class SequenceParallelAccelerator(Accelerator):
             visible = parallelism if uses_fsdp(kwargs.get("fsdp_plugin"), cpu=cpu) else None
             with hidden_parallelism():
                 super().__init__(*args, parallelism_config=visible, **kwargs)
+        check_launch(self.num_processes)
         keep_precision(self)
         self._check_peers, self._causal = PeerCheck(), True
         if parallelism is not None:

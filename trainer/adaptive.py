@@ -139,7 +139,7 @@ class AdaptiveMixin(_Trainer):
         if self.compute_loss_func is not None:
             raise ValueError("adaptive groups take no compute_loss_func: it would see parts of sequences")
         profile = load_profile(args.planner_profile)
-        again = _check_launch(profile, args)
+        again = check_profile(profile, args.planner_profile, args.world_size)
         element = 2 if args.bf16 or args.fp16 else model.dtype.itemsize
         self.costs = model_costs(
             profile,
@@ -308,13 +308,12 @@ def _unlike_first(facts: Sequence[object]) -> str:
     return f"rank{'s' * (len(others) > 1)} {', '.join(others[:8])}{', ...' * (len(others) > 8)}" if others else ""
 
 
-def _check_launch(profile: Profile, args: Any) -> str:
+def check_profile(profile: Profile, name: str, processes: int) -> str:
     """Links and memory of a device are those of one launch, and on others these groups might not even be known.
 
     Returns:
         How to make a fitting profile.
     """
-    name, processes = args.planner_profile, args.world_size
     again = f"measure again, on {processes}: linear-llama3 profile RECIPE.yaml FILE.json processes={processes}"
     if profile.origin == "measured" and profile.processes != processes:
         raise ValueError(

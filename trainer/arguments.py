@@ -58,6 +58,13 @@ class LinearLlama3TrainingArguments(TrainingArguments):
             "there is none; else a folder."
         },
     )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Of recipes: the run may replace the model and the checkpoints that output_dir holds. Without it "
+            "such a folder is refused. Trainers themselves do not read it."
+        },
+    )
     enable_jit_checkpoint: bool = field(
         default=True, metadata={"help": "SIGTERM ends the run after its step, saved (unless save_strategy is 'no')."}
     )

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 MANIFEST_NAME = "manifest.json"
 STATE_NAME = "trainer_state.json"
+LATEST = "latest"  # of resume_from_checkpoint: starts a new run where there is nothing to resume from
 _FOLDER = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' own mark, of its enable_jit_checkpoint
 _THREADS = 8  # that read files; a checksum takes about a second for 1.5 GB in each
@@ -28,6 +30,18 @@ _THREADS = 8  # that read files; a checksum takes about a second for 1.5 GB in e
 
 class ResumeError(ValueError):
     """A checkpoint that this launch cannot go on from exactly."""
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of a run, on all ranks, or raises ValueError: transformers does so on rank 0 alone."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(not_writable(folder, error)) from error
+
+
+def not_writable(folder: Path, error: OSError) -> str:
+    return f"output_dir must be a folder that can be written to, got {folder}: {error.strerror}; choose another"
 
 
 def begin(folder: Path) -> None:
@@ -127,6 +141,32 @@ def _plain_problem(folder: Path) -> str | None:
     return None
 
 
+def check_sizes(folder: Path, model: nn.Module) -> None:
+    """`ResumeError` unless the weights of a checkpoint fit a model: torch would name each one, in a line of its own,
+    and load those of a deeper model in part. FSDP's checkpoints are left to torch."""
+    saved: dict[str, tuple[int, ...]] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            saved |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if not saved:
+        return
+    own = {name.replace(".default.", "."): tuple(x.shape) for name, x in model.state_dict().items()}  # PEFT's adapter
+    other = [
+        f"{name} {saved[name]} where the run has {own.get(name, 'none')}"
+        for name in sorted(saved)
+        if own.get(name) != saved[name]
+    ]
+    if not hasattr(model, "peft_config"):
+        tied = getattr(model, "all_tied_weights_keys", {})
+        other += [f"no {name}" for name in sorted(own.keys() - saved.keys() - tied.keys())]
+    if other:
+        further = f" and {len(other) - 3} others" if len(other) > 3 else ""
+        raise ResumeError(
+            f"a checkpoint must be of the same model, got {folder} with {'; '.join(other[:3])}{further}; resume with "
+            "the model that was saved, or train this one in another output_dir"
+        )
+
+
 def steps(output_dir: Path) -> list[int]:
     """The steps of a run's checkpoints, whole or not, the newest first."""
     names = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else []
@@ -141,6 +181,13 @@ def newest(output_dir: Path) -> Path | None:
     """The whole checkpoint (by the sizes of its files) with the largest step."""
     folders = (folder_of(output_dir, step) for step in steps(output_dir))
     return next((folder for folder in folders if problem(folder) is None), None)
+
+
+def clear(output_dir: Path) -> None:
+    """Removes what a later resume would take for its own: the checkpoints and the state of another run."""
+    for step in steps(output_dir):
+        shutil.rmtree(folder_of(output_dir, step))
+    (output_dir / STATE_NAME).unlink(missing_ok=True)
 
 
 def rotate(output_dir: Path, limit: int | None, *, saved: Path, best: str | None) -> None:

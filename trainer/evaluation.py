@@ -29,6 +29,7 @@ from ..sequence_parallel.collectives import all_reduce
 from ..sequence_parallel.context import IGNORE_INDEX
 from .accelerator import SequenceParallelAccelerator
 from .data import training_rows
+from .launched import join_on_cpus
 from .parallelism import check_peers
 from .recipe import DataRecipe
 
@@ -143,6 +144,7 @@ def plot_loss_by_context(buckets: list[dict[str, float]], path: Path) -> None:
 
 def load_for_evaluation(name: str) -> tuple[LinearLlama3ForCausalLM, PreTrainedTokenizerBase, bool]:
     """Model and tokenizer of a folder or Hub name, every row spread over the launch; and whether to write results."""
+    join_on_cpus()
     accelerator = SequenceParallelAccelerator()
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = LinearLlama3ForCausalLM.from_pretrained(name).to(accelerator.device).eval()

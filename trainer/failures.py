@@ -173,7 +173,8 @@ def _lost(trainer: Any, error: Exception, words: LastWords) -> str:
         limit = f"ddp_timeout = {trainer.args.ddp_timeout} s"
         text = f"{ranks} did not answer within {limit}. It hangs, or takes longer: raise ddp_timeout."
     else:
-        text = f"{ranks} has ended without a word, as if killed, perhaps by a machine out of memory."
+        text = f"{ranks} has ended without a word, as if killed, perhaps by a machine out of memory: `linear-llama3 "
+        text += "train RECIPE.yaml --dry-run` computes what a rank needs."
     return f"{where(trainer)}: {text} {how_to_resume(trainer)}"
 
 
@@ -219,15 +220,18 @@ class FiniteCheck:
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.active = trainer, not trainer.args.logging_nan_inf_filter
         self.losses: list[Tensor] = []  # of this process, since the last optimizer step
+        self.targets: Tensor | int | None = None  # of the step, by which losses are divided
 
-    def note(self, loss: Tensor) -> None:
+    def note(self, loss: Tensor, targets: Tensor | int | None) -> None:
         if self.active:
             self.losses.append(loss)
+            self.targets = targets
 
     def check_norm(self, norm: Tensor | float | None) -> None:
         losses, self.losses = self.losses, []
         if not self.active or norm is None or torch.isfinite(torch.as_tensor(norm)).all():
             return
+        self._check_targets(losses[0].device)
         broken = (~torch.isfinite(torch.stack(losses))).unsqueeze(0)  # [1, micro-batches]
         by_rank = self.trainer.accelerator.gather(broken)
         if by_rank.any():
@@ -235,6 +239,20 @@ class FiniteCheck:
             raise self._failure(f"the loss is not finite, first on {', '.join(ranks[:8])}")
         if self.trainer.accelerator.scaler is None:  # which skips steps whose scaled gradient overflows
             raise self._failure(f"the loss is finite, but the norm of its gradient is {float(norm)}")
+
+    def _check_targets(self, device: torch.device) -> None:
+        """Without a target the mean loss is 0 / 0, and no learning rate would help."""
+        own = torch.tensor([torch.inf if self.targets is None else float(torch.as_tensor(self.targets).max())])
+        without = (self.trainer.accelerator.gather(own.to(device)) == 0).nonzero().flatten().tolist()
+        if not without:
+            return
+        everywhere = len(without) == self.trainer.args.world_size
+        ranks = "" if everywhere else f" of rank {', '.join(map(str, without))}"
+        raise TrainingFailure(
+            f"{where(self.trainer)}: the loss is a mean over targets, got none in this step's rows{ranks}: all labels "
+            "are -100. Take such rows out of the data (answers beyond sequence_length, for instance), or take more "
+            f"rows a step. {how_to_resume(self.trainer)}"
+        )
 
     def check_logged(self, loss: float) -> None:
         if self.active and not math.isfinite(loss):

@@ -35,6 +35,7 @@ from ..sequence_parallel.planner.checks import check_output
 from ..sequence_parallel.planner.profile import SUFFIXES, Bytes, Seconds
 from .adaptive import planner_model
 from .build import build_config, load_tokenizer
+from .launched import fail, launched_processes
 from .memory import allocated_peak
 from .memory_account import memory_account
 from .recipe import Recipe, load_recipe
@@ -282,14 +283,14 @@ def main(arguments: list[str]) -> None:
     try:
         check_output(Path(output), SUFFIXES)
         recipe = load_recipe(recipe_file, changes)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if launched_processes() > 1:
             gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu", False)
             if gpu:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if gpu else "gloo")
         profile = measure_profile(recipe, name=Path(output).stem)
     except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+        fail(error)
     if not dist.is_initialized() or dist.get_rank() == 0:
         profile.save(output)
         print(f"profile: {output}")

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from ..modeling import LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM
 from . import checkpoints
+from .checkpoints import LATEST
 from .data_order import DataOrder, WholeSteps, content_hash, repeated_rows, without_labels
 from .failures import FiniteCheck, explained, reading, saving
 from .hooks import check_trainer
@@ -34,7 +35,6 @@ else:
 
 logger = logging.get_logger(__name__)
 
-LATEST = "latest"
 ARGUMENTS_NAME = "training_args.bin"
 
 
@@ -67,6 +67,7 @@ class ReliabilityMixin(_Trainer):
         """Trainer's hook, here to keep transformers' own signal handler from being installed."""
         self._jit_checkpoint, self.args.enable_jit_checkpoint = self.args.enable_jit_checkpoint, False
         super().create_accelerator_and_postprocess()
+        checkpoints.make_folder(Path(self.args.output_dir))
 
     @property
     def _saves_on_sigterm(self) -> bool:
@@ -156,6 +157,17 @@ class ReliabilityMixin(_Trainer):
         steps = round((state.epoch - passes) * state.max_steps)
         return passes, steps * self.args.gradient_accumulation_steps
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Trainer's hook: the weights, after a look at their sizes."""
+        checkpoints.check_sizes(Path(resume_from_checkpoint), self.model if model is None else model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Trainer's hook: tied weights are saved once."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Trainer's hook: the random state of this process. It belongs to a number of processes; another one begins
         with a state that is the same on all of them, for the ranks of a sequence may not differ."""
@@ -225,7 +237,7 @@ class ReliabilityMixin(_Trainer):
         if tokens is not None:
             self.batch_shape = tokens.shape[0], tokens.shape[1]
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self._finite_check.note(loss)
+        self._finite_check.note(loss, args[0] if args else kwargs.get("num_items_in_batch"))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

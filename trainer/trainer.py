@@ -30,6 +30,7 @@ from ..sequence_parallel.collectives import all_reduce
 from .adaptive import AdaptiveMixin
 from .arguments import sequence_parallel_config
 from .flops import batch_flops
+from .launched import check_launch
 from .memory import peak_memory
 from .noise import EmbeddingNoise
 from .parallelism import (
@@ -74,6 +75,7 @@ class SequenceParallelMixin(ReliabilityMixin):
 
     def _create_accelerator(self) -> None:
         args: Any = self.args  # type: ignore[attr-defined]
+        check_launch(args.world_size)
         parallelism = resolve_parallelism(args.parallelism_config, self._wanted_degree(), args.world_size)
         if parallelism is None:
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
@@ -233,14 +235,18 @@ class SequenceParallelMixin(ReliabilityMixin):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """Trainer's: the exact loss, and the logits of whole sequences."""
+        """Trainer's: the exact loss where there are labels, and the logits of complete sequences."""
         context = self.sequence_parallel_context
         if context is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
-        if inputs.get("labels") is None:
-            raise ValueError("evaluation under sequence parallelism needs labels, got a batch without them")
-        rows, length = inputs["labels"].shape
-        self._batch_is_whole = True
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if tokens is None:
+            raise ValueError(f"a batch needs input_ids or inputs_embeds, got {sorted(inputs)}")
+        rows, length = tokens.shape[:2]
+        if inputs.get("labels") is None:  # Trainer's step then calls the model without a loss
+            _, inputs = self._prepare_context_parallel_inputs(model, self._prepare_inputs(inputs))  # type: ignore[attr-defined]
+        else:
+            self._batch_is_whole = True
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
         if loss is not None and context.group is not None:  # of a shard: Trainer would average only some of them
             loss = all_reduce(loss, context.group).wait() / context.world_size

@@ -40,6 +40,11 @@ def read_cu_seqlens(cu_seqlens: Tensor) -> tuple[int, ...]:
     return edges
 
 
+def drop_empty(edges: tuple[int, ...]) -> tuple[int, ...]:
+    """The edges without those that repeat: a document without tokens ends where it starts."""
+    return tuple(edge for edge, _ in itertools.groupby(edges))
+
+
 def check_edges(edges: tuple[int, ...], *, batch: int, tokens: int) -> None:
     """Whether these are the document edges of a whole sequence."""
     if batch != 1:

@@ -9,7 +9,9 @@ value per token, head and key channel (GLA).
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from .backends import check_backend, choose_backend
 from .bidirectional import bidirectional_linear_attention
 from .chunked import chunked_linear_attention
 from .chunked_op import compiled_linear_attention
-from .documents import check_cu_seqlens, document_edges
+from .documents import check_cu_seqlens, document_edges, drop_empty, read_cu_seqlens
 from .precision import without_autocast, working_dtype
 from .recurrent import recurrent_linear_attention
 
@@ -51,7 +53,8 @@ def linear_attention(
             D_v + 1 columns, the last one the normaliser.
         initial_state: `[B, H_kv, D_k, D_v]`, with `cu_seqlens` one per document, `[N, H_kv, D_k, D_v]`.
         output_final_state: return the state after the last token (of every document).
-        cu_seqlens: int `[N + 1]`, edges of the documents packed in a batch of 1; the state restarts at each.
+        cu_seqlens: int `[N + 1]`, edges of the documents packed in a batch of 1; the state restarts at each. The state
+            of a document without tokens stays the initial one (0 where there is none).
         causal: False lets every token see all tokens of its document; no decay is possible then.
         backend: "recurrent" (the definition, token after token), "chunked" (PyTorch, any device), "triton" (kernels
             for NVIDIA GPUs), or "auto": Triton on CUDA; elsewhere chunked, recurrent for one token (a decoding step).
@@ -65,6 +68,10 @@ def linear_attention(
     check_arguments(q, k, v, log_decay=log_decay, causal=causal, backend=backend)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens)
+        options = {"log_decay": log_decay, "scale": scale, "normalize": normalize, "causal": causal, "backend": backend}
+        if not torch.compiler.is_compiling() and len(drop_empty(edges := read_cu_seqlens(cu_seqlens))) < len(edges):
+            check_initial_state(initial_state, q, v, len(edges) - 1, normalize=normalize)
+            return _without_empty(q, k, v, edges, initial_state, cu_seqlens, output_final_state, options)
     documents = None if cu_seqlens is None else len(cu_seqlens) - 1
     check_initial_state(initial_state, q, v, documents, normalize=normalize)
     backend = choose_backend(backend, k, causal=causal)
@@ -92,6 +99,23 @@ def linear_attention(
         out, state = attend(q, k, values, scale=scale, boundaries=boundaries, initial_state=initial_state)
     out = divide_by_normalizer(out) if normalize else out
     return out.to(v.dtype), state if output_final_state else None
+
+
+def _without_empty(
+    q: Tensor, k: Tensor, v: Tensor, edges: tuple[int, ...], initial_state: Tensor | None, cu_seqlens: Tensor,
+    output_final_state: bool, options: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """As `linear_attention`, of the documents that have tokens; the state of an empty one stays as it was."""
+    kept = torch.tensor([n for n, (a, b) in enumerate(itertools.pairwise(edges)) if a != b], device=q.device)
+    out, state = linear_attention(
+        q, k, v, cu_seqlens=torch.cat([cu_seqlens[kept.to(cu_seqlens.device)], cu_seqlens[-1:]]),
+        initial_state=None if initial_state is None else initial_state[kept], output_final_state=output_final_state,
+        **options,
+    )  # fmt: skip
+    if state is None:
+        return out, None
+    before = state.new_zeros(len(edges) - 1, *state.shape[1:]) if initial_state is None else initial_state.to(state)
+    return out, before.index_copy(0, kept, state)
 
 
 def precise(log_decay: Tensor | None, k: Tensor) -> Tensor | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops.documents import check_edges, read_cu_seqlens
+from ..ops.documents import check_edges, drop_empty, read_cu_seqlens
 from ..ops.exchange import Link
 from ..ops.visibility import Span
 from .collectives import group_rank, world_size
@@ -85,7 +85,7 @@ def locate(
     """
     ranks = world_size(group)
     rule, padded = get_layout(layout, ranks), tokens * ranks
-    edges = None if cu_seqlens is None else read_cu_seqlens(cu_seqlens)
+    edges = None if cu_seqlens is None else drop_empty(read_cu_seqlens(cu_seqlens))
     if length is None:
         # `shard` pads to a multiple: edges that end in the last padding tell the length.
         length = edges[-1] if edges and rule.padded(edges[-1], ranks) == padded else padded

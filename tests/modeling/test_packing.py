@@ -21,6 +21,7 @@ def packed_kwargs(told_by: str, rows: list[list[int]]) -> dict[str, Tensor]:
     return {
         "position_ids": {"position_ids": positions},
         "cu_seq_lens": {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges},
+        "empty documents": {"cu_seq_lens_q": edges.repeat_interleave(2), "cu_seq_lens_k": edges.repeat_interleave(2)},
         "both": {"position_ids": positions, "cu_seq_lens_q": edges},
         "cu_seq_lens_k": {"cu_seq_lens_k": edges},
         "seq_idx": {"seq_idx": numbers(rows)},
@@ -44,8 +45,8 @@ def numbers(rows: list[list[int]]) -> Tensor:
 @pytest.mark.parametrize(
     "told_by",
     [
-        "position_ids", "cu_seq_lens", "both", "cu_seq_lens_k", "seq_idx", "all of them", "all-ones mask",
-        "edges and running positions",
+        "position_ids", "cu_seq_lens", "empty documents", "both", "cu_seq_lens_k", "seq_idx", "all of them",
+        "all-ones mask", "edges and running positions",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(("mixer", "interval"), [(mixer, 2) for mixer in MIXER_NAMES] + [("gla", 0), ("gla", 1)])

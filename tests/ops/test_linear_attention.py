@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import product
 
 import pytest
@@ -208,6 +209,43 @@ def test_bidirectional_is_the_full_product(documents: tuple[int, ...] | None, no
         assert (a - b).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("backend", ["recurrent", "chunked"])
+def test_documents_without_tokens(backend: str, with_state: bool, normalize: bool) -> None:
+    """Every document alone, by the recurrence; the state of an empty one stays the initial one, with its gradient."""
+    edges = [0, 0, 3, 3, 3, 8, 9, 9]
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 9, heads, 3, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    log_decay = torch.nn.functional.logsigmoid(torch.randn(1, 9, 2, dtype=torch.float64)).requires_grad_()
+    initial = torch.randn(7, 2, 3, 3 + normalize, dtype=torch.float64).requires_grad_() if with_state else None
+    learnt = [x for x in (q, k, v, log_decay, initial) if x is not None]
+    outs, states = [], []
+    for n, (start, stop) in enumerate(itertools.pairwise(edges)):
+        state = torch.zeros(1, 2, 3, 3 + normalize).double() if initial is None else initial[n : n + 1]
+        if start < stop:
+            part = [x[:, start:stop] for x in (q, k, v)]
+            out, state = linear_attention(
+                *part, log_decay=log_decay[:, start:stop], normalize=normalize, initial_state=state,
+                output_final_state=True, backend="recurrent",
+            )  # fmt: skip
+            outs.append(out)
+        states.append(state)
+    expected = torch.cat(outs, 1), torch.cat(states)
+    got = linear_attention(
+        q, k, v, log_decay=log_decay, normalize=normalize, initial_state=initial, output_final_state=True,
+        cu_seqlens=torch.tensor(edges), backend=backend,
+    )  # fmt: skip
+    weights = [torch.randn_like(x) for x in expected]
+    gradients = []
+    for results in (got, expected):
+        loss = sum((x * weight).sum() for x, weight in zip(results, weights, strict=True))
+        gradients.append(torch.autograd.grad(loss, learnt))
+    for found, definition in zip([*got, *gradients[0]], [*expected, *gradients[1]], strict=True):
+        torch.testing.assert_close(found, definition, rtol=1e-10, atol=1e-10)
+    assert linear_attention(q, k, v, cu_seqlens=torch.tensor(edges), backend=backend)[1] is None
+
+
 def test_causal() -> None:
     """A changed token changes nothing before it."""
     inputs = Case(tokens=100, gate="channel").inputs()
@@ -240,7 +278,7 @@ def arguments(**changes: object) -> dict[str, object]:
         ({"log_decay": torch.zeros(2), "causal": False}, "causal=False allows no decay"),
         ({"cu_seqlens": torch.tensor([1, 4])}, "must start at 0, increase, and end at T = 4"),
         ({"cu_seqlens": torch.tensor([0, 3])}, "end at T = 4"),
-        ({"cu_seqlens": torch.tensor([0, 3, 3, 4])}, "increase"),
+        ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, "increase"),
         ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "integer"),
         (
             {**{n: torch.ones(2, 4, 2, 3) for n in "qkv"}, "cu_seqlens": torch.tensor([0, 4])},

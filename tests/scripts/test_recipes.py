@@ -95,7 +95,7 @@ def learnt(folder: str) -> list[str]:
     os.chdir(folder)
     reset_accelerate()
     datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
-    trainer = build_trainer(load_recipe("scripts/recipes/sft.yaml", SMALL))
+    trainer = build_trainer(load_recipe("scripts/recipes/sft.yaml", [*SMALL, "training.output_dir=runs/learnt"]))
     tokenizer, found = trainer.processing_class, []
     for row in trainer.train_dataset:
         stretch: list[int] = []

@@ -67,7 +67,7 @@ def test_labels_are_shifted_before_the_cut() -> None:
     assert "attention_mask" not in left and "cu_seq_lens_q" not in left
 
 
-@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"])
+@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "empty documents"])
 def test_packed_rows_become_one_sequence(told_by: str) -> None:
     ids = torch.arange(1, 11).view(2, 5)
     told = {
@@ -75,8 +75,10 @@ def test_packed_rows_become_one_sequence(told_by: str) -> None:
         "cu_seq_lens_q": torch.tensor([0, 2, 5, 9, 10]),
         "cu_seq_lens_k": torch.tensor([0, 2, 5, 9, 10]),
         "seq_idx": torch.tensor([[0, 0, 1, 1, 1], [2, 2, 2, 2, 3]], dtype=torch.int32),
+        "empty documents": torch.tensor([0, 0, 2, 5, 5, 5, 9, 10, 10]),  # as DataCollatorWithFlattening makes them
     }
-    parts = run_distributed(cut, 3, {"input_ids": ids, "labels": ids, told_by: told[told_by]})
+    name = "cu_seq_lens_q" if told_by == "empty documents" else told_by
+    parts = run_distributed(cut, 3, {"input_ids": ids, "labels": ids, name: told[told_by]})
     assert [p["input_ids"] for p in parts] == [[[1, 2, 3, 4]], [[5, 6, 7, 8]], [[9, 10, 0, 0]]]
     assert [p["shift_labels"] for p in parts] == [[[2, 3, 4, 5]], [[-100, 7, 8, 9]], [[10, -100, -100, -100]]]
     assert [p["position_ids"][0] for p in parts[:2]] == [[0, 1, 0, 1], [2, 0, 1, 2]]
@@ -233,3 +235,23 @@ def recurrent_backend() -> str:
 
 def test_recurrent_backend_is_for_one_device() -> None:
     assert all("defined on one device" in message for message in run_distributed(recurrent_backend, 2))
+
+
+def without_empty_documents(kind: str, layout: str) -> float:
+    """How far the output and the gradients are from those with edges that tell of no empty document."""
+    attention = {"linear": linear_attention, "softmax": softmax_attention}[kind]
+    found = []
+    for edges in ([0, 0, 3, 3, 9, 14, 14], [0, 3, 9, 14]):
+        torch.manual_seed(0)
+        x = [torch.randn(1, 14, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+        local = [shard(t, group=dist.group.WORLD, layout=layout) for t in x]
+        out = attention(*local, group=dist.group.WORLD, layout=layout, cu_seqlens=torch.tensor(edges))
+        weight = torch.arange(out.numel()).view_as(out)
+        found.append([out, *torch.autograd.grad((out * weight).sum(), x)])
+    return max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("kind", ["linear", "softmax"])
+def test_documents_without_tokens(kind: str, layout: str) -> None:
+    assert max(run_distributed(without_empty_documents, 3, kind, layout)) == 0

@@ -126,6 +126,9 @@ def train(world: int, degree: int, packed: bool, checkpointing: bool, folder: st
     trainer.train()
     evaluated = trainer.evaluate()["eval_loss"]
     prediction = trainer.predict(data[:6])
+    unlabelled = trainer.predict([{name: x for name, x in row.items() if name != "labels"} for row in data[:6]])
+    assert unlabelled.label_ids is None and "test_loss" not in unlabelled.metrics
+    assert abs(unlabelled.predictions - prediction.predictions).max() < 1e-5, "labels change no logits"
     reset_accelerate()
     return {
         **outcome(trainer),

@@ -91,7 +91,11 @@ def fail(kind: str, folder: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "rank", "messages"),
     [
-        ("killed", 0, ["step 2, rank 0 of 2: rank 1 has ended without a word, as if killed"]),
+        (
+            "killed",
+            0,
+            ["step 2, rank 0 of 2: rank 1 has ended without a word, as if killed", "RECIPE.yaml --dry-run` computes"],
+        ),
         ("hangs", 0, ["step 2, rank 0 of 2: rank 1 did not answer within ddp_timeout = 2 s", "raise ddp_timeout"]),
         (
             "full disk",
@@ -273,6 +277,39 @@ def test_what_is_said_when_the_store_has_ended_too(tmp_path: Path) -> None:
     words = SimpleNamespace(leave=lambda: None, hear=ended)
     text = _lost(trainer, RuntimeError("gloo: Connection closed by peer"), words)
     assert text.startswith("step 5, rank 1 of 2: another rank has ended") and "its own output says why" in text
+
+
+def without_targets(folder: str, degree: int, average: bool, empty: list[int]) -> str:
+    """What a run says of a step of 4 rows, of which these have no target."""
+    reset_accelerate()
+    data = rows(False)
+    for row in empty:
+        data[row]["labels"][:] = -100
+    keywords = arguments(folder, 2 // degree, sequence_parallel_size=degree, average_tokens_across_devices=average)
+    trainer = SequentialTrainer(model=tiny_model(), args=LinearLlama3TrainingArguments(**keywords), train_dataset=data)
+    try:
+        trainer.train()
+    except TrainingFailure as failure:
+        return str(failure)
+    finally:
+        reset_accelerate()
+    return "trained"
+
+
+@pytest.mark.parametrize(
+    ("degree", "average", "empty", "message"),
+    [
+        (2, True, [4, 5, 6, 7], "got none in this step's rows: all labels are -100"),
+        (1, True, [4, 5, 6, 7], "got none in this step's rows: all labels are -100"),
+        (1, False, [5, 7], "got none in this step's rows of rank 1: all labels are -100"),  # each divides by its own
+        (1, True, [5, 7], "trained"),
+    ],
+)
+def test_a_step_without_targets(degree: int, average: bool, empty: list[int], message: str, tmp_path: Path) -> None:
+    for rank, said in enumerate(run_distributed(without_targets, 2, str(tmp_path), degree, average, empty)):
+        assert message in said
+        assert message == "trained" or said.startswith(f"step 2, rank {rank} of 2: the loss is a mean over targets")
+        assert "learning_rate" not in said
 
 
 @pytest.mark.parametrize(

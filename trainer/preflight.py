@@ -1,0 +1,148 @@
+"""What can be found wrong before anything starts, without a model or a device.
+
+`linear-llama3 train` checks a recipe once, before it starts processes. These check again what another machine may lack.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..sequence_parallel.planner.profile import load_profile
+from . import checkpoints
+from .adaptive import check_profile
+from .build import build_config, load_tokenizer
+from .documents import find_files
+from .parallelism import resolve_parallelism
+from .recipe import Recipe
+
+MODELS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+
+
+class NothingLeft(Exception):
+    """A run that has finished and is launched again."""
+
+
+def check_before_launch(recipe: Recipe, processes: int) -> None:
+    """Everything that would end each process of a launch.
+
+    Raises:
+        ValueError: the rule, the value, the remedy.
+        NothingLeft: the run has finished.
+    """
+    if recipe.sequence_parallel.profile is not None:
+        name = recipe.sequence_parallel.profile
+        check_profile(load_profile(name), name, processes)
+    else:
+        resolve_parallelism(None, recipe.sequence_parallel.size, processes)
+    check_output_dir(recipe.training)
+    check_trackers(recipe.training)
+    tokenizer = load_tokenizer(recipe)
+    if recipe.data.chat_template is not None:
+        _check_template(recipe.data.chat_template, tokenizer)
+    build_config(recipe, tokenizer)
+    if recipe.data.files is not None:
+        find_files(recipe.data)
+
+
+def _check_template(file: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    try:
+        render_jinja_template([[{"role": "user", "content": ""}]], chat_template=tokenizer.get_chat_template())
+    except TemplateSyntaxError as error:
+        raise ValueError(
+            f"data.chat_template must be a Jinja template, got {file!r}, line {error.lineno}: {error.message}; fix it"
+        ) from error
+    except TemplateError:
+        pass  # a template may refuse this conversation
+
+
+def check_trackers(training: Mapping[str, Any]) -> None:
+    """`ValueError` if a tracker of `report_to` is unknown or not installed."""
+    names = training.get("report_to")
+    if names in (None, "none", ["none"]):
+        return
+    for make in get_reporting_integration_callbacks("all" if names == ["all"] else names):
+        try:
+            make()
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(
+                f"training.report_to must name installed trackers, got {names}: {error} Or set report_to: none"
+            ) from error
+
+
+def check_output_dir(training: Mapping[str, Any]) -> None:
+    """Checks that a run may write to its `output_dir`, and makes the folder.
+
+    Args:
+        training: the section `training` of a recipe.
+
+    Raises:
+        ValueError: the folder cannot be written to, or holds another run that this one would replace.
+        NothingLeft: it holds this run, finished.
+    """
+    folder = Path(training.get("output_dir", "trainer_output"))
+    resume = training.get("resume_from_checkpoint") or None
+    checkpoints.make_folder(folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(checkpoints.not_writable(folder, error)) from error
+    if training.get("overwrite_output_dir", False):
+        if resume is not None:
+            raise ValueError(
+                "overwrite_output_dir: true begins anew and resume_from_checkpoint continues, got both (with "
+                f"{resume!r}); leave one of them out"
+            )
+        return
+    model = next((name for name in MODELS if (folder / name).exists()), None)
+    if resume in (True, checkpoints.LATEST):
+        if model is not None and (reached := _reached(folder, training)) is not None:
+            raise NothingLeft(f"nothing is left to train: {folder} holds this run's model, {reached}")
+        if model is None or checkpoints.newest(folder) is not None:
+            return
+        raise ValueError(_taken(folder, f"a model ({model}) and no complete checkpoint to resume from", ""))
+    steps = checkpoints.steps(folder)
+    if (model is None and not steps) or (resume is not None and Path(resume).resolve().parent == folder.resolve()):
+        return
+    held = [] if model is None else [f"a model ({model})"]
+    if steps:
+        held.append(f"checkpoints up to step {steps[0]}")
+    raise ValueError(
+        _taken(folder, " and ".join(held), ", resume_from_checkpoint: latest to continue that run" if steps else "")
+    )
+
+
+def _taken(folder: Path, held: str, resume: str) -> str:
+    return (
+        f"output_dir must not hold another run, which would be replaced, got {folder} with {held}; choose another "
+        f"folder{resume}, or overwrite_output_dir: true to replace it"
+    )
+
+
+def _reached(folder: Path, training: Mapping[str, Any]) -> str | None:
+    """How far a finished run has come; None if it has not been trained as long as it should be."""
+    file = folder / checkpoints.STATE_NAME  # written behind the model
+    if not file.is_file():
+        return None
+    state = json.loads(file.read_text(encoding="utf-8"))
+    step, epoch = state.get("global_step", 0), state.get("epoch") or 0
+    if (last := training.get("max_steps", -1)) > 0:
+        return f"step {step} of {last}" if step >= last else None
+    epochs = training.get("num_train_epochs", 3)
+    return f"epoch {epoch:g} of {epochs:g}" if epoch >= epochs else None
