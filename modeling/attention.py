@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, rotate_half
 
 from ..sequence_parallel import softmax_attention
 from .inputs import attends_by_document
+from .releases import CACHE_NAME
 
 if TYPE_CHECKING:
     from ..sequence_parallel import SequenceParallelContext
@@ -37,7 +38,7 @@ class LinearLlama3Attention(LlamaAttention):
         position_embeddings: tuple[Tensor, Tensor],
         cu_seq_lens_q: Tensor | None = None,
         exchange_cache: dict[str, Any] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """`hidden_states` `[B, T, hidden]` -> (the same shape, attention weights or None).
@@ -51,7 +52,7 @@ class LinearLlama3Attention(LlamaAttention):
                 hidden_states,
                 position_embeddings=position_embeddings,
                 cu_seq_lens_q=cu_seq_lens_q,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
         if self.training and self.attention_dropout:
@@ -64,8 +65,8 @@ class LinearLlama3Attention(LlamaAttention):
         # by hand: Liger puts a function for [B, H, T, D] in the place of transformers' apply_rotary_pos_emb
         cos, sin = (table.unsqueeze(2) for table in position_embeddings)
         q, k = (x * cos + rotate_half(x) * sin for x in (q, k))
-        if past_key_values is not None:
-            past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+        if cache is not None:
+            cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
         q, k = q.to(v.dtype), k.to(v.dtype)
         kind: dict[str, Any] = {"scale": self.scaling, "cu_seqlens": cu_seq_lens_q, "causal": self.is_causal}
         if context is not None:

@@ -53,7 +53,7 @@ class LinearLlama3Config(PreTrainedConfig):
     """
 
     model_type = "linear_llama3"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (a class attribute by transformers' rule)
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012  (a class attribute by transformers' rule)
     default_theta = 500000.0
 
     vocab_size: int = 128256

@@ -12,6 +12,7 @@ from transformers.generation import GenerationMode
 from .cache import CountingCache, new_cache
 from .configuration import LinearLlama3Config
 from .inputs import SWITCH_OFF, Masks, layer_masks
+from .releases import CACHE_NAME, cache_keyword
 
 
 class LinearLlama3GenerationMixin(GenerationMixin):
@@ -23,7 +24,7 @@ class LinearLlama3GenerationMixin(GenerationMixin):
         """transformers' hook: refuses to generate from a shard, gives a model with linear layers its cache."""
         if self.base_model.sequence_parallel_context is not None:
             raise ValueError(f"one rank's shard cannot generate, got generate() under a context; {SWITCH_OFF}")
-        wants_cache = generation_config.use_cache and model_kwargs.get("past_key_values") is None
+        wants_cache = generation_config.use_cache and model_kwargs.get(CACHE_NAME) is None
         implementation = generation_config.cache_implementation
         if wants_cache and not self.config.has_softmax_layers:
             if implementation not in (None, "dynamic", "static"):
@@ -32,23 +33,24 @@ class LinearLlama3GenerationMixin(GenerationMixin):
                     f"cache_implementation={implementation!r}; leave cache_implementation out, or give 'static' to "
                     "compile the decoding step"
                 )
-            model_kwargs["past_key_values"] = CountingCache(self.config, static=implementation == "static")
+            model_kwargs[CACHE_NAME] = CountingCache(self.config, static=implementation == "static")
         elif wants_cache and implementation in (None, "dynamic"):
-            model_kwargs["past_key_values"] = new_cache(self.config)
+            model_kwargs[CACHE_NAME] = new_cache(self.config)
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     @staticmethod
+    @cache_keyword
     def create_masks_for_generate(
         config: LinearLlama3Config,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Masks:
         """transformers' hook: the masks of a static cache, made outside of the compiled step."""
-        return layer_masks(config, inputs_embeds, attention_mask, position_ids, past_key_values, edges=None)
+        return layer_masks(config, inputs_embeds, attention_mask, position_ids, cache, edges=None)
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         """transformers' hook: `ValueError` for what it would do wrong, or fail at."""
@@ -63,7 +65,7 @@ class LinearLlama3GenerationMixin(GenerationMixin):
                 f"a chunked prefill cuts input_ids, got prefill_chunk_size={generation_config.prefill_chunk_size} with "
                 "inputs_embeds; leave prefill_chunk_size out"
             )
-        cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
+        cache, embeds = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
         seen = 0 if cache is None or embeds is not None else int(cache.get_seq_length())
         if seen and seen >= input_ids.shape[1]:
             raise ValueError(

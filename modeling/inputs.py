@@ -14,6 +14,7 @@ from ..sequence_parallel import SequenceParallelContext
 from ..sequence_parallel.packing import restarting_positions
 from .cache import CountingCache, ShardedCache
 from .configuration import LinearLlama3Config
+from .releases import CACHE_NAME
 
 SWITCH_OFF = "switch sequence parallelism off with enable_sequence_parallel(model, None)"
 ROPE_TYPES_OF_THE_LENGTH = ("dynamic", "longrope")  # their table depends on the longest position in the batch
@@ -35,7 +36,7 @@ def check_shard(
     """`ValueError` for what has no meaning on one rank's part of a sequence."""
     if cache_given:
         raise ValueError(
-            "under sequence parallelism there is no cache, got past_key_values or use_cache=True; leave it out, or, "
+            "under sequence parallelism there is no cache, got a cache or use_cache=True; leave it out, or, "
             f"to generate, call prefill(model, input_ids), then {SWITCH_OFF}"
         )
     if position_ids is None:
@@ -90,7 +91,7 @@ def check_cache(config: LinearLlama3Config, cache: Cache) -> None:
     """`ValueError` unless a cache that the user brought has a place for every linear layer's state."""
     if not isinstance(cache, Cache):
         raise ValueError(
-            f"past_key_values must be a transformers Cache, got a {type(cache).__name__}; "
+            f"{CACHE_NAME} must be a transformers Cache, got a {type(cache).__name__}; "
             "build it with DynamicCache(config=model.config), or pass no cache"
         )
     if not config.has_softmax_layers and not isinstance(cache, CountingCache | ShardedCache):
@@ -129,7 +130,7 @@ def layer_masks(
     inputs_embeds: Tensor,
     attention_mask: Mask,
     position_ids: Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     edges: Tensor | None,
 ) -> Masks:
     """One mask per layer type. Documents reach linear layers as edges, softmax layers as positions."""
@@ -142,7 +143,7 @@ def layer_masks(
         "config": config,
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
-        "past_key_values": past_key_values,
+        CACHE_NAME: cache,
         "position_ids": position_ids,
     }
     masks: Masks = {}

@@ -131,7 +131,7 @@ class LinearAttention(Tiled, ExactBuffers):
         *,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         cu_seq_lens_q: Tensor | None = None,
         exchange_cache: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -146,7 +146,7 @@ class LinearAttention(Tiled, ExactBuffers):
         kind: dict[str, Any] = {"normalize": self.mixer.normalize, "causal": self.is_causal}
         if self.sequence_parallel_context is not None:
             attend: Callable[[Tensor], Tensor] = self._start_sharded(
-                k, v, past_key_values,
+                k, v, cache,
                 log_decay=log_decay,
                 cu_seqlens=cu_seq_lens_q,
                 exchange_cache=exchange_cache,
@@ -155,7 +155,7 @@ class LinearAttention(Tiled, ExactBuffers):
         elif cu_seq_lens_q is not None:
             attend = partial(_attend_packed, k=k, v=v, log_decay=log_decay, cu_seqlens=cu_seq_lens_q, **kind)
         else:
-            attend = partial(self._attend_cached, k=k, v=v, log_decay=log_decay, cache=past_key_values, **kind)
+            attend = partial(self._attend_cached, k=k, v=v, log_decay=log_decay, cache=cache, **kind)
         # under a context the states travel while these are projected
         q = self._queries(hidden_states, position_embeddings)
         gate = None if self.sequence_tiling else self._gate(hidden_states)

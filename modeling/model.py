@@ -42,6 +42,7 @@ from .inputs import (
 from .loss import check_skipped, loss_without_logits
 from .mixers import LearnedFeatureMap, LinearAttention
 from .model_card import add_card, provenance
+from .releases import CACHE_NAME, cache_keyword
 from .tiling import Tiled
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     provenance: dict[str, Any] | None = None  # what `from_pretrained` knows of it; see model_card.provenance
     _no_split_modules = ["LinearLlama3DecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -178,13 +179,14 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
         self.sequence_parallel_context: SequenceParallelContext | None = None
         self.post_init()
 
+    @cache_keyword
     @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Mask = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -211,10 +213,10 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]
         cu_seq_lens = kwargs.pop("cu_seq_lens_q", None)
-        cache_given = past_key_values is not None or bool(use_cache)
+        cache_given = cache is not None or bool(use_cache)
         if cache_given and not self.config.is_causal:
             raise ValueError(
-                "a model with is_causal=False reads the whole sequence at once, got past_key_values or use_cache=True; "
+                "a model with is_causal=False reads the whole sequence at once, got a cache or use_cache=True; "
                 "leave them out"
             )
         if self.sequence_parallel_context is not None:
@@ -222,47 +224,47 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
                 self.config,
                 attention_mask,
                 position_ids,
-                cache_given=cache_given and not isinstance(past_key_values, ShardedCache),
+                cache_given=cache_given and not isinstance(cache, ShardedCache),
                 context=self.sequence_parallel_context,
                 packed=cu_seq_lens is not None,
                 kwargs=kwargs,
             )
             edges = cu_seq_lens
-        elif past_key_values is not None and cu_seq_lens is None and (length == 1 or isinstance(attention_mask, dict)):
+        elif cache is not None and cu_seq_lens is None and (length == 1 or isinstance(attention_mask, dict)):
             edges = None  # a decoding step, or `generate` with its own masks, where positions jump at padding
         else:
             mask = padding_mask(self.config, attention_mask, length)
             edges = document_edges(position_ids, cu_seq_lens, mask, batch=batch, length=length)
         if edges is not None and cache_given:
             raise ValueError(
-                f"a packed batch takes no cache, got {len(edges) - 1} documents with past_key_values or "
+                f"a packed batch takes no cache, got {len(edges) - 1} documents with a cache or "
                 "use_cache=True; set use_cache=False, or run the documents as rows of a padded batch"
             )
-        past_key_values = self._prepare_cache(past_key_values, use_cache, packed=edges is not None)
+        cache = self._prepare_cache(cache, use_cache, packed=edges is not None)
         if position_ids is None and edges is not None:
             position_ids = restarting_positions(edges, batch=batch, length=length)
         elif position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
         masks: Masks = {}
         if self.sequence_parallel_context is None:
-            masks = layer_masks(self.config, inputs_embeds, attention_mask, position_ids, past_key_values, edges)
+            masks = layer_masks(self.config, inputs_embeds, attention_mask, position_ids, cache, edges)
             if edges is not None:  # as transformers' flash attention wants to be told
                 longest = int(edges.diff().max())
                 kwargs.update(cu_seq_lens_k=edges, max_length_q=longest, max_length_k=longest)
         kwargs["cu_seq_lens_q"] = edges
-        hidden_states = self._run_layers(inputs_embeds, masks, position_ids, past_key_values, kwargs)
-        if isinstance(past_key_values, CountingCache):
-            past_key_values.advance(length, inputs_embeds.device)
+        hidden_states = self._run_layers(inputs_embeds, masks, position_ids, cache, kwargs)
+        if isinstance(cache, CountingCache):
+            cache.advance(length, inputs_embeds.device)
         hidden_states = self.in_tiles(self.norm, hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
     def _run_layers(
         self,
         hidden_states: Tensor,
         masks: Masks,
         position_ids: Tensor,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         kwargs: dict[str, Any],
     ) -> Tensor:
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -274,7 +276,7 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
                 attention_mask=masks.get(layer_type),
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 exchange_cache={} if keep_exchanged else None,
                 **kwargs,
             )
@@ -315,13 +317,14 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, LinearLlama3Generatio
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @cache_keyword
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Mask = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -344,9 +347,9 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, LinearLlama3Generatio
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE_NAME: cache},
             return_dict=True,  # whatever the config says
             **kwargs,
         )
@@ -360,7 +363,7 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, LinearLlama3Generatio
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

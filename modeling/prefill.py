@@ -14,6 +14,7 @@ from ..sequence_parallel import SequenceParallelContext
 from ..sequence_parallel.collectives import fingerprints
 from ..sequence_parallel.handover import gather_end, gather_tokens
 from .cache import CountingCache, ShardedCache, keep_state, new_cache
+from .releases import CACHE_NAME
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def prefill(
         cache = prefill(model, input_ids)
         enable_sequence_parallel(model, None)
         if cache is not None:
-            model.generate(input_ids, past_key_values=cache)
+            model.generate(input_ids, cache=cache)  # past_key_values=cache before transformers 5.24
 
     For n beams or n returned sequences, call `cache.reorder_cache(torch.arange(B).repeat_interleave(n))` before. While
     the prompt is computed a rank holds the keys and values of its own tokens only; then rank `dst` is sent the others',
@@ -61,7 +62,7 @@ def prefill(
     length = input_ids.shape[1] - 1
     if length > 0:
         shards = ShardedCache(model.config, length)
-        model(**context.shard_batch({"input_ids": input_ids[:, :-1]}), past_key_values=shards, logits_to_keep=1)
+        model(**context.shard_batch({"input_ids": input_ids[:, :-1]}), logits_to_keep=1, **{CACHE_NAME: shards})
         _hand_over(shards, cache, context, dst, input_ids.device)
     return cache
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .mixers import MIXERS
+from .releases import CACHE_NAME
 
 if TYPE_CHECKING:
     from .configuration import LinearLlama3Config
@@ -72,7 +73,7 @@ def weigh(config: LinearLlama3Config) -> tuple[int, int, int]:
 
     with torch.device("meta"), torch.no_grad():
         model = LinearLlama3ForCausalLM(config).eval()
-        cache = model.model(torch.zeros(1, 1, dtype=torch.long), use_cache=True).past_key_values
+        cache = model.model(torch.zeros(1, 1, dtype=torch.long), use_cache=True)[CACHE_NAME]
     states = [cache.layers[layer].recurrent_states[0] for layer in config.linear_layers]
     pairs = [layer for index, layer in enumerate(cache.layers) if index not in config.linear_layers]
     return (

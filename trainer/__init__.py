@@ -6,10 +6,14 @@ if __name__ != "linear_llama3.trainer":
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..modeling.releases import warn_untested
+
 if TYPE_CHECKING:
     from .accelerator import SequenceParallelAccelerator
     from .arguments import LinearLlama3TrainingArguments
     from .trainer import LinearLlama3Trainer, SequenceParallelMixin
+
+warn_untested("accelerate", "datasets", "peft", "trl")
 
 __all__ = [
     "LinearLlama3Trainer",

@@ -10,10 +10,10 @@ import typer
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """One line `error: ...` and exit code 1 for a mistake of the user's, a ValueError."""
+    """One line `error: ...` and exit code 1 for a mistake of the user's, a ValueError, or a missing package."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

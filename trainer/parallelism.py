@@ -27,7 +27,6 @@ from ..sequence_parallel.collectives import fingerprints
 
 logger = logging.getLogger(__name__)
 
-TESTED = "transformers 5.17 to 5.23 and accelerate 1.15"
 REFUSED_ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 _FLAG = "ACCELERATE_USE_PARALLELISM_CONFIG"
 
@@ -110,7 +109,6 @@ def attach(
     accelerator: Accelerator, parallelism: ParallelismConfig, config: SequenceParallelConfig
 ) -> SequenceParallelContext:
     """Gives a built accelerator the grid, and returns this process's sequence-parallel context."""
-    require(accelerator, "_prepare_cp")
     state = accelerator.state
     if state.distributed_type in REFUSED_ENGINES:
         raise ValueError(
@@ -148,15 +146,6 @@ def warn_across_nodes(groups: list[list[int]]) -> None:
             "degree that divides %d",
             len(across), len(groups), per_node, across[0], per_node,
         )  # fmt: skip
-
-
-def require(owner: object, name: str) -> None:
-    """These hooks are private: say so when a release has moved them."""
-    if not hasattr(owner, name):
-        raise ValueError(
-            f"{type(owner).__name__} has no {name}: this release changed a hook that sequence parallelism needs; "
-            f"use {TESTED}"
-        )
 
 
 def set_timeout(accelerator: Accelerator, seconds: float) -> None:

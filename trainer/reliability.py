@@ -23,6 +23,7 @@ from ..modeling import LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM
 from . import checkpoints
 from .data_order import DataOrder, WholeSteps, content_hash, repeated_rows, without_labels
 from .failures import FiniteCheck, explained, reading, saving
+from .hooks import check_trainer
 from .parallelism import set_timeout
 from .preemption import EXIT_CODE, SaveOnSigterm, outlive_sigterm
 
@@ -53,6 +54,7 @@ class ReliabilityMixin(_Trainer):
     _unpushed: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_trainer(type(self))
         super().__init__(*args, **kwargs)
         self.args.enable_jit_checkpoint = self._jit_checkpoint
         self._finite_check = FiniteCheck(self)

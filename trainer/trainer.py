@@ -32,7 +32,7 @@ from .adaptive import AdaptiveMixin
 from .arguments import sequence_parallel_config
 from .flops import batch_flops
 from .memory import peak_memory
-from .parallelism import PeerCheck, attach, hidden_parallelism, is_sharded_by, require, resolve_parallelism, uses_fsdp
+from .parallelism import PeerCheck, attach, hidden_parallelism, is_sharded_by, resolve_parallelism, uses_fsdp
 from .progress import ProgressBar, SpeedMeter
 from .reliability import ReliabilityMixin
 
@@ -78,7 +78,6 @@ class SequenceParallelMixin(ReliabilityMixin):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's hook: builds the Accelerator, then gives it the `cp` axis."""
-        require(self, "_prepare_context_parallel_inputs")
         args: Any = self.args  # type: ignore[attr-defined]
         parallelism = resolve_parallelism(args.parallelism_config, self._wanted_degree(), args.world_size)
         if parallelism is None:

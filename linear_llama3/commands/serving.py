@@ -10,6 +10,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from ..modeling import LinearLlama3ForCausalLM
 from ..modeling.loading import load_config, load_tokenizer_of
+from ..modeling.releases import check_hooks
 from ..trainer.command_line import user_errors
 
 
@@ -63,5 +64,6 @@ def register() -> None:
     """
     from transformers.cli.serving import model_manager
 
+    check_hooks(model_manager.ModelManager, {"_load_model": ("model_id_and_revision",)}, ["architectures"])
     # the module as the server sees it: transformers can be in memory twice, since it loads itself again by its path
     setattr(model_manager.transformers, LinearLlama3ForCausalLM.__name__, LinearLlama3ForCausalLM)

@@ -1,0 +1,150 @@
+"""The name of the cache, and checks of what other libraries' releases changed."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from transformers import Cache, GenerationMixin, LlamaForCausalLM, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+
+import linear_llama3.modeling as modeling
+from linear_llama3.modeling import releases
+from linear_llama3.modeling.cache import new_cache
+from linear_llama3.modeling.releases import CACHE_NAME, check_hooks, warn_untested
+from linear_llama3.trainer import LinearLlama3Trainer
+from linear_llama3.trainer.hooks import TRAINER_HOOKS, check_trainer
+
+from .tiny import tiny_model
+
+OTHER_NAME = {"cache": "cache_params", "past_key_values": "cache"}[CACHE_NAME]  # which the release does not use
+PROMPT = torch.arange(1, 12).view(1, -1)
+
+
+def test_the_name_of_the_cache_is_llamas():
+    assert CACHE_NAME in inspect.signature(LlamaForCausalLM.forward).parameters
+    assert CACHE_NAME in inspect.signature(modeling.LinearLlama3ForCausalLM.forward).parameters
+
+
+@pytest.mark.parametrize("interval", [2, 0, 1], ids=["hybrid", "linear", "softmax"])
+@torch.no_grad()
+def test_a_cache_under_the_releases_name_continues_a_prompt(interval):
+    model = tiny_model(full_attention_interval=interval).double()
+    complete = model(PROMPT, use_cache=False).logits
+    first = model(PROMPT[:, :7], use_cache=True)
+    rest = model(PROMPT[:, 7:], **{CACHE_NAME: first[CACHE_NAME]})
+    torch.testing.assert_close(rest.logits, complete[:, 7:], atol=1e-10, rtol=0)
+    assert isinstance(first[CACHE_NAME], Cache) and rest[CACHE_NAME] is first[CACHE_NAME]
+
+
+@pytest.mark.parametrize("interval", [2, 0, 1], ids=["hybrid", "linear", "softmax"])
+@torch.no_grad()
+def test_a_cache_under_another_name_is_refused(interval):
+    model = tiny_model(full_attention_interval=interval)
+    cache = new_cache(model.config)
+    for target in (model, model.model):
+        with pytest.raises(ValueError, match=f"calls the cache {CACHE_NAME}, got {OTHER_NAME}"):
+            target(PROMPT, **{OTHER_NAME: cache})
+        with pytest.raises(ValueError, match="got cache and past_key_values"):
+            target(PROMPT, cache=cache, past_key_values=cache)
+    if CACHE_NAME == "past_key_values":  # since 5.24, `generate` itself translates cache_params
+        with pytest.raises(ValueError, match="cache"):
+            model.generate(PROMPT, max_new_tokens=2, cache=cache)
+
+
+@pytest.mark.skipif(CACHE_NAME != "cache", reason="the old name is this release's own")
+@torch.no_grad()
+def test_the_old_name_is_still_taken():
+    model = tiny_model(full_attention_interval=2).double()
+    complete = model(PROMPT, use_cache=False).logits
+    cache = model(PROMPT[:, :7], use_cache=True).past_key_values
+    torch.testing.assert_close(model(PROMPT[:, 7:], past_key_values=cache).logits, complete[:, 7:], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("interval", [2, 0, 1], ids=["hybrid", "linear", "softmax"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}, {"num_beams": 3}],
+    ids=["greedy", "static", "chunked", "beam"],
+)
+@torch.no_grad()
+def test_generation_equals_generation_without_a_cache(interval, options):
+    model = tiny_model(full_attention_interval=interval)
+    arguments = {"max_new_tokens": 8, "do_sample": False, "num_beams": options.get("num_beams", 1)}
+    expected = model.generate(PROMPT, use_cache=False, **arguments)
+    assert model.generate(PROMPT, **(arguments | options)).tolist() == expected.tolist()
+
+
+@torch.no_grad()
+def test_a_continued_prompt_of_linear_layers_is_counted_once():
+    model = tiny_model(full_attention_interval=0)
+    expected = model.generate(PROMPT, use_cache=False, max_new_tokens=9, do_sample=False)
+    first = model.generate(PROMPT, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    again = model.generate(first.sequences, max_new_tokens=5, do_sample=False, **{CACHE_NAME: first[CACHE_NAME]})
+    assert again.tolist() == expected.tolist()
+
+
+class _Base:
+    def hook(self, inputs, count): ...
+
+    def user(self):
+        return self.attribute
+
+
+def test_check_hooks_takes_the_interface_it_was_written_for():
+    check_hooks(_Base, {"hook": ("inputs",), "user": ()}, ("attribute",))
+
+
+@pytest.mark.parametrize(
+    "hooks, attributes, message",
+    [
+        ({"gone": ()}, (), "no method gone"),
+        ({"hook": ("batch",)}, (), r"hook\(inputs, count\) in place of hook\(batch, \.\.\.\)"),
+        ({"hook": ("inputs", "count", "more")}, (), r"hook\(inputs, count\)"),
+        ({}, ("_vanished",), "no _vanished"),
+    ],
+)
+def test_check_hooks_names_what_changed(hooks, attributes, message):
+    with pytest.raises(ImportError, match=message):
+        check_hooks(_Base, hooks, attributes)
+
+
+def test_a_trainer_with_another_hook_is_refused():
+    class Renamed(LinearLlama3Trainer.__mro__[-2]):  # transformers' Trainer
+        def _prepare_context_parallel_inputs(self, batch): ...
+
+    class Mine(*LinearLlama3Trainer.__mro__[1:-2], Renamed): ...
+
+    check_trainer(LinearLlama3Trainer)
+    with pytest.raises(ImportError, match=r"_prepare_context_parallel_inputs\(batch\)"):
+        check_trainer(Mine)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, known",
+    [
+        (LinearLlama3Trainer, LinearLlama3Trainer.__mro__[-2], set(TRAINER_HOOKS)),
+        (modeling.LinearLlama3ForCausalLM, GenerationMixin, releases.GENERATION_HOOKS.keys()),
+        (modeling.LinearLlama3ForCausalLM, PreTrainedModel, releases.MODEL_HOOKS.keys()),
+    ],
+    ids=["trainer", "generation", "model"],
+)
+def test_every_private_method_that_is_overridden_is_checked(ours, theirs, known):
+    own = [c for c in ours.__mro__ if c.__module__.startswith("linear_llama3.")]
+    overridden = {name for c in own for name in vars(c) if name.startswith("_") and not name.startswith("__")}
+    private = {name for name in overridden if inspect.isfunction(getattr(theirs, name, None))}
+    assert private and private <= set(known)
+
+
+@pytest.mark.parametrize("installed, warns", [("5.17.0", False), ("5.24.9", False), ("5.16.1", True), ("5.99.0", True)])
+def test_releases_outside_of_the_tested_range_warn_by_name(installed, warns, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(releases.metadata, "version", lambda name: installed)
+    monkeypatch.setattr(releases.logger, "warning_once", warnings.append)
+    warn_untested("transformers")
+    assert [f"found {installed}" in text and "transformers" in text for text in warnings] == [True] * warns
+
+
+def test_create_causal_mask_has_one_of_the_names():
+    assert {"cache", "past_key_values"} & inspect.signature(create_causal_mask).parameters.keys()
