@@ -215,6 +215,14 @@ def test_every_option_and_argument_has_a_help_text(name: str) -> None:
     assert done.exit_code == 0 and all(p.help.split()[0] in done.stdout for p in parameters)
 
 
+def test_help_imports_nothing_that_only_a_run_needs() -> None:
+    heavy = ["datasets", "matplotlib", "fastapi", "openai", "transformers.trainer", "linear_llama3.trainer.trainer"]
+    code = f"import sys, linear_llama3.cli; print([name for name in {heavy} if name in sys.modules])"
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
 def test_version() -> None:
     done = run("--version")
     assert done.exit_code == 0
