@@ -1,25 +1,40 @@
-"""The command line: linear-llama3 train RECIPE.yaml [section.key=value …]"""
+"""The command line: linear-llama3 train RECIPE.yaml [section.key=value …], and the commands that use a model."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import torch
 import typer
 
+from . import __version__
+from .commands.generation import chat, generate
+from .commands.serving import serve
 from .sequence_parallel.planner.checks import check_output
 from .sequence_parallel.planner.profile import SUFFIXES
 from .sequence_parallel.planner.report import report
+from .trainer.command_line import user_errors
+from .trainer.evaluation import check_evaluation, evaluate
+from .trainer.launched import forget_launch, launched_processes
+from .trainer.needle import check_needle, needle
 
 if TYPE_CHECKING:
     from .trainer.recipe import Recipe
 
 TRAINER, PROFILER = "linear_llama3.trainer", "linear_llama3.trainer.profiling"
+EVALUATION, NEEDLE = "linear_llama3.trainer.evaluation", "linear_llama3.trainer.needle"
 SHUTDOWN_SECONDS = 300  # for a checkpoint after SIGTERM; torch would kill the processes after 30
+
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="Processes that share every row; by default one on each GPU, or one.")
+]
 
 app = typer.Typer(
     help="Train Llama-3-class models with linear attention on sequences that are spread over several devices.",
@@ -28,6 +43,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("plan")(report)
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        others = ", ".join(f"{name} {version(name)}" for name in ("transformers", "accelerate", "torch"))
+        print(f"linear-llama3 {__version__} ({others})")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 @app.command(no_args_is_help=True)
@@ -82,9 +115,52 @@ def presets(
         raise SystemExit(f"error: {error}") from error
 
 
+def on_processes(module: str, command: Callable[..., None], check: Callable[..., None]) -> Callable[..., None]:
+    """A command of a module, with an option for the number of processes that run the module.
+
+    Args:
+        check: takes the command's arguments and raises ValueError for what is wrong with them, before the processes
+            start.
+    """
+
+    @functools.wraps(command)
+    def run(*, processes: int | None, **arguments: Any) -> None:
+        with user_errors():
+            launched = launched_processes() > 1
+        if not launched:
+            forget_launch()
+            with user_errors():
+                gpu, count = place(processes or "auto")
+                check(**arguments)
+            if not gpu:
+                os.environ["ACCELERATE_USE_CPU"] = "true"
+            if count > 1:
+                launch(module, command_line(command, arguments), count, gpu=gpu)
+        command(**arguments)
+
+    signature = inspect.signature(command, eval_str=True)
+    own = inspect.Parameter("processes", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Processes)
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])  # type: ignore[attr-defined]
+    return run
+
+
+def command_line(command: Callable[..., None], arguments: dict[str, Any]) -> list[str]:
+    """What a module is given to call its command with these arguments."""
+    options, positional = [], []
+    for name, parameter in inspect.signature(command).parameters.items():
+        given, flag = arguments[name], f"--{name.replace('_', '-')}"
+        for value in given if isinstance(given, list) else [given]:
+            if parameter.default is inspect.Parameter.empty:
+                positional.append(str(value))
+            elif value is True:
+                options.append(flag)
+            elif value is not None and value is not False:
+                options += [flag, str(value)]
+    return [*options, "--", *positional]
+
+
 def start(module: str, recipe: Path, arguments: list[str], changes: list[str] | None) -> NoReturn:
     """Goes on as the processes of a module that takes these arguments, as many as the recipe says."""
-    from .trainer.launched import forget_launch, launched_processes
     from .trainer.preflight import NothingLeft, check_before_launch
     from .trainer.recipe import load_recipe
 
@@ -116,11 +192,16 @@ def number_of_processes(recipe: Recipe, *, planned: bool = False) -> tuple[bool,
     Args:
         planned: for a machine with as many GPUs as the recipe says.
     """
+    return place(recipe.processes, cpu=recipe.training.get("use_cpu", False), planned=planned)
+
+
+def place(processes: int | str, *, cpu: bool = False, planned: bool = False) -> tuple[bool, int]:
+    """Whether to run on GPUs, and the number of processes; "auto" is one on each GPU, or one on the CPU."""
     devices = torch.accelerator.device_count()
-    gpu = not recipe.training.get("use_cpu", False) and (devices > 0 or planned)
-    if recipe.processes == "auto":
+    gpu = not cpu and (devices > 0 or planned)
+    if processes == "auto":
         return gpu, max(devices, 1) if gpu else 1
-    processes = int(recipe.processes)
+    processes = int(processes)
     if gpu and not planned and processes > devices:
         raise ValueError(
             f"every process needs a GPU of its own, got processes: {processes} and {devices} visible GPUs; set "
@@ -169,6 +250,15 @@ def become(module: str, arguments: list[str]) -> NoReturn:
     """Goes on as a process of a module."""
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
+
+for _name, _command in (
+    ("evaluate", on_processes(EVALUATION, evaluate, check_evaluation)),
+    ("needle", on_processes(NEEDLE, needle, check_needle)),
+    ("generate", generate),
+    ("chat", chat),
+    ("serve", serve),
+):
+    app.command(_name, no_args_is_help=True)(_command)
 
 if __name__ == "__main__":
     app()

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+import typer
 import yaml
 from accelerate.commands import launch as accelerate_launch
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from typer.testing import CliRunner
 
+import linear_llama3
 from linear_llama3 import cli
 from linear_llama3.trainer import launched, profiling
 from linear_llama3.trainer.recipe import load_recipe
@@ -261,6 +264,28 @@ def test_a_profile_that_could_not_be_written_is_not_measured(
     assert message in str(run("profile", recipe, output).exception) and not started
     with pytest.raises(SystemExit, match=re.escape(message)):
         profiling.main([str(recipe), output])
+
+
+@pytest.mark.parametrize("name", ["train", "profile", "plan", "evaluate", "needle", "generate", "chat", "serve"])
+def test_every_option_and_argument_has_a_help_text(name: str) -> None:
+    [parameters] = [c.params for key, c in typer.main.get_command(cli.app).commands.items() if key == name]
+    assert parameters and all(parameter.help for parameter in parameters)
+    done = run(name, "--help")
+    assert done.exit_code == 0 and all(p.help.split()[0] in done.stdout for p in parameters)
+
+
+def test_help_imports_nothing_that_only_a_run_needs() -> None:
+    heavy = ["datasets", "matplotlib", "fastapi", "openai", "transformers.trainer", "linear_llama3.trainer.trainer"]
+    code = f"import sys, linear_llama3.cli; print([name for name in {heavy} if name in sys.modules])"
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert done.exit_code == 0
+    assert done.stdout.startswith(f"linear-llama3 {linear_llama3.__version__} (transformers {transformers.__version__}")
 
 
 def test_presets() -> None:

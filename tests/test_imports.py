@@ -16,7 +16,9 @@ ROOMS = {  # in the order in which they may import: a room imports itself and th
 }
 FILES = [(room, path) for room, folder in ROOMS.items() for path in sorted(folder.rglob("*.py"))]
 ROOMS["cli"] = ROOT / "linear_llama3"
-FILES.append(("cli", ROOT / "linear_llama3" / "cli.py"))
+FILES += [
+    ("cli", path) for path in (ROOT / "linear_llama3/cli.py", *sorted((ROOT / "linear_llama3/commands").glob("*.py")))
+]
 
 
 def imported_modules(room: str, path: Path) -> set[str]:

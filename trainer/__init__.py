@@ -3,10 +3,15 @@
 if __name__ != "linear_llama3.trainer":
     raise ImportError("import linear_llama3.trainer, not " + __name__)
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ..modeling.releases import warn_untested
-from .accelerator import SequenceParallelAccelerator
-from .arguments import LinearLlama3TrainingArguments
-from .trainer import LinearLlama3Trainer, SequenceParallelMixin
+
+if TYPE_CHECKING:
+    from .accelerator import SequenceParallelAccelerator
+    from .arguments import LinearLlama3TrainingArguments
+    from .trainer import LinearLlama3Trainer, SequenceParallelMixin
 
 warn_untested("accelerate", "datasets", "peft", "trl")
 
@@ -16,3 +21,11 @@ __all__ = [
     "SequenceParallelAccelerator",
     "SequenceParallelMixin",
 ]
+_MODULES = dict(zip(__all__, ("trainer", "arguments", "accelerator", "trainer"), strict=True))
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: the command line's help needs none of them."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..modeling import LinearLlama3Config, LinearLlama3ForCausalLM
+from ..modeling import LinearLlama3Config, LinearLlama3ForCausalLM, loading
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer, with its chat template where `data.chat_template` names one."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tokenizer must be a folder or a Hub name with a tokenizer, got {recipe.tokenizer!r}: {error}"
-        ) from error
+    tokenizer = loading.load_tokenizer(recipe.tokenizer)
     if (template := recipe.data.chat_template) is not None:
         if not Path(template).is_file():
             raise ValueError(f"data.chat_template must be a file with a Jinja template, got {template!r}: no such file")
@@ -73,11 +68,7 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LinearLl
     else:
         special = {token: getattr(tokenizer, token) for token in ("bos_token_id", "eos_token_id", "pad_token_id")}
         config = recipe.model_config(vocab_size=len(tokenizer), **special)
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the model must have an embedding for each of the tokenizer's {len(tokenizer)} tokens, got vocab_size = "
-            f"{config.vocab_size}; use the model's own tokenizer, or leave vocab_size out"
-        )
+    loading.check_vocabulary(tokenizer, config)
     return config
 
 

@@ -1,37 +1,35 @@
-"""Does the loss keep falling with context? The mean loss of tokens by how much of their document they can see.
+"""The loss of a model on text: its mean, and whether it keeps falling with context.
 
 On one process, or with every row spread over all processes of the launch, with the same numbers:
 
-    python -m linear_llama3.trainer.evaluation MODEL book.txt --length 32768 --output runs/evaluation
+    linear-llama3 evaluate MODEL book.txt --length 32768 --output runs/evaluation
     torchrun --nproc_per_node 8 -m linear_llama3.trainer.evaluation MODEL book.txt --length 1048576
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ..modeling import LinearLlama3ForCausalLM
+from ..modeling.loading import load_model, load_tokenizer, load_tokenizer_of
 from ..ops.precision import working_dtype
 from ..sequence_parallel import SequenceParallelContext, enable_sequence_parallel
 from ..sequence_parallel.collectives import all_reduce
 from ..sequence_parallel.context import IGNORE_INDEX
-from .accelerator import SequenceParallelAccelerator
-from .data import training_rows
+from .command_line import run, user_errors
 from .launched import join_on_cpus
-from .parallelism import check_peers
-from .recipe import DataRecipe
 
 PIECE = 2048  # tokens whose logits exist at once
 BUCKETS = 63  # powers of two in an int64
@@ -45,6 +43,8 @@ class TokenScores:
     loss: Tensor  # at least float32
     correct: Tensor  # bool: the target has the highest logit
     context: Tensor  # int64: tokens of its document before the target
+    document: Tensor  # int64: number of its document in the batch
+    documents: int  # of the batch, on all ranks together
 
 
 def score_tokens(model: nn.Module, batch: Mapping[str, Any]) -> TokenScores:
@@ -58,11 +58,9 @@ def score_tokens(model: nn.Module, batch: Mapping[str, Any]) -> TokenScores:
         batch: as `SequenceParallelContext.shard_batch` takes it; `labels` are by default all tokens that the
             `attention_mask` shows. `position_ids` start from 0 in every document.
     """
-    if not isinstance(model, LinearLlama3ForCausalLM | LlamaForCausalLM):
-        raise ValueError(
-            f"the evaluation takes a LinearLlama3ForCausalLM or a LlamaForCausalLM, got a {type(model).__name__}; "
-            "merge adapters with merge_and_unload() first"
-        )
+    from .parallelism import check_peers  # imports accelerate, which the command line's help does not need
+
+    model = known_model(model)
     context = getattr(model.model, "sequence_parallel_context", None) or SequenceParallelContext(None)
     check_peers(context, batch)
     batch = dict(batch)
@@ -73,13 +71,41 @@ def score_tokens(model: nn.Module, batch: Mapping[str, Any]) -> TokenScores:
     targets = local.pop("shift_labels")
     local.pop("labels", None)
     chosen = targets != IGNORE_INDEX
+    document, documents = _documents(local, context)
     seen = local["position_ids"][chosen] + 1
     with _evaluating(model):
         hidden = model.model(**local, use_cache=False).last_hidden_state[chosen]
         pieces = zip(hidden.split(PIECE), targets[chosen].split(PIECE), strict=True)
         scores = [_score(model.lm_head(tokens), target) for tokens, target in pieces]
     loss, correct = (torch.cat(parts) for parts in zip(*scores, strict=True))
-    return TokenScores(loss=loss, correct=correct, context=seen)
+    return TokenScores(
+        loss=loss,
+        correct=correct,
+        context=seen,
+        document=document.expand(chosen.shape)[chosen],
+        documents=documents,
+    )
+
+
+def known_model(model: nn.Module) -> LinearLlama3ForCausalLM | LlamaForCausalLM:
+    """The model, or ValueError where the evaluation does not know its parts."""
+    if not isinstance(model, LinearLlama3ForCausalLM | LlamaForCausalLM):
+        raise ValueError(
+            f"the evaluation takes a LinearLlama3ForCausalLM or a LlamaForCausalLM, got a {type(model).__name__}; "
+            "merge adapters with merge_and_unload() first"
+        )
+    return model
+
+
+def _documents(local: Mapping[str, Any], context: SequenceParallelContext) -> tuple[Tensor, int]:
+    """Number of its document for every local token, `[1, C]` or `[B, 1]`, and the documents of the batch (with the
+    padding, which has no targets)."""
+    edges, positions = local.get("cu_seq_lens_q"), local["position_ids"]
+    rows, tokens = positions.shape
+    if edges is None:  # a document in each row
+        return torch.arange(rows, device=positions.device)[:, None], rows
+    places = context.positions(tokens, positions.device)
+    return torch.bucketize(places, edges[1:-1], right=True)[None], len(edges) - 1
 
 
 def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,29 +130,56 @@ def sum_over_ranks(model: nn.Module, x: Tensor) -> Tensor:
     return x if context is None or context.group is None else all_reduce(x, context.group).wait()
 
 
-def loss_by_context(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The mean loss of the targets that have 1, 2 to 3, 4 to 7, ... tokens of their document before them.
+def measure_loss(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean loss of all targets, and of those that have 1, 2 to 3, 4 to 7, ... tokens of their document before them.
+
+    A standard error is the spread of the mean loss over draws of the same number of documents. It takes documents as
+    independent, and the tokens of a document as dependent: the linearized error of a ratio of two sums over documents,
+    of losses and of tokens. The pieces of a document that is longer than a row count as documents; where they depend
+    on each other, the true error is larger. There is none, None, for a single document.
 
     Returns:
-        `first`, `last` (tokens of context), `tokens`, `loss` of every bucket that has tokens; the same on every rank of
-        a sequence. Perplexity is exp(loss).
+        `loss` (nats per token) and its `standard_error`; `perplexity` = exp(loss) and its `perplexity_standard_error`
+        (to first order); `tokens` (targets); `documents` (with a target); `by_context`, a list with `first` and `last`
+        (tokens of context), `loss`, `standard_error`, `tokens` and `documents` of every bucket that has targets. The
+        same on every rank of a sequence.
     """
-    total = torch.zeros(2, BUCKETS, dtype=torch.float64)
-    for batch in batches:
-        scores = score_tokens(model, batch)
-        total = total.to(scores.loss.device)
-        edges = 2 ** torch.arange(1, BUCKETS, device=total.device)
-        bucket = torch.bucketize(scores.context, edges, right=True)
-        total[0] += torch.bincount(bucket, minlength=BUCKETS)
-        total[1] += torch.bincount(bucket, weights=scores.loss.double(), minlength=BUCKETS)
-    tokens, losses = sum_over_ranks(model, total).tolist()
-    if not any(tokens):
+    sums = [_sums(score_tokens(model, batch)) for batch in batches]
+    if not sums or not (table := sum_over_ranks(model, torch.cat(sums)).cpu()).any():
         raise ValueError("the evaluation needs a row with a label, got none; give rows of two tokens or more")
-    return [
-        {"first": 2**n, "last": 2 ** (n + 1) - 1, "tokens": int(tokens[n]), "loss": losses[n] / tokens[n]}
-        for n in range(BUCKETS)
-        if tokens[n]
-    ]
+    mean = _mean(table.sum(1))
+    perplexity, error = math.exp(mean["loss"]), mean["standard_error"]
+    return {
+        **mean,
+        "perplexity": perplexity,
+        "perplexity_standard_error": None if error is None else perplexity * error,
+        "by_context": [
+            {"first": 2**n, "last": 2 ** (n + 1) - 1, **_mean(bucket)}
+            for n, bucket in enumerate(table.unbind(1))
+            if bucket.any()
+        ],
+    }
+
+
+def _sums(scores: TokenScores) -> Tensor:
+    """The number of targets and the sum of their losses, float64 `[documents, BUCKETS, 2]`."""
+    edges = 2 ** torch.arange(1, BUCKETS, device=scores.context.device)
+    cell = scores.document * BUCKETS + torch.bucketize(scores.context, edges, right=True)
+    cells = scores.documents * BUCKETS
+    tokens, losses = torch.bincount(cell, minlength=cells), torch.bincount(cell, scores.loss.double(), minlength=cells)
+    return torch.stack([tokens.double(), losses], dim=-1).view(-1, BUCKETS, 2)
+
+
+def _mean(sums: Tensor) -> dict[str, Any]:
+    """Mean loss of a token and its standard error, from the tokens and losses `[documents, 2]`."""
+    tokens, losses = sums[sums[:, 0] > 0].unbind(1)
+    total, documents = tokens.sum(), len(tokens)
+    loss = losses.sum() / total
+    error = None
+    if documents > 1:
+        deviations = (losses - loss * tokens).square().sum()
+        error = (deviations * documents / (documents - 1)).sqrt().div(total).item()
+    return {"loss": loss.item(), "standard_error": error, "tokens": int(total), "documents": documents}
 
 
 def plot_loss_by_context(buckets: list[dict[str, float]], path: Path) -> None:
@@ -142,40 +195,76 @@ def plot_loss_by_context(buckets: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def load_for_evaluation(name: str) -> tuple[LinearLlama3ForCausalLM, PreTrainedTokenizerBase, bool]:
+def check_inputs(model: str, output: Path) -> None:
+    """ValueError for what would be found wrong before a model is loaded: asked once, before several processes start."""
+    load_tokenizer_of(model)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the output must be a folder that can be written, got {output}: {error.strerror}") from error
+
+
+def load_for_evaluation(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase, bool]:
     """Model and tokenizer of a folder or Hub name, every row spread over the launch; and whether to write results."""
+    from .accelerator import SequenceParallelAccelerator
+
     join_on_cpus()
     accelerator = SequenceParallelAccelerator()
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = LinearLlama3ForCausalLM.from_pretrained(name).to(accelerator.device).eval()
+    model, tokenizer = known_model(load_model(name, accelerator.device)), load_tokenizer(name)
     if accelerator.sequence_parallel_context is not None:
         enable_sequence_parallel(model, accelerator.sequence_parallel_context)
     return model, tokenizer, accelerator.is_main_process
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m linear_llama3.trainer.evaluation", description=__doc__)
-    parser.add_argument("model", help="folder or Hub name")
-    parser.add_argument("files", nargs="+", help="text: files, folders, patterns; long documents, unseen in training")
-    parser.add_argument("--length", type=int, default=8192, help="tokens in a row")
-    parser.add_argument("--rows", type=int, default=16, help="rows to read")
-    parser.add_argument("--output", type=Path, default=Path("."), help=f"folder of {NAME}.json and {NAME}.png")
-    args = parser.parse_args(arguments)
-    model, tokenizer, writes = load_for_evaluation(args.model)
-    rows = training_rows(DataRecipe(files=args.files), tokenizer, args.length).with_format("torch")
-    rows = rows.select(range(min(args.rows, len(rows))))
-    batches = ({key: x[None].to(model.device) for key, x in row.items()} for row in rows)
-    buckets = loss_by_context(model, batches)
-    if writes:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / f"{NAME}.json").write_text(json.dumps(buckets, indent=1))
-        plot_loss_by_context(buckets, args.output / f"{NAME}.png")
-        for b in buckets:
-            print("{first:>9,} to {last:>9,} tokens of context: loss {loss:.4f} ({tokens:,} tokens)".format(**b))
+def plus_minus(value: float, error: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def check_evaluation(model: str, files: list[str], output: Path, **_: Any) -> None:
+    """ValueError for what is wrong with the arguments of `evaluate`."""
+    from .documents import find_files
+    from .recipe import DataRecipe
+
+    check_inputs(model, output)
+    find_files(DataRecipe(files=files))
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a LinearLlama3 or Llama model.")],
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Text: files, folders or patterns; not seen in training.")
+    ],
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a row; a longer document is cut into several.")] = 8192,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to read, at most.")] = 16,
+    output: Annotated[Path, typer.Option(help=f"Folder for {NAME}.json and {NAME}.png.")] = Path("."),
+) -> None:
+    """Measure a model's mean loss and perplexity on text, with standard errors, and the loss by tokens of context.
+
+    Standard errors take documents as independent draws; pieces of a longer document count as documents.
+    """
+    with user_errors():
+        from accelerate import PartialState
+
+        from .data import training_rows
+        from .recipe import DataRecipe
+
+        check_evaluation(model, files, output)
+        loaded, tokenizer, writes = load_for_evaluation(model)
+        with PartialState().main_process_first():  # the others read its cache
+            found = training_rows(DataRecipe(files=files), tokenizer, length).with_format("torch")
+    found, device = found.select(range(min(rows, len(found)))), next(loaded.parameters()).device
+    result = measure_loss(loaded, ({key: x[None].to(device) for key, x in row.items()} for row in found))
+    if not writes:
+        return
+    (output / f"{NAME}.json").write_text(json.dumps(result, indent=1))
+    plot_loss_by_context(result["by_context"], output / f"{NAME}.png")
+    for b in result["by_context"]:
+        loss = plus_minus(b["loss"], b["standard_error"], 4)
+        print(f"{b['first']:>9,} to {b['last']:>9,} tokens of context: loss {loss} ({b['tokens']:,} tokens)")
+    loss = plus_minus(result["loss"], result["standard_error"], 4)
+    perplexity = plus_minus(result["perplexity"], result["perplexity_standard_error"], 2)
+    print(f"loss {loss}, perplexity {perplexity} ({result['tokens']:,} tokens of {result['documents']:,} documents)")
 
 
 if __name__ == "__main__":
-    from .__main__ import leave
-
-    main()
-    leave()
+    run(evaluate)

@@ -3,27 +3,32 @@
 A number hidden at some depth of generated text is asked for at its end. The answer counts if each of its tokens has the
 highest logit behind the ones before it, which is to say, if greedy generation gives it.
 
-    torchrun --nproc_per_node 8 -m linear_llama3.trainer.needle MODEL --lengths 4096 131072 --output runs/evaluation
+    linear-llama3 needle MODEL --length 4096 --length 131072 --output runs/evaluation
+    torchrun --nproc_per_node 8 -m linear_llama3.trainer.needle MODEL --length 4096 --length 131072
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..modeling.loading import load_config, load_tokenizer
 from ..sequence_parallel.context import IGNORE_INDEX
-from .evaluation import load_for_evaluation, score_tokens, sum_over_ranks
+from .command_line import run, user_errors
+from .evaluation import check_inputs, load_for_evaluation, plus_minus, score_tokens, sum_over_ranks
 
 NAME = "needle"
+LENGTHS = (1024, 2048, 4096, 8192)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 WORDS = (
@@ -111,7 +116,9 @@ def needle_accuracy(
     A model under a sequence-parallel context reads every haystack together with the other ranks.
 
     Returns:
-        `length`, `depth`, `accuracy`, and `loss`, the mean over the tokens of the answers; the same on every rank.
+        `length`, `depth`, `samples`, `accuracy` with its `standard_error`, and `loss`, the mean over the tokens of the
+        answers; the same on every rank. The standard error is that of a binomial share, sqrt(p (1 - p) / samples): it
+        takes the samples as independent, and is 0 where all or none are found, which says little for few samples.
     """
     source, device = random.Random(seed), next(model.parameters()).device
     cells = [(length, depth) for length in lengths for depth in depths]
@@ -130,7 +137,9 @@ def needle_accuracy(
         {
             "length": length,
             "depth": depth,
-            "accuracy": (right[cell] == tokens[cell]).double().mean().item(),
+            "samples": samples,
+            "accuracy": (share := (right[cell] == tokens[cell]).double().mean().item()),
+            "standard_error": math.sqrt(share * (1 - share) / samples),
             "loss": (loss[cell].sum() / tokens[cell].sum()).item(),
         }
         for cell, (length, depth) in enumerate(cells)
@@ -157,28 +166,46 @@ def plot_needle(cells: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m linear_llama3.trainer.needle", description=__doc__)
-    parser.add_argument("model", help="folder or Hub name")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--depths", type=float, nargs="+", default=list(DEPTHS))
-    parser.add_argument("--samples", type=int, default=8, help="needles for every length and depth")
-    parser.add_argument("--tokens", action="store_true", help="random tokens in place of English text")
-    parser.add_argument("--output", type=Path, default=Path("."), help=f"folder of {NAME}.json and {NAME}.png")
-    args = parser.parse_args(arguments)
-    model, tokenizer, writes = load_for_evaluation(args.model)
-    generate = token_haystack(model.config.vocab_size) if args.tokens else text_haystack(tokenizer)
-    cells = needle_accuracy(model, generate, lengths=args.lengths, depths=args.depths, samples=args.samples)
-    if writes:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / f"{NAME}.json").write_text(json.dumps(cells, indent=1))
-        plot_needle(cells, args.output / f"{NAME}.png")
-        for cell in cells:
-            print("{length:>9,} tokens, depth {depth:4.0%}: {accuracy:4.0%} found, loss {loss:.3f}".format(**cell))
+def check_needle(model: str, output: Path, length: list[int], tokens: bool, **_: Any) -> None:
+    """ValueError for what is wrong with the arguments of `needle`."""
+    check_inputs(model, output)
+    generator(model, tokens=tokens)(min(length), 0.0, random.Random(0))  # has room for the needle and the question
+
+
+def generator(model: str, *, tokens: bool) -> Generator:
+    return token_haystack(load_config(model).vocab_size) if tokens else text_haystack(load_tokenizer(model))
+
+
+def needle(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a LinearLlama3 or Llama model.")],
+    length: Annotated[
+        list[int], typer.Option(min=1, help="Tokens of a haystack. Give the option once for each length.")
+    ] = list(LENGTHS),  # noqa: B006
+    depth: Annotated[
+        list[float], typer.Option(min=0, max=1, help="Place of the needle, from 0 to 1. Once for each depth.")
+    ] = list(DEPTHS),  # noqa: B006
+    samples: Annotated[int, typer.Option(min=1, help="Haystacks for every length and depth.")] = 8,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Random tokens in place of English text.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the haystacks.")] = 0,
+    output: Annotated[Path, typer.Option(help=f"Folder for {NAME}.json and {NAME}.png.")] = Path("."),
+) -> None:
+    """Measure whether a model finds a fact in a long text, for every length of text and depth of the fact.
+
+    The standard error of a share of needles is that of a binomial share.
+    """
+    with user_errors():
+        check_needle(model, output, length, tokens)
+        loaded, _, writes = load_for_evaluation(model)
+    haystacks = generator(model, tokens=tokens)
+    cells = needle_accuracy(loaded, haystacks, lengths=length, depths=depth, samples=samples, seed=seed)
+    if not writes:
+        return
+    (output / f"{NAME}.json").write_text(json.dumps(cells, indent=1))
+    plot_needle(cells, output / f"{NAME}.png")
+    for cell in cells:
+        found = plus_minus(100 * cell["accuracy"], 100 * cell["standard_error"], 0)
+        print(f"{cell['length']:>9,} tokens, depth {cell['depth']:4.0%}: {found} % found, loss {cell['loss']:.3f}")
 
 
 if __name__ == "__main__":
-    from .__main__ import leave
-
-    main()
-    leave()
+    run(needle)

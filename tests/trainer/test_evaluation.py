@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
 from linear_llama3.trainer import evaluation, needle
-from linear_llama3.trainer.evaluation import loss_by_context, plot_loss_by_context, score_tokens
+from linear_llama3.trainer.evaluation import measure_loss, plot_loss_by_context, score_tokens
 from linear_llama3.trainer.needle import needle_accuracy, plot_needle, text_haystack, token_haystack
 from tests.distributed import run_distributed
 from tests.modeling.tiny import VOCAB, tiny_config, tiny_model, tokens
@@ -42,8 +42,8 @@ def batches() -> list[dict[str, Tensor]]:
     ]
 
 
-def direct(model: nn.Module) -> dict[int, list[float]]:
-    """First token of a bucket -> losses; every document alone, token after token."""
+def direct(model: nn.Module) -> list[dict[int, float]]:
+    """Of every document alone, token after token: tokens of context -> loss."""
     first, second = batches()
     documents = [
         (ids, labels)
@@ -52,15 +52,21 @@ def direct(model: nn.Module) -> dict[int, list[float]]:
         )
     ]
     documents += [(ids[:n], ids[:n]) for ids, n in zip(second["input_ids"], (11, 7), strict=True)]
-    losses: dict[int, list[float]] = {}
+    found = []
     for ids, labels in documents:
-        log_probabilities = model(ids[None]).logits[0].double().log_softmax(-1)
-        for context in range(1, len(ids)):
-            if labels[context] >= 0:
-                losses.setdefault(2 ** int(math.log2(context)), []).append(
-                    -log_probabilities[context - 1, labels[context]].item()
-                )
-    return losses
+        losses = -model(ids[None]).logits[0].double().log_softmax(-1)
+        found.append({c: losses[c - 1, labels[c]].item() for c in range(1, len(ids)) if labels[c] >= 0})
+    return found
+
+
+def mean_of(documents: list[dict[int, float]]) -> dict[str, float]:
+    """The mean of all losses, and the standard error of a ratio of sums over documents."""
+    documents = [losses for losses in documents if losses]
+    tokens = sum(map(len, documents))
+    mean = sum(sum(losses.values()) for losses in documents) / tokens
+    residuals = [sum(loss - mean for loss in losses.values()) for losses in documents]
+    error = statistics.stdev(residuals) * math.sqrt(len(documents)) / tokens if len(documents) > 1 else None
+    return {"loss": mean, "standard_error": error, "tokens": tokens, "documents": len(documents)}
 
 
 def llama() -> LlamaForCausalLM:
@@ -69,46 +75,79 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, initializer_range=0.3, **sizes)).eval()
 
 
+def agree(got: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """To 1e-9; None, the error of a single document, is equal to None only."""
+    return got.keys() == expected.keys() and all(
+        got[key] is None if value is None else got[key] == pytest.approx(value, rel=1e-9)
+        for key, value in expected.items()
+    )
+
+
 @pytest.mark.parametrize("kind", ["gla", "rebased", "llama"])
 def test_losses_are_those_of_documents_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "PIECE", 5)
     model = (llama() if kind == "llama" else tiny_model(kind)).double()
-    expected = direct(model)
+    documents = direct(model)
     model.train()
-    buckets = loss_by_context(model, batches())
+    result = measure_loss(model, batches())
     assert model.training and all(p.grad is None for p in model.parameters())
-    assert [b["first"] for b in buckets] == sorted(expected) == [1, 2, 4, 8, 16]
-    for bucket in buckets:
-        losses = expected[int(bucket["first"])]
-        assert bucket["tokens"] == len(losses) and bucket["last"] == 2 * bucket["first"] - 1
-        assert bucket["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-9), bucket
+    mean = mean_of(documents)
+    assert agree({key: result[key] for key in mean}, mean)
+    assert result["perplexity"] == pytest.approx(math.exp(mean["loss"]), rel=1e-9)
+    assert result["perplexity_standard_error"] == pytest.approx(math.exp(mean["loss"]) * mean["standard_error"])
+    assert [bucket["first"] for bucket in result["by_context"]] == [1, 2, 4, 8, 16]
+    for bucket in result["by_context"]:
+        first, last = bucket.pop("first"), bucket.pop("last")
+        inside = [{c: loss for c, loss in losses.items() if first <= c <= last} for losses in documents]
+        assert last == 2 * first - 1 and agree(bucket, mean_of(inside))
 
 
-def sharded_results(layout: str) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+def test_the_standard_error_is_the_spread_of_means_over_draws_of_documents() -> None:
+    """5,000 draws of 300 documents with tokens that depend on each other: the error of one is the spread of all. An
+    error that took tokens as independent would be a fifth of it."""
+    source = torch.Generator().manual_seed(0)
+
+    def draw() -> Tensor:
+        tokens = torch.randint(1, 40, (300,), generator=source).double()
+        own = torch.randn(300, generator=source, dtype=torch.float64)  # the same for all tokens of a document
+        return torch.stack([tokens, tokens * (2 + own)], dim=1)
+
+    draws = [evaluation._mean(draw()) for _ in range(5000)]
+    spread = statistics.stdev(found["loss"] for found in draws)
+    assert statistics.mean(found["standard_error"] for found in draws) == pytest.approx(spread, rel=0.05)
+
+
+def test_one_document_has_no_standard_error() -> None:
+    result = measure_loss(tiny_model("gla"), [{"input_ids": tokens(1, 9)}])
+    assert result["documents"] == 1 and result["standard_error"] is result["perplexity_standard_error"] is None
+    assert "±" not in evaluation.plus_minus(result["loss"], result["standard_error"], 4)
+
+
+def sharded_results(layout: str) -> tuple[dict[str, Any], list[dict[str, float]]]:
     model = tiny_model("gla").double()
     context = SequenceParallelContext(dist.group.WORLD, SequenceParallelConfig(layout=layout))
     enable_sequence_parallel(model, context)
     cells = needle_accuracy(model, token_haystack(VOCAB, answer=3), lengths=[10, 21], depths=[0.0, 1.0], samples=2)
-    return loss_by_context(model, batches()), cells
+    return measure_loss(model, batches()), cells
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_sharded_is_whole(ranks: int, layout: str) -> None:
     model = tiny_model("gla").double()
-    buckets = loss_by_context(model, batches())
+    whole = measure_loss(model, batches())
     cells = needle_accuracy(model, token_haystack(VOCAB, answer=3), lengths=[10, 21], depths=[0.0, 1.0], samples=2)
     for ours, needles in run_distributed(sharded_results, ranks, layout):
-        assert [b["tokens"] for b in ours] == [b["tokens"] for b in buckets]
-        for got, expected in zip([*ours, *needles], [*buckets, *cells], strict=True):
-            assert got == pytest.approx(expected, rel=1e-9)
+        for got, expected in zip([*ours.pop("by_context"), *needles], [*whole["by_context"], *cells], strict=True):
+            assert agree(got, expected)
+        assert agree(ours, {key: value for key, value in whole.items() if key != "by_context"})
 
 
 def different_rows() -> None:
     model = tiny_model("gla")
     enable_sequence_parallel(model, SequenceParallelContext(dist.group.WORLD))
     with pytest.raises(ValueError, match="all ranks of a sequence must load the same batch"):
-        loss_by_context(model, [{"input_ids": tokens(1, 9, seed=dist.get_rank())}])
+        measure_loss(model, [{"input_ids": tokens(1, 9, seed=dist.get_rank())}])
 
 
 def test_refusals() -> None:
@@ -116,7 +155,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"got a Linear; merge adapters"):
         score_tokens(nn.Linear(2, 2), {})
     with pytest.raises(ValueError, match="needs a row with a label, got none"):
-        loss_by_context(tiny_model("gla"), [{"input_ids": tokens(1, 1)}])
+        measure_loss(tiny_model("gla"), [{"input_ids": tokens(1, 1)}])
     with pytest.raises(ValueError, match=r"9 tokens must hold the needle and the question, got 10 for them"):
         token_haystack(VOCAB, answer=3)(9, 0.5, random.Random(0))
     with pytest.raises(ValueError, match="got vocab_size=2 and answer=1"):
@@ -176,6 +215,9 @@ def test_a_model_that_guesses() -> None:
     model.lm_head.weight.data[8] = 0  # never the marker
     model.lm_head.weight.data.mul_(0.1)
     (cell,) = needle_accuracy(model, token_haystack(9), lengths=[24], depths=[0.5], samples=300)
+    found = [sample < round(300 * cell["accuracy"]) for sample in range(300)]
+    assert cell["samples"] == 300
+    assert cell["standard_error"] == pytest.approx(statistics.pstdev(found) / math.sqrt(300))
     assert abs(cell["accuracy"] - 1 / 8) < 0.076
     assert cell["loss"] == pytest.approx(math.log(9), rel=0.1)
 
@@ -212,18 +254,3 @@ def test_plots(tmp_path: Path) -> None:
     plot_needle(cells, tmp_path / "needle.png")
     for name in ("loss.png", "needle.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = write_tokenizer(tmp_path)
-    tiny_model("gla", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
-    (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog" * 5)
-    out = tmp_path / "out"
-    evaluation.main([str(tmp_path), str(tmp_path / "book.txt"), "--length", "64", "--rows", "2", "--output", str(out)])
-    buckets = json.loads((out / "loss_by_context.json").read_text())
-    assert sum(b["tokens"] for b in buckets) == 2 * 63 and buckets[-1]["first"] == 32
-    assert "32 to        63 tokens of context: loss" in capsys.readouterr().out
-    choices = ["--lengths", "40", "400", "--depths", "0", "1", "--samples", "1"]
-    needle.main([str(tmp_path), *choices, "--tokens", "--output", str(out)])
-    assert len(json.loads((out / "needle.json").read_text())) == 4 and (out / "needle.png").is_file()
-    assert "40 tokens, depth   0%:" in capsys.readouterr().out

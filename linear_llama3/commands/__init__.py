@@ -1,0 +1,1 @@
+"""Commands of `linear-llama3` that use a model."""
