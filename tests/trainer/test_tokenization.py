@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from linear_llama3.trainer.documents import DocumentError
+from linear_llama3.trainer.files import DocumentError
 from linear_llama3.trainer.tokenization import tokenize
 from tests.trainer.test_recipe import write_tokenizer
 
