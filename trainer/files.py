@@ -206,12 +206,13 @@ class LocalFiles:
 
     def _not_decoded(self, path: Path, error: UnicodeDecodeError) -> str:
         """The line; the error that was raised only knows a piece of the file."""
-        decoder, number = codecs.getincrementaldecoder(self.encoding)(self.encoding_errors), 1
+        decoder, lines = codecs.getincrementaldecoder(self.encoding)(self.encoding_errors), 1
         with opened(path) as file, contextlib.suppress(UnicodeDecodeError):
-            for number, line in enumerate(file, start=1):
+            for line in file:
                 decoder.decode(line)
+                lines += 1
         return (
-            f", line {number} is not {self.encoding.upper()}: {error.reason}; correct it, take the file out of "
+            f", line {lines} is not {self.encoding.upper()}: {error.reason}; correct it, take the file out of "
             "data.files, or set data.arguments.encoding, or data.arguments.encoding_errors: replace"
         )
 

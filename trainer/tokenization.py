@@ -71,7 +71,7 @@ def _check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"text must be Unicode, got the lone surrogate {ascii(text[error.start])} at character {error.start}; "
+            f"text must be Unicode, got the lone surrogate {text[error.start]!a} at character {error.start}; "
             "correct it or take it out, or set data.arguments.encoding_errors: replace"
         ) from error
 
