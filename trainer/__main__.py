@@ -16,11 +16,15 @@ from ..modeling.hub import CARD_NAME
 from .build import build_model, load_tokenizer
 from .checkpoints import ResumeError
 from .data import training_rows
+from .documents import load_documents
 from .packing import collate_whole
 from .parallelism import describe_grid, local_tokens
 from .recipe import Recipe, load_recipe
 from .report import PLOT_NAME, plot_loss, write_model_card
+from .tokenization import unlearnt_stop
 from .trainer import LinearLlama3Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: list[str]) -> None:
@@ -65,7 +69,27 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
     )
     if trainer.sequence_parallel_context is not None:
         trainer.sequence_parallel_context.settle(trainer.model)
+    if recipe.data.format == "chat" and trainer.is_world_process_zero():
+        warn_of_missing_stop(trainer, recipe)
     return trainer
+
+
+def warn_of_missing_stop(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
+    """The loss of such a run looks healthy; only generation shows that the model never stops."""
+    tokenizer, ends = trainer.processing_class, trainer.model.generation_config.eos_token_id
+    stops = {ends} if isinstance(ends, int) else set(ends or [])
+    ending = unlearnt_stop(next(iter(load_documents(recipe.data))), tokenizer, stops)
+    if ending is not None:
+        template = recipe.data.chat_template or f"of the tokenizer {recipe.tokenizer}"
+        logger.warning(
+            "the model may not learn to stop: %s, and generation ends at %s (chat template: %s). Put %s before "
+            "{%% endgeneration %%} (in a template without these marks, at the end of an assistant's turn), or name the "
+            "token that ends a turn in eos_token_id of the model's generation_config",
+            ending,
+            tokenizer.convert_ids_to_tokens(sorted(stops)) or "no token",
+            template,
+            tokenizer.eos_token or "an end-of-sequence token",
+        )
 
 
 def describe(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:

@@ -155,6 +155,34 @@ def _conversation(messages: Messages, prompt: int, tools: Any, tokenizer: PreTra
     return Learnt(learnt.text, [span for span in learnt.spans if span[0] >= len(asked)])
 
 
+def unlearnt_stop(document: dict[str, Any], tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> str | None:
+    """How what a model learns of a turn or completion ends, if that is at no token of `stops`.
+
+    Conversations are judged by their template alone: in two exchanges, since some templates end a turn only where
+    another message follows, or only where none does.
+
+    Args:
+        stops: tokens at which generation ends.
+
+    Returns:
+        None where the model learns to stop, or where the template refuses the question.
+    """
+    ends = tuple(tokenizer.convert_ids_to_tokens(sorted(stops)))
+    if "messages" not in document and isinstance(document["completion"], str):
+        end = tokenizer.eos_token
+        return None if end in ends else f"a completion ends in the tokenizer's eos_token, {end!r}"
+    ask, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+    try:
+        learnt = _conversation([ask, answer, ask, answer], 0, None, tokenizer)
+    except (ValueError, TypeError, KeyError, IndexError, TemplateError):  # said of the user's own documents as well
+        return None
+    for start, stop in learnt.spans:
+        turn = learnt.text[start:stop].rstrip()  # a line's end may follow
+        if not turn.endswith(ends):
+            return f"what is learnt of a turn by the chat template ends in {turn[-20:]!r}"
+    return None
+
+
 def _without_none(value: Any) -> Any:
     """Arrow gives every struct of a column all keys that one of them has."""
     if isinstance(value, list):
