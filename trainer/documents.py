@@ -16,7 +16,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
 
-from .files import OPTIONAL, SAMPLES, DataError, DocumentError, LocalFiles, one_line
+from .files import OPTIONAL, SAMPLES, DataError, DocumentError, LocalFiles, expand, one_line
 from .recipe import DataRecipe
 
 CHAT_COLUMNS = (["messages"], ["prompt", "completion"])
@@ -38,7 +38,7 @@ def load_documents(data: DataRecipe) -> Dataset | IterableDataset | LocalFiles:
     with explained(data):
         if data.files is not None:
             _check_file_arguments(data.arguments)
-            files = LocalFiles.named(data.files, **data.arguments)
+            files = LocalFiles.of(find_files(data), **data.arguments)
             columns = _columns(files.names(), data)
             if data.format == "chat":
                 columns |= {name: name for name in OPTIONAL}
@@ -47,6 +47,12 @@ def load_documents(data: DataRecipe) -> Dataset | IterableDataset | LocalFiles:
         columns = _columns(documents.column_names or list(next(iter(documents))), data)
         documents = documents.select_columns(list(columns.values()))
         return documents.rename_columns({old: new for new, old in columns.items() if new != old})
+
+
+def find_files(data: DataRecipe) -> list[Path]:
+    """The files that `data.files` names."""
+    assert data.files is not None
+    return expand(data.files)
 
 
 def _check_file_arguments(arguments: dict[str, Any]) -> None:

@@ -43,8 +43,8 @@ class DocumentError(DataError):
         return f"document {self.index} of the data: {self.message}"
 
 
-def find_files(names: str | list[str]) -> list[Path]:
-    """The files that `data.files` names, sorted within each name: a file, the files below a folder, or a pattern's.
+def expand(names: str | list[str]) -> list[Path]:
+    """The files that are meant by names, sorted within each name: a file, the files below a folder, or a pattern's.
 
     Hidden files, and files in hidden folders, are left out of folders and patterns that do not name them.
     """
@@ -90,11 +90,10 @@ class LocalFiles:
     sample_by: str = "document"
 
     @classmethod
-    def named(cls, names: str | list[str], **options: Any) -> LocalFiles:
-        """Of all columns, in the files that `names` means (`find_files`)."""
-        paths = tuple(find_files(names))
+    def of(cls, paths: list[Path], **options: Any) -> LocalFiles:
+        """Files as they are now, of no columns yet."""
         versions = tuple((stat.st_mtime_ns, stat.st_size) for stat in map(Path.stat, paths))
-        return cls(paths=paths, versions=versions, kind=_kind(paths), columns={}, **options)
+        return cls(paths=tuple(paths), versions=versions, kind=_kind(paths), columns={}, **options)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for _, record in self.placed():
@@ -220,7 +219,7 @@ class LocalFiles:
 _REPLACE = "write the file again or take it out of data.files"
 
 
-def _kind(paths: tuple[Path, ...]) -> str:
+def _kind(paths: list[Path]) -> str:
     kinds: dict[str, Path] = {}
     for path in paths:
         suffix = path.with_suffix("").suffix if path.suffix in COMPRESSION else path.suffix

@@ -18,8 +18,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from linear_llama3.trainer.data import training_rows
-from linear_llama3.trainer.documents import load_documents
-from linear_llama3.trainer.files import DataError, find_files
+from linear_llama3.trainer.documents import find_files, load_documents
+from linear_llama3.trainer.files import DataError
 from linear_llama3.trainer.recipe import DataRecipe
 from tests.trainer.test_recipe import write_tokenizer
 
@@ -74,7 +74,7 @@ def test_a_name_is_neither_a_pattern_nor_a_url(
             for files in (place, [str(tmp_path / place)]):
                 found = load_documents(DataRecipe(files=files, streaming=streaming))
                 assert list(found) == [{"text": "right"}], files
-    assert len(find_files(f"?1{suffix}")) == 1, "a name without a file is still a pattern"
+    assert len(find_files(DataRecipe(files=f"?1{suffix}"))) == 1, "a name without a file is still a pattern"
 
 
 def test_a_dataset_that_is_a_folder_with_such_a_name(tmp_path: Path) -> None:

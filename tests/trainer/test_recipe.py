@@ -76,6 +76,50 @@ def test_a_recipe_is_read(tmp_path: Path) -> None:
     assert recipe.training_arguments().max_steps == 2
 
 
+TRUE, FALSE = ("yes", "on", "True", "true"), ("no", "off", "Off", "false")
+
+
+@pytest.mark.parametrize(("words", "value"), [(TRUE, True), (FALSE, False)], ids=["true", "false"])
+def test_words_of_yaml(words: tuple[str, ...], value: bool, tmp_path: Path) -> None:
+    """`no` is text where a field has text, and a boolean where it has booleans or says nothing of its values."""
+    path = recipe_with(tmp_path)
+    for word in words:
+        recipe = load_recipe(
+            path,
+            [
+                f"data.streaming={word}",
+                f"model.linear_output_gate={word}",
+                f"training.gradient_checkpointing={word}",
+                f"training.gradient_checkpointing_kwargs={{use_reentrant: {word}}}",
+                f"training.include_num_input_tokens_seen={word}",
+                f"lora={{use_rslora: {word}, init_lora_weights: {word}}}",
+                f"tokenizer={word if word.islower() and len(word) < 4 else 'x'}",
+            ],
+        )
+        lora, arguments = recipe.lora_config(), recipe.training_arguments()
+        assert recipe.data.streaming is recipe.model_config().linear_output_gate is value
+        assert arguments.gradient_checkpointing is value
+        assert arguments.gradient_checkpointing_kwargs == {"use_reentrant": value}
+        assert arguments.include_num_input_tokens_seen in (value, "all" if value else "no")
+        assert lora.use_rslora is lora.init_lora_weights is value
+        assert recipe.tokenizer in (word, "x")
+    with pytest.raises(ValueError, match="streaming in data must be true or false, got 'nein'"):
+        load_recipe(path, ["data.streaming=nein"])
+
+
+def test_values_that_yaml_reads_otherwise(tmp_path: Path) -> None:
+    path = recipe_with(tmp_path)
+    text = path.read_text().replace("logging_steps: 1", "logging_steps: 1\n  save_strategy: no\n  logging_strategy: no")
+    path.write_text(
+        f"\ufeff{text}  run_name: 2020-01-01\n  weight_decay: .5e-1\n  max_grad_norm: 1E0\n  save_steps: 1e3\n"
+    )
+    training = load_recipe(path, ["training.save_total_limit=2.0", "training.hub_strategy=end"]).training
+    assert (training["save_strategy"], training["logging_strategy"], training["hub_strategy"]) == ("no", "no", "end")
+    assert (training["run_name"], training["weight_decay"], training["max_grad_norm"]) == ("2020-01-01", 0.05, 1.0)
+    assert training["save_total_limit"] == 2 and isinstance(training["save_total_limit"], int)
+    assert load_recipe(path).training_arguments().save_strategy == "no"
+
+
 def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
     path = recipe_with(tmp_path)
     recipe = load_recipe(path, ["sequence_parallel.softmax=ring", "training.learning_rate=1e-3", "sequence_length=64"])
@@ -92,10 +136,26 @@ def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {**MODEL, "hidden_size": "big"}}, "(?s)does not make a LinearLlama3Config.*expected int, got str"),
+        ({"model": {**MODEL, "hidden_size": "big"}}, "hidden_size in model must be an integer, got 'big'$"),
         ({"model": {**MODEL, "linear_attention_type": "mail"}}, "linear_attention_type must be one of .*got 'mail'"),
-        ({"training": {"max_steps": "ten"}}, r"max_steps in training must be int, got 'ten' \(str\)"),
-        ({"training": {"save_strategy": False}}, "save_strategy in training must be .*got False"),
+        ({"training": {"max_steps": "ten"}}, "max_steps in training must be an integer, got 'ten'$"),
+        (
+            {"training": {"save_strategy": False}},
+            "save_strategy in training must be one of no, steps, epoch, best, got False$",
+        ),
+        ({"training": {"save_strategy": "step"}}, "save_strategy in training must be one of no, .*, got 'step'$"),
+        (
+            {"training": {"learning_rate": "0.5"}},
+            "learning_rate in training must be a number, got '0.5'; write it without quotes",
+        ),
+        ({"training": {"max_steps": 0.5}}, r"max_steps in training must be an integer, got 0\.5$"),
+        ({"training": {"bf16": 1}}, "bf16 in training must be true or false, got 1$"),
+        ({"training": {"report_to": 3}}, r"must be null or text or a list \(of text\), got 3; write it in quotes"),
+        (
+            {"data": {"files": ["a", 2020]}},
+            r"files in data must be text or a list \(of text\) or null, got \['a', 2020\]",
+        ),
+        ({"tokenizer": ["a"]}, r"tokenizer in recipe .* must be text, got \['a'\]$"),
         ({"training": {"sequence_parallel_size": 2}}, "unknown key 'sequence_parallel_size' in training"),
         ({"modle": {}}, "unknown key 'modle' in recipe .*did you mean 'model'"),
         ({"model": {**MODEL, "hiden_size": 3}}, "unknown key 'hiden_size' in model; did you mean 'hidden_size'"),
@@ -125,9 +185,11 @@ def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
         ({"processes": 0}, "processes must be 'auto' or a positive integer, got 0"),
         ({"processes": "all"}, "processes must be 'auto' or a positive integer, got 'all'"),
         ({"lora": {"rank": 4}}, "unknown key 'rank' in lora"),
-        ({"lora": {"task_type": "X"}}, "lora in the recipe does not make a LoraConfig"),
+        ({"lora": {"task_type": "X"}}, "task_type in lora must be one of .*CAUSAL_LM, .*, got 'X'"),
+        ({"lora": {"r": "x"}}, "r in lora must be an integer, got 'x'"),
+        ({"lora": {"target_modules": "all", "layers_pattern": "h"}}, "lora in the recipe does not make a LoraConfig"),
         ({"model": {"name_or_path": "x", "dtype": "int8"}}, "dtype in model must be one of float32, bfloat16, float16"),
-        ({"sequence_length": "8k"}, "sequence_length in recipe .* must be int, got '8k'"),
+        ({"sequence_length": "8k"}, "sequence_length in recipe .* must be an integer, got '8k'"),
         ({"sequence_length": 1}, "sequence_length must be at least 2"),
         ({"sequence_parallel": {"linear": "mail"}}, "got 'mail'"),
         ({"sequence_parallel": {"size": 1.5}}, "size in sequence_parallel must be"),
