@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from datasets import IterableDataset
-from transformers import default_data_collator, set_seed
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, default_data_collator, set_seed
 
 from ..modeling.hub import CARD_NAME
 from .build import build_model, load_tokenizer
 from .checkpoints import ResumeError
-from .data import training_rows
+from .data import training_rows, without_share
 from .documents import load_documents
+from .files import DataError
 from .packing import collate_whole
 from .parallelism import describe_grid, local_tokens
 from .recipe import Recipe, load_recipe
@@ -56,7 +57,7 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
     set_seed(args.seed)
     tokenizer = load_tokenizer(recipe)
     with args.main_process_first(desc="preparing the data"):  # the others read its cache
-        rows = training_rows(recipe.data, tokenizer, recipe.sequence_length)
+        rows, validation_rows = make_rows(recipe, tokenizer)
     collator = default_data_collator
     if recipe.data.packing == "none":
         collator = functools.partial(collate_whole, padding=tokenizer.pad_token_id or 0)
@@ -64,6 +65,7 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
         model=build_model(recipe, tokenizer),
         args=args,
         train_dataset=rows,
+        eval_dataset=validation_rows,
         processing_class=tokenizer,
         data_collator=collator,
     )
@@ -72,6 +74,19 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
     if recipe.data.format == "chat" and trainer.is_world_process_zero():
         warn_of_missing_stop(trainer, recipe)
     return trainer
+
+
+def make_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    """To train on, and to validate on if the recipe has data for it."""
+    rows, validation = training_rows(recipe.data, tokenizer, recipe.sequence_length), recipe.validation
+    if validation is None:
+        return rows, None
+    if validation.share is not None:
+        return without_share(rows, validation.share, recipe.training.get("seed", 42))  # Trainer's default
+    try:
+        return rows, training_rows(validation.data(recipe.data), tokenizer, recipe.sequence_length)
+    except DataError as error:
+        raise DataError(f"validation: {error}") from error
 
 
 def warn_of_missing_stop(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:

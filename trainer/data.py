@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
@@ -58,6 +59,20 @@ def training_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase, length: 
         raise DataError(_nothing(length, sum(len(document["input_ids"]) for document in tokens)))
     arguments = {"documents": tokens, "choices": choices}
     return Dataset.from_generator(_stored_rows, gen_kwargs=arguments, features=ROW_FEATURES)
+
+
+def without_share(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Rows to train on and, of that share, rows to validate on, each in their order.
+
+    Raises:
+        DataError: one of them would be empty.
+    """
+    count = max(round(share * len(rows)), 1)
+    if count >= len(rows):
+        raise DataError(f"validation.share must leave rows to train on, got {share} of {len(rows)} rows; add documents")
+    held_out = np.zeros(len(rows), dtype=bool)
+    held_out[np.random.default_rng(seed).choice(len(rows), count, replace=False)] = True
+    return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
 
 
 def _tokenized(documents: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, code: str) -> Iterator[Any]:

@@ -4,6 +4,7 @@ model: {linear_attention_type: gla, num_hidden_layers: 4, hidden_size: 256}
                                              # or {preset: linear-llama3-1b-gla-hybrid-1-4}, or {name_or_path: folder}
 tokenizer: runs/tokenizer
 data: {files: corpus/}                       # files, folders, patterns; or {dataset: name, split: train}
+validation: {share: 0.01}                    # of the rows, or {files: other/}, or {dataset: name, split: validation}
 sequence_length: 8192
 sequence_parallel: {size: auto, linear: lasp2, softmax: lasp2h, layout: auto}  # or {size: adaptive, profile: FILE.json}
 lora: {r: 16, lora_alpha: 32}                # adapters in place of all weights: any field of PEFT's LoraConfig
@@ -74,6 +75,28 @@ class DataRecipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationRecipe:
+    """Rows for the validation loss during training: a `share` (0 to 1) of the rows of `data`, drawn by `training.seed`
+    and not trained on, or documents of other `files` or another `dataset`, read and packed as those of `data`.
+
+    `training.eval_strategy` and `training.eval_steps` say when; the default is every tenth of the run. `arguments` are
+    those of `data` unless given.
+    """
+
+    share: float | None = None
+    files: str | list[str] | None = None
+    dataset: str | None = None
+    split: str = "validation"
+    arguments: dict[str, Any] | None = None
+
+    def data(self, data: DataRecipe) -> DataRecipe:
+        """Of the documents; not for a `share`."""
+        arguments = data.arguments if self.arguments is None else self.arguments
+        own: dict[str, Any] = {"files": self.files, "dataset": self.dataset, "split": self.split}
+        return dataclasses.replace(data, streaming=False, arguments=arguments, **own)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceParallelRecipe:
     """Degree, strategies and layout.
 
@@ -106,6 +129,7 @@ class Recipe:
     data: DataRecipe
     sequence_length: int
     training: dict[str, Any]
+    validation: ValidationRecipe | None = None
     sequence_parallel: SequenceParallelRecipe = field(default_factory=SequenceParallelRecipe)
     lora: dict[str, Any] | None = None
     processes: int | str = "auto"
@@ -143,14 +167,19 @@ class Recipe:
 
     def training_arguments(self) -> LinearLlama3TrainingArguments:
         """The section `training`, with the choices of `sequence_parallel`."""
-        parallel = self.sequence_parallel
+        parallel, validation = self.sequence_parallel, dict[str, Any]()
+        if self.validation is not None:
+            rows = self.training.get("per_device_train_batch_size", 8)  # Trainer's default
+            validation = {"eval_strategy": "steps", "per_device_eval_batch_size": rows}
+            if "eval_strategy" not in self.training:
+                validation["eval_steps"] = 0.1
         return LinearLlama3TrainingArguments(
             sequence_parallel_size=parallel.size,
             linear_strategy=parallel.linear,
             softmax_strategy=parallel.softmax,
             sequence_layout=parallel.layout,
             planner_profile=parallel.profile,
-            **self.training,
+            **(validation | self.training),
         )
 
 
@@ -174,6 +203,8 @@ def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         _apply(change, content)
     values = checked(Recipe, content, f"recipe {path}", sections=("model", "training", "lora"))
     values["data"] = DataRecipe(**checked(DataRecipe, values["data"], "data"))
+    if values.get("validation") is not None:
+        values["validation"] = ValidationRecipe(**checked(ValidationRecipe, values["validation"], "validation"))
     if "sequence_parallel" in values:
         parallel = checked(SequenceParallelRecipe, values["sequence_parallel"], "sequence_parallel")
         values["sequence_parallel"] = SequenceParallelRecipe(**parallel)
@@ -222,13 +253,31 @@ def _check_values(recipe: Recipe) -> None:
     types["fsdp"] |= bool  # transformers 5.23 warns of strings
     check_names(recipe.training, list(types), "training")
     convert(recipe.training, types, "training")
-    if (when := recipe.training.get("eval_strategy", "no")) != "no":
-        raise ValueError(
-            f"a recipe has no data to evaluate on while it trains, got training.eval_strategy: {when}; leave it out, "
-            "and evaluate checkpoints by python -m linear_llama3.trainer.evaluation"
-        )
+    _check_validation(recipe)
     if recipe.training.get("deepspeed") is not None:
         raise ValueError("DeepSpeed is not supported, got training.deepspeed; use fsdp, or leave it out")
+
+
+def _check_validation(recipe: Recipe) -> None:
+    validation, when = recipe.validation, recipe.training.get("eval_strategy")
+    if validation is None:
+        if when not in (None, "no"):
+            raise ValueError(
+                "training.eval_strategy needs a section validation, which names the data, got eval_strategy: "
+                f"{when}; add it, or leave eval_strategy out"
+            )
+        return
+    if when == "no":
+        raise ValueError("validation is never used with training.eval_strategy: no; leave one of them out")
+    given = [name for name in ("share", "files", "dataset") if getattr(validation, name) is not None]
+    if len(given) != 1:
+        raise ValueError(f"validation needs share, files or dataset, one of them, got {', '.join(given) or 'none'}")
+    if validation.share is not None and not 0 < validation.share < 1:
+        raise ValueError(f"validation.share must lie between 0 and 1, got {validation.share}")
+    if validation.share is not None and recipe.data.streaming:
+        raise ValueError(
+            "validation.share needs stored rows, got data.streaming: true; name files or a dataset in validation"
+        )
 
 
 def _check_groups(recipe: Recipe) -> None:
