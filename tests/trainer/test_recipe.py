@@ -19,7 +19,7 @@ from torch.distributed.fsdp import StateDictType
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from linear_llama3.sequence_parallel import SequenceParallelConfig
-from linear_llama3.trainer.__main__ import save
+from linear_llama3.trainer.__main__ import build_trainer, save
 from linear_llama3.trainer.build import build_model
 from linear_llama3.trainer.recipe import load_recipe
 
@@ -310,3 +310,20 @@ def test_a_run_through_accelerate(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(out)
     assert type(model).__name__ == "LinearLlama3ForCausalLM" and model.config.vocab_size == 28
     assert (out / "tokenizer.json").is_file() and (out / "linear_llama3_hub.py").is_file()
+
+
+def test_a_run_warns_of_a_template_that_never_stops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, by the name of the template; not of the recipes' own, and not where another token ends generation."""
+    write_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "a.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    )
+    own, endless = ROOT / "scripts/recipes/chat.jinja", tmp_path / "endless.jinja"
+    endless.write_text(
+        own.read_text().replace(" + eos_token", "").replace('{{- "\\n" -}}', '{{- eos_token + "\\n" -}}')
+    )
+    for template in (own, endless):
+        data = {"files": str(tmp_path / "a.jsonl"), "format": "chat", "packing": "none", "chat_template": str(template)}
+        build_trainer(load_recipe(recipe_with(tmp_path, data=data, sequence_length=64)))
+    warnings = [record.getMessage() for record in caplog.records if "learn to stop" in record.getMessage()]
+    assert len(warnings) == 1 and str(endless) in warnings[0] and "Put _ before {% endgeneration %}" in warnings[0]
