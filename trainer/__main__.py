@@ -10,22 +10,27 @@ from pathlib import Path
 
 import torch.distributed as dist
 from accelerate import PartialState
-from datasets import IterableDataset
-from transformers import default_data_collator, set_seed
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, default_data_collator, set_seed
 
 from ..modeling.hub import CARD_NAME
 from . import checkpoints
 from .build import build_model, load_tokenizer
 from .checkpoints import ResumeError
-from .data import training_rows
+from .data import training_rows, without_share
+from .documents import load_documents
 from .failures import on_every_rank
+from .files import DataError
 from .launched import fail, join_on_cpus
 from .packing import collate_whole
 from .parallelism import describe_grid, local_tokens
 from .preflight import NothingLeft, check_output_dir, check_trackers
 from .recipe import Recipe, load_recipe
 from .report import PLOT_NAME, plot_loss, write_model_card
+from .tokenization import unlearnt_stop
 from .trainer import LinearLlama3Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: list[str]) -> None:
@@ -69,7 +74,7 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
     set_seed(args.seed)
     tokenizer = load_tokenizer(recipe)
     with args.main_process_first(desc="preparing the data"):  # the others read its cache
-        rows = training_rows(recipe.data, tokenizer, recipe.sequence_length)
+        rows, validation_rows = make_rows(recipe, tokenizer)
     collator = default_data_collator
     if recipe.data.packing == "none":
         collator = partial(collate_whole, padding=tokenizer.pad_token_id or 0)
@@ -77,6 +82,7 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
         model=build_model(recipe, tokenizer),
         args=args,
         train_dataset=rows,
+        eval_dataset=validation_rows,
         processing_class=tokenizer,
         data_collator=collator,
     )
@@ -84,6 +90,8 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
         trainer.sequence_parallel_context.settle(trainer.model)
     if args.overwrite_output_dir and trainer.is_world_process_zero():
         checkpoints.clear(Path(args.output_dir))
+    if recipe.data.format == "chat" and trainer.is_world_process_zero():
+        warn_of_missing_stop(trainer, recipe)
     return trainer
 
 
@@ -95,6 +103,37 @@ def _finished(recipe: Recipe) -> str | None:
     except NothingLeft as finished:
         return str(finished)
     return None
+
+
+def make_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    """To train on, and to validate on if the recipe has data for it."""
+    rows, validation = training_rows(recipe.data, tokenizer, recipe.sequence_length), recipe.validation
+    if validation is None:
+        return rows, None
+    if validation.share is not None:
+        return without_share(rows, validation.share, recipe.training.get("seed", 42))  # Trainer's default
+    try:
+        return rows, training_rows(validation.data(recipe.data), tokenizer, recipe.sequence_length)
+    except DataError as error:
+        raise DataError(f"validation: {error}") from error
+
+
+def warn_of_missing_stop(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
+    """The loss of such a run looks healthy; only generation shows that the model never stops."""
+    tokenizer, ends = trainer.processing_class, trainer.model.generation_config.eos_token_id
+    stops = {ends} if isinstance(ends, int) else set(ends or [])
+    ending = unlearnt_stop(next(iter(load_documents(recipe.data))), tokenizer, stops)
+    if ending is not None:
+        template = recipe.data.chat_template or f"of the tokenizer {recipe.tokenizer}"
+        logger.warning(
+            "the model may not learn to stop: %s, and generation ends at %s (chat template: %s). Put %s before "
+            "{%% endgeneration %%} (in a template without these marks, at the end of an assistant's turn), or name the "
+            "token that ends a turn in eos_token_id of the model's generation_config",
+            ending,
+            tokenizer.convert_ids_to_tokens(sorted(stops)) or "no token",
+            template,
+            tokenizer.eos_token or "an end-of-sequence token",
+        )
 
 
 def describe(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:

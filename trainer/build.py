@@ -21,7 +21,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     if (template := recipe.data.chat_template) is not None:
         if not Path(template).is_file():
             raise ValueError(f"data.chat_template must be a file with a Jinja template, got {template!r}: no such file")
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8-sig")
     return tokenizer
 
 

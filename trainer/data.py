@@ -6,22 +6,24 @@ The order is that of the data, whatever the number of processes; the Trainer shu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from . import packing, tokenization
-from .documents import DataError, explained, load_documents
+from . import files, packing, tokenization
+from .documents import explained, load_documents
+from .files import DataError
 from .packing import ROW_FEATURES, pack
 from .recipe import DataRecipe
 from .tokenization import tokenize
 
 BATCH = 100  # documents that are tokenized together
-CODE = hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in (tokenization, packing))).hexdigest()
+CODE = hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in (files, tokenization, packing))).hexdigest()
 """Of what makes rows of documents: a part of the cache's key, for which `datasets` looks at names of functions only."""
 
 
@@ -41,22 +43,17 @@ def training_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase, length: 
         "long_documents": data.long_documents,
         "padding": tokenizer.pad_token_id or 0,
     }
-    if isinstance(documents, IterableDataset):
+    if data.streaming:
         arguments = {"documents": documents, "choices": choices, "data": data, "tokenizer": tokenizer}
         rows = IterableDataset.from_generator(_streamed_rows, gen_kwargs=arguments, features=ROW_FEATURES)
         rows.info.description = f"{choices}, {data.format}, a vocabulary of {len(tokenizer)}"  # a resume compares it
         return rows
     columns = ("input_ids",) if data.format == "text" else ("input_ids", "labels")
     with explained(data):
-        tokens = documents.map(
-            _tokenize,
-            fn_kwargs={"tokenizer": tokenizer, "code": CODE},
-            with_indices=True,
-            batched=True,
-            batch_size=BATCH,
-            remove_columns=documents.column_names,
+        tokens = Dataset.from_generator(
+            _tokenized,
+            gen_kwargs={"documents": documents, "tokenizer": tokenizer, "code": CODE},
             features=Features({name: List(Value("int32")) for name in columns}),
-            desc="Tokenizing",
         )
     if next(_stored_rows(tokens, choices), None) is None:
         raise DataError(_nothing(length, sum(len(document["input_ids"]) for document in tokens)))
@@ -64,11 +61,26 @@ def training_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase, length: 
     return Dataset.from_generator(_stored_rows, gen_kwargs=arguments, features=ROW_FEATURES)
 
 
-def _tokenize(
-    batch: dict[str, list[Any]], indices: list[int], *, tokenizer: PreTrainedTokenizerBase, code: str
-) -> dict[str, list[list[int]]]:
-    """`code` is there for the cache's key."""
-    return tokenize(batch, indices, tokenizer=tokenizer)
+def without_share(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Rows to train on and, of that share, rows to validate on, each in their order.
+
+    Raises:
+        DataError: one of them would be empty.
+    """
+    count = max(round(share * len(rows)), 1)
+    if count >= len(rows):
+        raise DataError(f"validation.share must leave rows to train on, got {share} of {len(rows)} rows; add documents")
+    held_out = np.zeros(len(rows), dtype=bool)
+    held_out[np.random.default_rng(seed).choice(len(rows), count, replace=False)] = True
+    return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
+
+
+def _tokenized(documents: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, code: str) -> Iterator[Any]:
+    """Documents of tokens; `code` is there for the cache's key."""
+    for batch, indices in _batches(documents):
+        columns = tokenize(batch, indices, tokenizer=tokenizer)
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
 
 
 def _stored_rows(documents: Dataset, choices: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -76,29 +88,26 @@ def _stored_rows(documents: Dataset, choices: dict[str, Any]) -> Iterator[dict[s
 
 
 def _streamed_rows(
-    documents: IterableDataset, choices: dict[str, Any], data: DataRecipe, tokenizer: PreTrainedTokenizerBase
+    documents: Iterable[dict[str, Any]], choices: dict[str, Any], data: DataRecipe, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
     tokens = 0
 
-    def tokenized() -> Iterator[dict[str, Any]]:
+    def counted() -> Iterator[dict[str, Any]]:
         nonlocal tokens
-        for batch, indices in _batches(documents):
-            columns = tokenize(batch, indices, tokenizer=tokenizer)
-            for values in zip(*columns.values(), strict=True):
-                document = dict(zip(columns, values, strict=True))
-                tokens += len(document["input_ids"])
-                yield document
+        for document in _tokenized(documents, tokenizer, CODE):
+            tokens += len(document["input_ids"])
+            yield document
 
     empty = True
     with explained(data):
-        for row in pack(tokenized(), **choices):
+        for row in pack(counted(), **choices):
             empty = False
             yield {name: column.tolist() for name, column in row.items()}  # as stored rows are read
     if empty:
         raise DataError(_nothing(choices["length"], tokens))
 
 
-def _batches(documents: IterableDataset) -> Iterator[tuple[dict[str, list], list[int]]]:
+def _batches(documents: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, list], list[int]]]:
     """Columns of `BATCH` documents and their numbers."""
     stream, first = iter(documents), 0
     while batch := list(islice(stream, BATCH)):

@@ -56,8 +56,10 @@ def check_before_launch(recipe: Recipe, processes: int) -> None:
     if recipe.data.chat_template is not None:
         _check_template(recipe.data.chat_template, tokenizer)
     build_config(recipe, tokenizer)
-    if recipe.data.files is not None:
-        find_files(recipe.data)
+    sources = [recipe.data] if recipe.validation is None else [recipe.data, recipe.validation.data(recipe.data)]
+    for source in sources:
+        if source.files is not None:
+            find_files(source)
 
 
 def _check_template(file: str, tokenizer: PreTrainedTokenizerBase) -> None:

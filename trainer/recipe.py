@@ -4,6 +4,7 @@ model: {linear_attention_type: gla, num_hidden_layers: 4, hidden_size: 256}
                                              # or {preset: linear-llama3-1b-gla-hybrid-1-4}, or {name_or_path: folder}
 tokenizer: runs/tokenizer
 data: {files: corpus/}                       # files, folders, patterns; or {dataset: name, split: train}
+validation: {share: 0.01}                    # of the rows, or {files: other/}, or {dataset: name, split: validation}
 sequence_length: 8192
 sequence_parallel: {size: auto, linear: lasp2, softmax: lasp2h, layout: auto}  # or {size: adaptive, profile: FILE.json}
 lora: {r: 16, lora_alpha: 32}                # adapters in place of all weights: any field of PEFT's LoraConfig
@@ -16,21 +17,20 @@ A launch can change values of the file: `RECIPE.yaml sequence_parallel.softmax=r
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import re
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
+import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers import SchedulerType
 
 from ..modeling import LinearLlama3Config
 from ..sequence_parallel import SequenceParallelConfig
 from .arguments import LinearLlama3TrainingArguments
+from .values import check_names, checked, convert, read_yaml
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -49,7 +49,9 @@ class DataRecipe:
     """Documents: local `files` or a `dataset` of the `datasets` library, one of both; and how they become rows.
 
     - `files`: folders, patterns or names of JSON lines (.jsonl, .json), Parquet (.parquet) or text (all others, one
-      document per file). `arguments` are further ones of `datasets.load_dataset`: name, revision, on_bad_files, ...
+      document per file). A name with a file or folder is never a pattern; hidden files must be named. `arguments` are
+      `encoding`, `encoding_errors` and, of text, `sample_by` ("document", "paragraph", "line").
+    - `dataset`: `arguments` are further ones of `datasets.load_dataset`: name, revision, data_files, columns, ...
     - `format`: "text" reads `text_column`, between the tokenizer's special tokens. "chat" reads `messages` through the
       tokenizer's chat template (or that of the file `chat_template`), with a loss on the assistant's turns, or `prompt`
       and `completion` (strings, or messages as well), with a loss on the completion.
@@ -70,6 +72,28 @@ class DataRecipe:
     streaming: bool = False
     packing: Literal["wrapped", "best_fit", "none"] = "wrapped"
     long_documents: Literal["continue", "cut"] = "continue"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationRecipe:
+    """Rows for the validation loss during training: a `share` (0 to 1) of the rows of `data`, drawn by `training.seed`
+    and not trained on, or documents of other `files` or another `dataset`, read and packed as those of `data`.
+
+    `training.eval_strategy` and `training.eval_steps` say when; the default is every tenth of the run. `arguments` are
+    those of `data` unless given.
+    """
+
+    share: float | None = None
+    files: str | list[str] | None = None
+    dataset: str | None = None
+    split: str = "validation"
+    arguments: dict[str, Any] | None = None
+
+    def data(self, data: DataRecipe) -> DataRecipe:
+        """Of the documents; not for a `share`."""
+        arguments = data.arguments if self.arguments is None else self.arguments
+        own: dict[str, Any] = {"files": self.files, "dataset": self.dataset, "split": self.split}
+        return dataclasses.replace(data, streaming=False, arguments=arguments, **own)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +129,7 @@ class Recipe:
     data: DataRecipe
     sequence_length: int
     training: dict[str, Any]
+    validation: ValidationRecipe | None = None
     sequence_parallel: SequenceParallelRecipe = field(default_factory=SequenceParallelRecipe)
     lora: dict[str, Any] | None = None
     processes: int | str = "auto"
@@ -131,7 +156,10 @@ class Recipe:
             from peft import LoraConfig
         except ImportError as error:
             raise ValueError("lora needs PEFT, which is not there; pip install 'linear-llama3[lora]'") from error
-        _check_names(self.lora, [f.name for f in dataclasses.fields(LoraConfig) if f.init], "lora")
+        hints = get_type_hints(LoraConfig)
+        types = {f.name: hints[f.name] for f in dataclasses.fields(LoraConfig) if f.init}
+        check_names(self.lora, list(types), "lora")
+        convert(self.lora, types, "lora")
         try:
             return LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **self.lora})
         except (TypeError, ValueError) as error:
@@ -139,14 +167,19 @@ class Recipe:
 
     def training_arguments(self) -> LinearLlama3TrainingArguments:
         """The section `training`, with the choices of `sequence_parallel`."""
-        parallel = self.sequence_parallel
+        parallel, validation = self.sequence_parallel, dict[str, Any]()
+        if self.validation is not None:
+            rows = self.training.get("per_device_train_batch_size", 8)  # Trainer's default
+            validation = {"eval_strategy": "steps", "per_device_eval_batch_size": rows}
+            if "eval_strategy" not in self.training:
+                validation["eval_steps"] = 0.1
         return LinearLlama3TrainingArguments(
             sequence_parallel_size=parallel.size,
             linear_strategy=parallel.linear,
             softmax_strategy=parallel.softmax,
             sequence_layout=parallel.layout,
             planner_profile=parallel.profile,
-            **self.training,
+            **(validation | self.training),
         )
 
 
@@ -163,15 +196,17 @@ def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise ValueError(f"a recipe must be a YAML file, got {str(path)!r}, which does not exist")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = read_yaml(path.read_text(encoding="utf-8-sig"))
     except yaml.YAMLError as error:
         raise ValueError(f"a recipe must be YAML, {path} is not: {error}") from error
     for change in changes:
         _apply(change, content)
-    values = _checked(Recipe, content, f"recipe {path}")
-    values["data"] = DataRecipe(**_checked(DataRecipe, values["data"], "data"))
+    values = checked(Recipe, content, f"recipe {path}", sections=("model", "training", "lora"))
+    values["data"] = DataRecipe(**checked(DataRecipe, values["data"], "data"))
+    if values.get("validation") is not None:
+        values["validation"] = ValidationRecipe(**checked(ValidationRecipe, values["validation"], "validation"))
     if "sequence_parallel" in values:
-        parallel = _checked(SequenceParallelRecipe, values["sequence_parallel"], "sequence_parallel")
+        parallel = checked(SequenceParallelRecipe, values["sequence_parallel"], "sequence_parallel")
         values["sequence_parallel"] = SequenceParallelRecipe(**parallel)
     recipe = Recipe(**values)
     _check_values(recipe)
@@ -186,18 +221,9 @@ def _apply(change: str, content: Any) -> None:
     if not equals or not isinstance(content, dict):
         raise ValueError(f"a change must read section.key=value and name a section of the recipe, got {change!r}")
     try:
-        content[key] = yaml.load(value, _Loader)
+        content[key] = read_yaml(value)
     except yaml.YAMLError as error:
         raise ValueError(f"a change's value must be YAML, {change!r} is not: {error}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number; YAML 1.1 takes it for a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
 
 
 def _check_values(recipe: Recipe) -> None:
@@ -225,16 +251,33 @@ def _check_values(recipe: Recipe) -> None:
     hints, fields = get_type_hints(LinearLlama3TrainingArguments), dataclasses.fields(LinearLlama3TrainingArguments)
     types = {f.name: hints[f.name] for f in fields if f.init and f.name not in own}
     types["fsdp"] |= bool  # transformers 5.23 warns of strings
-    types["lr_scheduler_type"] = Literal[tuple(kind.value for kind in SchedulerType)]
-    _check_names(recipe.training, list(types), "training")
-    _check_types(recipe.training, types, "training")
-    if (when := recipe.training.get("eval_strategy", "no")) != "no":
-        raise ValueError(
-            f"a recipe has no data to evaluate on while it trains, got training.eval_strategy: {when}; leave it out, "
-            "and evaluate checkpoints by python -m linear_llama3.trainer.evaluation"
-        )
+    check_names(recipe.training, list(types), "training")
+    convert(recipe.training, types, "training")
+    _check_validation(recipe)
     if recipe.training.get("deepspeed") is not None:
         raise ValueError("DeepSpeed is not supported, got training.deepspeed; use fsdp, or leave it out")
+
+
+def _check_validation(recipe: Recipe) -> None:
+    validation, when = recipe.validation, recipe.training.get("eval_strategy")
+    if validation is None:
+        if when not in (None, "no"):
+            raise ValueError(
+                "training.eval_strategy needs a section validation, which names the data, got eval_strategy: "
+                f"{when}; add it, or leave eval_strategy out"
+            )
+        return
+    if when == "no":
+        raise ValueError("validation is never used with training.eval_strategy: no; leave one of them out")
+    given = [name for name in ("share", "files", "dataset") if getattr(validation, name) is not None]
+    if len(given) != 1:
+        raise ValueError(f"validation needs share, files or dataset, one of them, got {', '.join(given) or 'none'}")
+    if validation.share is not None and not 0 < validation.share < 1:
+        raise ValueError(f"validation.share must lie between 0 and 1, got {validation.share}")
+    if validation.share is not None and recipe.data.streaming:
+        raise ValueError(
+            "validation.share needs stored rows, got data.streaming: true; name files or a dataset in validation"
+        )
 
 
 def _check_groups(recipe: Recipe) -> None:
@@ -253,63 +296,14 @@ def _check_groups(recipe: Recipe) -> None:
 
 def _check_model(recipe: Recipe) -> None:
     if "name_or_path" in recipe.model:
-        _check_names(recipe.model, list(LOADED_MODEL), "model with name_or_path")
-        _check_types(recipe.model, LOADED_MODEL, "model")
+        check_names(recipe.model, list(LOADED_MODEL), "model with name_or_path")
+        convert(recipe.model, LOADED_MODEL, "model")
     else:
-        known = [f.name for f in dataclasses.fields(LinearLlama3Config)]
-        _check_names(recipe.model, ["preset", *known], "model")
+        hints = get_type_hints(LinearLlama3Config, localns={"torch": torch, **vars(typing)})  # transformers' lack names
+        types = {"preset": str, **{f.name: hints[f.name] for f in dataclasses.fields(LinearLlama3Config)}}
+        check_names(recipe.model, list(types), "model")
+        convert(recipe.model, types, "model")
         try:
             recipe.model_config()
         except StrictDataclassError as error:
             raise ValueError(f"model in the recipe does not make a LinearLlama3Config: {error}") from error
-
-
-def _checked(kind: type, content: Any, where: str) -> dict[str, Any]:
-    """`content` as the arguments of the dataclass `kind`."""
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} must be a mapping of keys to values, got {type(content).__name__}")
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    _check_names(content, list(fields), where)
-    required = [
-        name
-        for name, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in required if name not in content]
-    if missing:
-        raise ValueError(f"{where} needs {', '.join(missing)}, got only {', '.join(sorted(content)) or 'nothing'}")
-    _check_types(content, get_type_hints(kind), where)
-    return dict(content)
-
-
-def _check_types(content: dict[str, Any], types: dict[str, Any], where: str) -> None:
-    for name, value in content.items():
-        if not _fits(value, types[name]):
-            hint = types[name]
-            expected = "a mapping" if dataclasses.is_dataclass(hint) else getattr(hint, "__name__", str(hint))
-            if get_origin(hint) is Literal:
-                expected = f"one of {', '.join(get_args(hint))}"
-            raise ValueError(f"{name} in {where} must be {expected}, got {value!r} ({type(value).__name__})")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether what YAML gave can be meant for a field with this annotation."""
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
-    if origin is Literal:
-        return value in get_args(hint)
-    kind = origin or hint
-    if dataclasses.is_dataclass(kind):
-        return isinstance(value, dict)
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _check_names(content: dict[str, Any], known: list[str], where: str) -> None:
-    for name in content:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known)[:20])}"
-            raise ValueError(f"unknown key {name!r} in {where}; {hint}")

@@ -98,6 +98,21 @@ def hardware() -> str:
     return f"{processes} x CPU ({platform.machine()}, {os.cpu_count()} cores, shared by the processes of a machine)"
 
 
+def _validation(recipe: Recipe, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows of the table: on what was validated, the last loss and the least."""
+    if recipe.validation is None:
+        return {}
+    share, shown = recipe.validation.share, "not logged"
+    if evaluations:
+        last, best = evaluations[-1], min(evaluations, key=lambda entry: entry["eval_loss"])
+        shown = f"{last['eval_loss']:.4f} (perplexity {last['eval_perplexity']:.4g}) at step {last['step']}"
+        shown += f"; least {best['eval_loss']:.4f} at step {best['step']}"
+    return {
+        "validation data": recipe.validation.dataset or recipe.validation.files or f"{share:.2%} of the rows",
+        "validation loss": shown,
+    }
+
+
 def write_model_card(
     folder: Path, model: PreTrainedModel, recipe: Recipe, history: list[dict[str, Any]], facts: dict[str, Any]
 ) -> None:
@@ -107,8 +122,10 @@ def write_model_card(
         facts: further rows of the table of the training.
     """
     losses = [entry["loss"] for entry in history if "loss" in entry]
+    evaluations = [entry for entry in history if "eval_loss" in entry and "eval_perplexity" in entry]
     training = {
         "data": recipe.data.dataset or recipe.data.files,
+        **_validation(recipe, evaluations),
         "first and last logged loss": f"{losses[0]:.4f}, {losses[-1]:.4f}" if losses else "not logged",
         **facts,
         **speed(history),
@@ -129,6 +146,6 @@ def write_model_card(
             plot=PLOT_NAME,
             recipe=recipe_text(recipe),
             command=launch_command(),
-            limits="Not evaluated beyond the training loss.",
+            limits=f"Not evaluated beyond the {'validation' if evaluations else 'training'} loss.",
         )
         card.save(folder / CARD_NAME)

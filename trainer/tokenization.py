@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..sequence_parallel.context import IGNORE_INDEX
-from .documents import DocumentError
+from .files import DocumentError
 
 Messages = list[dict[str, Any]]
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -56,9 +56,24 @@ def tokenize(
 def _tokenize_texts(texts: list[Any], indices: list[int], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     for index, text in zip(indices, texts, strict=True):
         if not isinstance(text, str):
-            raise DocumentError(index, f"a document must be text, got {text!r}; mend it or take it out")
+            raise DocumentError(index, f"a document must be text, got {text!r}; correct it or take it out")
+        try:
+            _check_unicode(text)
+        except ValueError as error:
+            raise DocumentError(index, str(error)) from error
     ids = tokenizer(texts, verbose=False)["input_ids"]
     return [_closed(document, tokenizer) if text else [] for document, text in zip(ids, texts, strict=True)]
+
+
+def _check_unicode(text: str) -> None:
+    """ValueError for half of a surrogate pair, which JSON can hold as an escape and a tokenizer cannot read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text must be Unicode, got the lone surrogate {text[error.start]!a} at character {error.start}; "
+            "correct it or take it out, or set data.arguments.encoding_errors: replace"
+        ) from error
 
 
 def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -87,6 +102,7 @@ def _labels(learnt: Learnt, tokenizer: PreTrainedTokenizerBase, **options: Any) 
     """A token is a target if one of its characters is in a span."""
     if not tokenizer.is_fast:
         raise ValueError(f"labels need a fast tokenizer, which knows its tokens' characters, got {type(tokenizer)}")
+    _check_unicode(learnt.text)
     encoded = tokenizer(learnt.text, return_offsets_mapping=True, verbose=False, **options)
     starts, stops = [start for start, _ in learnt.spans], [stop for _, stop in learnt.spans]
     labels = []
@@ -137,6 +153,34 @@ def _conversation(messages: Messages, prompt: int, tools: Any, tokenizer: PreTra
     if not learnt.text.startswith(asked):
         raise ValueError(_rewritten(prompt - 1))
     return Learnt(learnt.text, [span for span in learnt.spans if span[0] >= len(asked)])
+
+
+def unlearnt_stop(document: dict[str, Any], tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> str | None:
+    """How what a model learns of a turn or completion ends, if that is at no token of `stops`.
+
+    Conversations are judged by their template alone: in two exchanges, since some templates end a turn only where
+    another message follows, or only where none does.
+
+    Args:
+        stops: tokens at which generation ends.
+
+    Returns:
+        None where the model learns to stop, or where the template refuses the question.
+    """
+    ends = tuple(tokenizer.convert_ids_to_tokens(sorted(stops)))
+    if "messages" not in document and isinstance(document["completion"], str):
+        end = tokenizer.eos_token
+        return None if end in ends else f"a completion ends in the tokenizer's eos_token, {end!r}"
+    ask, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+    try:
+        learnt = _conversation([ask, answer, ask, answer], 0, None, tokenizer)
+    except (ValueError, TypeError, KeyError, IndexError, TemplateError):  # said of the user's own documents as well
+        return None
+    for start, stop in learnt.spans:
+        turn = learnt.text[start:stop].rstrip()  # a line's end may follow
+        if not turn.endswith(ends):
+            return f"what is learnt of a turn by the chat template ends in {turn[-20:]!r}"
+    return None
 
 
 def _without_none(value: Any) -> Any:

@@ -46,6 +46,7 @@ from .parallelism import (
 )
 from .progress import ProgressBar, SpeedMeter
 from .reliability import ReliabilityMixin
+from .validation import TokenMeanMixin
 
 logger = logging.get_logger(__name__)
 
@@ -262,7 +263,7 @@ class SequenceParallelMixin(ReliabilityMixin):
         return loss, logits.reshape(rows, length, -1), labels
 
 
-class LinearLlama3Trainer(AdaptiveMixin, SequenceParallelMixin, Trainer):
+class LinearLlama3Trainer(TokenMeanMixin, AdaptiveMixin, SequenceParallelMixin, Trainer):
     """transformers' Trainer with sequence parallelism: launch it on several processes, nothing else changes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

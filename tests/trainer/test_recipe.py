@@ -19,7 +19,7 @@ from torch.distributed.fsdp import StateDictType
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from linear_llama3.sequence_parallel import SequenceParallelConfig
-from linear_llama3.trainer.__main__ import save
+from linear_llama3.trainer.__main__ import build_trainer, save
 from linear_llama3.trainer.build import build_model
 from linear_llama3.trainer.recipe import load_recipe
 
@@ -76,6 +76,50 @@ def test_a_recipe_is_read(tmp_path: Path) -> None:
     assert recipe.training_arguments().max_steps == 2
 
 
+TRUE, FALSE = ("yes", "on", "True", "true"), ("no", "off", "Off", "false")
+
+
+@pytest.mark.parametrize(("words", "value"), [(TRUE, True), (FALSE, False)], ids=["true", "false"])
+def test_words_of_yaml(words: tuple[str, ...], value: bool, tmp_path: Path) -> None:
+    """`no` is text where a field has text, and a boolean where it has booleans or says nothing of its values."""
+    path = recipe_with(tmp_path)
+    for word in words:
+        recipe = load_recipe(
+            path,
+            [
+                f"data.streaming={word}",
+                f"model.linear_output_gate={word}",
+                f"training.gradient_checkpointing={word}",
+                f"training.gradient_checkpointing_kwargs={{use_reentrant: {word}}}",
+                f"training.include_num_input_tokens_seen={word}",
+                f"lora={{use_rslora: {word}, init_lora_weights: {word}}}",
+                f"tokenizer={word if word.islower() and len(word) < 4 else 'x'}",
+            ],
+        )
+        lora, arguments = recipe.lora_config(), recipe.training_arguments()
+        assert recipe.data.streaming is recipe.model_config().linear_output_gate is value
+        assert arguments.gradient_checkpointing is value
+        assert arguments.gradient_checkpointing_kwargs == {"use_reentrant": value}
+        assert arguments.include_num_input_tokens_seen in (value, "all" if value else "no")
+        assert lora.use_rslora is lora.init_lora_weights is value
+        assert recipe.tokenizer in (word, "x")
+    with pytest.raises(ValueError, match="streaming in data must be true or false, got 'nein'"):
+        load_recipe(path, ["data.streaming=nein"])
+
+
+def test_values_that_yaml_reads_otherwise(tmp_path: Path) -> None:
+    path = recipe_with(tmp_path)
+    text = path.read_text().replace("logging_steps: 1", "logging_steps: 1\n  save_strategy: no\n  logging_strategy: no")
+    path.write_text(
+        f"\ufeff{text}  run_name: 2020-01-01\n  weight_decay: .5e-1\n  max_grad_norm: 1E0\n  save_steps: 1e3\n"
+    )
+    training = load_recipe(path, ["training.save_total_limit=2.0", "training.hub_strategy=end"]).training
+    assert (training["save_strategy"], training["logging_strategy"], training["hub_strategy"]) == ("no", "no", "end")
+    assert (training["run_name"], training["weight_decay"], training["max_grad_norm"]) == ("2020-01-01", 0.05, 1.0)
+    assert training["save_total_limit"] == 2 and isinstance(training["save_total_limit"], int)
+    assert load_recipe(path).training_arguments().save_strategy == "no"
+
+
 def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
     path = recipe_with(tmp_path)
     recipe = load_recipe(path, ["sequence_parallel.softmax=ring", "training.learning_rate=1e-3", "sequence_length=64"])
@@ -92,19 +136,31 @@ def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {**MODEL, "hidden_size": "big"}}, "(?s)does not make a LinearLlama3Config.*expected int, got str"),
+        ({"model": {**MODEL, "hidden_size": "big"}}, "hidden_size in model must be an integer, got 'big'$"),
         ({"model": {**MODEL, "linear_attention_type": "mail"}}, "linear_attention_type must be one of .*got 'mail'"),
-        ({"training": {"max_steps": "ten"}}, r"max_steps in training must be int, got 'ten' \(str\)"),
-        ({"training": {"save_strategy": False}}, "save_strategy in training must be .*got False"),
+        ({"training": {"max_steps": "ten"}}, "max_steps in training must be an integer, got 'ten'$"),
+        (
+            {"training": {"save_strategy": False}},
+            "save_strategy in training must be one of no, steps, epoch, best, got False$",
+        ),
+        ({"training": {"save_strategy": "step"}}, "save_strategy in training must be one of no, .*, got 'step'$"),
+        (
+            {"training": {"learning_rate": "0.5"}},
+            "learning_rate in training must be a number, got '0.5'; write it without quotes",
+        ),
+        ({"training": {"max_steps": 0.5}}, r"max_steps in training must be an integer, got 0\.5$"),
+        ({"training": {"bf16": 1}}, "bf16 in training must be true or false, got 1$"),
+        ({"training": {"report_to": 3}}, r"must be null or text or a list \(of text\), got 3; write it in quotes"),
+        (
+            {"data": {"files": ["a", 2020]}},
+            r"files in data must be text or a list \(of text\) or null, got \['a', 2020\]",
+        ),
+        ({"tokenizer": ["a"]}, r"tokenizer in recipe .* must be text, got \['a'\]$"),
         ({"training": {"sequence_parallel_size": 2}}, "unknown key 'sequence_parallel_size' in training"),
         ({"modle": {}}, "unknown key 'modle' in recipe .*did you mean 'model'"),
         ({"model": {**MODEL, "hiden_size": 3}}, "unknown key 'hiden_size' in model; did you mean 'hidden_size'"),
         ({"training": {"lerning_rate": 1}}, "unknown key 'lerning_rate' in training; did you mean 'learning_rate'"),
         ({"training": {"lr_scheduler_type": "cosin"}}, "lr_scheduler_type in training must be one of .*got 'cosin'"),
-        (
-            {"training": {"eval_strategy": "steps"}},
-            "no data to evaluate on while it trains, got .*eval_strategy: steps",
-        ),
         ({"training": {"deepspeed": "ds.json"}}, "DeepSpeed is not supported"),
         ({"data": {"file": "x"}}, "unknown key 'file' in data; did you mean 'files'"),
         ({"data": {}}, "data needs files or dataset, one of them"),
@@ -125,9 +181,11 @@ def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
         ({"processes": 0}, "processes must be 'auto' or a positive integer, got 0"),
         ({"processes": "all"}, "processes must be 'auto' or a positive integer, got 'all'"),
         ({"lora": {"rank": 4}}, "unknown key 'rank' in lora"),
-        ({"lora": {"task_type": "X"}}, "lora in the recipe does not make a LoraConfig"),
+        ({"lora": {"task_type": "X"}}, "task_type in lora must be one of .*CAUSAL_LM, .*, got 'X'"),
+        ({"lora": {"r": "x"}}, "r in lora must be an integer, got 'x'"),
+        ({"lora": {"target_modules": "all", "layers_pattern": "h"}}, "lora in the recipe does not make a LoraConfig"),
         ({"model": {"name_or_path": "x", "dtype": "int8"}}, "dtype in model must be one of float32, bfloat16, float16"),
-        ({"sequence_length": "8k"}, "sequence_length in recipe .* must be int, got '8k'"),
+        ({"sequence_length": "8k"}, "sequence_length in recipe .* must be an integer, got '8k'"),
         ({"sequence_length": 1}, "sequence_length must be at least 2"),
         ({"sequence_parallel": {"linear": "mail"}}, "got 'mail'"),
         ({"sequence_parallel": {"size": 1.5}}, "size in sequence_parallel must be"),
@@ -231,7 +289,8 @@ def test_the_weights_are_saved_whole_under_fsdp2() -> None:
 def launch(recipe: Path, processes: int, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["--multi_gpu", "--num_processes", str(processes), "-m", "linear_llama3.trainer", str(recipe)]
+    command += ["--multi_gpu"] if processes > 1 else []
+    command += ["--num_processes", str(processes), "-m", "linear_llama3.trainer", str(recipe)]
     variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=300)
 
@@ -251,3 +310,20 @@ def test_a_run_through_accelerate(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(out)
     assert type(model).__name__ == "LinearLlama3ForCausalLM" and model.config.vocab_size == 28
     assert (out / "tokenizer.json").is_file() and (out / "linear_llama3_hub.py").is_file()
+
+
+def test_a_run_warns_of_a_template_that_never_stops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, by the name of the template; not of the recipes' own, and not where another token ends generation."""
+    write_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "a.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    )
+    own, endless = ROOT / "scripts/recipes/chat.jinja", tmp_path / "endless.jinja"
+    endless.write_text(
+        own.read_text().replace(" + eos_token", "").replace('{{- "\\n" -}}', '{{- eos_token + "\\n" -}}')
+    )
+    for template in (own, endless):
+        data = {"files": str(tmp_path / "a.jsonl"), "format": "chat", "packing": "none", "chat_template": str(template)}
+        build_trainer(load_recipe(recipe_with(tmp_path, data=data, sequence_length=64)))
+    warnings = [record.getMessage() for record in caplog.records if "learn to stop" in record.getMessage()]
+    assert len(warnings) == 1 and str(endless) in warnings[0] and "Put _ before {% endgeneration %}" in warnings[0]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from linear_llama3.trainer.documents import DocumentError
-from linear_llama3.trainer.tokenization import tokenize
+from linear_llama3.trainer.files import DocumentError
+from linear_llama3.trainer.tokenization import tokenize, unlearnt_stop
 from tests.trainer.test_recipe import write_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -181,3 +181,41 @@ def test_documents_that_are_refused(
 def test_texts_that_are_refused(letters: PreTrainedTokenizerBase) -> None:
     with pytest.raises(DocumentError, match="document 5 of the data: a document must be text, got None"):
         tokenize({"text": ["a", None]}, [4, 5], tokenizer=letters)
+
+
+def marked(end: str) -> str:
+    """A template that ends an assistant's turn in this way."""
+    answer = f"{{% generation %}}{{{{ m.content }}}}{end}"
+    return f"{{% for m in messages %}}{{% if m.role == 'user' %}}u{{% else %}}{answer}{{% endif %}}{{% endfor %}}"
+
+
+@pytest.mark.parametrize(
+    ("template", "ending"),
+    [
+        (CHAT, None),
+        (UNMARKED, None),
+        (marked("{{ eos_token }}{% endgeneration %}"), None),
+        (marked("{% endgeneration %}{{ eos_token }}"), "answer"),
+        (marked("{{ eos_token if loop.last }}{% endgeneration %}"), "answer"),
+        (marked("{{ eos_token if not loop.last }}{% endgeneration %}"), "answer"),
+        (UNMARKED.replace(" + eos_token", ""), "answer"),
+        ("{{ raise_exception('roles') }}", None),
+    ],
+)
+def test_whether_the_end_of_a_turn_is_learnt(
+    template: str, ending: str | None, letters: PreTrainedTokenizerBase
+) -> None:
+    letters.chat_template = template
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for document in ({"messages": turns}, {"prompt": turns[:1], "completion": turns[1:], "tools": None}):
+        found = unlearnt_stop(document, letters, {letters.eos_token_id})
+        assert (found is None) == (ending is None) and (ending is None or f"ends in '{ending}'" in str(found))
+    assert unlearnt_stop({"prompt": "a", "completion": "b"}, letters, {letters.eos_token_id}) is None
+
+
+@pytest.mark.parametrize("stops", [{5}, set()], ids=["another", "none"])
+def test_an_end_at_which_generation_does_not_stop(stops: set[int], letters: PreTrainedTokenizerBase) -> None:
+    """The end is learnt, but the model's generation ends at another token, or at none."""
+    letters.chat_template = CHAT
+    assert str(unlearnt_stop({"messages": TURNS}, letters, stops)).endswith("ends in 'answer_'")
+    assert str(unlearnt_stop({"prompt": "a", "completion": "b"}, letters, stops)).endswith("eos_token, '_'")

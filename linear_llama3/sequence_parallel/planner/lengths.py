@@ -21,7 +21,7 @@ def read_lengths(name: str, count: int) -> Integers:
         longer, known = np.log(np.random.default_rng(0).random(count)), sorted(WIKIPEDIA)
         return np.exp(np.interp(longer, np.log(known), np.log([WIKIPEDIA[share] for share in known]))).astype(np.int64)
     try:
-        words = Path(name).read_text().split()
+        words = Path(name).read_text(encoding="utf-8-sig").split()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f'lengths must be "wikipedia" or a text file with a length on each line, got {name!r}: {error}'

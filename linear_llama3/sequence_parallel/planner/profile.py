@@ -147,7 +147,7 @@ def load_profile(name: str | Path) -> Profile:
         path = PROFILES / f"{name}.json"
     remedy = "correct the file, or measure a new one with `linear-llama3 profile`"
     try:
-        return _from_json(json.loads(path.read_text()))
+        return _from_json(json.loads(path.read_text(encoding="utf-8-sig")))
     except FileNotFoundError:
         raise ValueError(f"a profile must be one of {profile_names()} or a .json file, got {str(name)!r}") from None
     except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

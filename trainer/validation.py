@@ -1,0 +1,97 @@
+"""The loss of an evaluation as the mean over all targets, and its perplexity.
+
+Trainer averages the means of batches by their rows, so that a target in a short row counts more than one in a long row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..modeling import LinearLlama3ForCausalLM
+from ..sequence_parallel import SequenceParallelContext
+from ..sequence_parallel.collectives import all_reduce
+from ..sequence_parallel.context import IGNORE_INDEX
+from .data_order import without_labels
+
+
+class TokenMeanMixin:
+    """For a Trainer of causal language models; another loss than the model's own stays Trainer's mean."""
+
+    _sums: Tensor | None = None  # [2], float64: losses and targets that this process has seen in an evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As Trainer's, with the loss of `prediction_step` and `{metric_key_prefix}_perplexity`.
+
+        Raises:
+            ValueError: no row has a target.
+        """
+        self._sums = None
+        output = super().evaluation_loop(  # type: ignore[misc]
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        sums, self._sums = self._sums, None
+        if sums is not None:
+            loss, targets = (all_reduce(sums, dist.group.WORLD).wait() if dist.is_initialized() else sums).tolist()
+            if not targets:
+                raise ValueError("an evaluation needs a row with a target, got none; give rows of two tokens or more")
+            mean = loss / targets
+            output.metrics[f"{metric_key_prefix}_loss"] = mean
+            output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(mean) if mean < 700 else math.inf
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """As Trainer's; where only the loss is wanted, the sums for `evaluation_loop` as well."""
+        trainer: Any = self
+        if not (prediction_loss_only and self._is_own_loss(inputs)):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+        inputs = trainer._prepare_inputs(inputs)
+        inputs = without_labels(inputs, self._repeated_rows(len(inputs["labels"])))
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            if trainer.sequence_parallel_context is None:
+                local: dict[str, Any] = SequenceParallelContext(None).shard_batch(inputs)
+            else:
+                _, local = trainer._prepare_context_parallel_inputs(model, inputs)
+            targets = (local["shift_labels"] != IGNORE_INDEX).sum()
+            loss = model(**local, num_items_in_batch=1).loss.sum()  # of this process's targets
+        sums = torch.stack([loss.double(), targets.double()])
+        self._sums = sums if self._sums is None else self._sums + sums
+        return loss / targets.clamp(min=1), None, None
+
+    def _is_own_loss(self, inputs: dict[str, Any]) -> bool:
+        trainer: Any = self
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's
+        others = trainer.label_smoother, trainer.compute_loss_func
+        return (
+            isinstance(model, LinearLlama3ForCausalLM)
+            and inputs.get("labels") is not None
+            and others == (None, None)
+            and type(self).compute_loss.__module__.startswith("linear_llama3.")  # type: ignore[attr-defined]
+        )
+
+    def _repeated_rows(self, rows: int) -> int:
+        """How many of the last rows of a batch accelerate has added to give every process as many."""
+        trainer: Any = self
+        state, context = trainer.accelerator.gradient_state, trainer.sequence_parallel_context
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return 0
+        before = trainer.args.process_index // (1 if context is None else context.world_size) * rows
+        return rows - min(max(state.remainder - before, 0), rows)
