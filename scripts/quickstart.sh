@@ -5,7 +5,7 @@
 # Arguments change the recipe: bash scripts/quickstart.sh sequence_parallel.linear=lasp1 sequence_parallel.softmax=ring
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/environment.sh
+source scripts/environment.sh "."
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HF_DATASETS_CACHE="$PWD/runs/quickstart/cache"
 export ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 # two ranks on one machine
 
