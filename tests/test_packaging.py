@@ -83,7 +83,10 @@ def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
 def test_pins_are_of_our_dependencies_and_within_their_ranges() -> None:
     """Not of Triton, which torch's CUDA builds choose: a pin of another release leaves pip without a solution."""
     project = pyproject()["project"]
-    listed = [*project["dependencies"], *(item for items in project["optional-dependencies"].values() for item in items)]
+    listed = [
+        *project["dependencies"],
+        *(item for items in project["optional-dependencies"].values() for item in items),
+    ]
     ranges = {(need := Requirement(item)).name: need.specifier for item in listed}
     pins = [line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
     assert pins and "triton" not in dict(pins)

@@ -130,7 +130,7 @@ class Recipe:
         try:
             from peft import LoraConfig
         except ImportError as error:
-            raise ValueError("lora needs PEFT, which is not there; pip install 'linear-llama3[lora]'") from error
+            raise ValueError("lora needs PEFT, which is not installed; run `pip install peft`") from error
         _check_names(self.lora, [f.name for f in dataclasses.fields(LoraConfig) if f.init], "lora")
         try:
             return LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **self.lora})
