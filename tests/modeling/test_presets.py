@@ -147,7 +147,7 @@ def test_overrides_win() -> None:
         (
             "linear-llama-3.2-2b",
             {},
-            r"got 'linear-llama-3\.2-2b'; the shapes are linear-llama3-1b, .*linear-llama-3\.2-3b, the mixers ",
+            r"got 'linear-llama-3\.2-2b'; the shapes are linear-llama-3\.1-8b, .*linear-llama3-script-8b, the mixers ",
         ),
         ("linear-llama-3.2-1b-mamba", {}, r"shape\[-mixer\]\[-pure or -hybrid-1-n\], got 'linear-llama-3\.2-1b-mamba'"),
         ("linear-llama-3.2-1b-hybrid-1-0", {}, "got 'linear-llama-3.2-1b-hybrid-1-0'"),
