@@ -8,10 +8,10 @@
 # sequence_parallel.linear=lasp1 sequence_parallel.softmax=ring
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-times=("30 seconds" "1 minute" "7 minutes" "20 seconds") # on two cores
+times=("15 seconds" "1 minute" "4 minutes" "15 seconds") # on two cores
 if [ "${1:-}" = --fast ]; then
   shift
-  times=("15 seconds" "30 seconds" "30 seconds" "15 seconds")
+  times=("15 seconds" "30 seconds" "20 seconds" "10 seconds")
   set -- "data.files=runs/quickstart/corpus/a*" sequence_length=1024 model.hidden_size=96 model.intermediate_size=256 \
     training.max_steps=40 training.warmup_steps=4 training.logging_steps=8 "$@"
 fi

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from linear_llama3.trainer.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 LOCAL, PLAIN, CPU = "--no-index --no-deps torch", "constraints.txt torch", "uv pip install --torch-backend cpu"
@@ -27,22 +28,28 @@ class Machine:
             "uv": f"exit {int(not index)}",
             "nvidia-smi": f"[ {int(gpu)} = 1 ] && echo 'GPU 0: NVIDIA H200'",
             "uname": "echo Linux",
+            "accelerate": "",
+            "linear-llama3": "",
         }
         for name, answer in answers.items():
             (programs / name).write_text(f"#!/bin/sh\n{record}\n{answer}\n")
             (programs / name).chmod(0o755)
         (programs / "activate").write_text(f"PATH={programs}:$PATH")
         (folder / "scripts").mkdir()
-        for name in ("scripts/environment.sh", "pyproject.toml", "constraints.txt"):
+        for name in ("scripts/environment.sh", "scripts/quickstart.sh", "pyproject.toml", "constraints.txt"):
             shutil.copy(ROOT / name, folder / name)
 
     def install(self, what: str) -> tuple[list[str], str]:
         """The calls of pip and uv, and what was printed."""
+        calls, printed = self.run("-euo", "pipefail", "-c", f'source scripts/environment.sh "{what}"')
+        return [call for call in calls if "install" in call], printed
+
+    def run(self, *arguments: str) -> tuple[list[str], str]:
+        """The calls of a bash script, and what was printed."""
         self.calls.write_text("")
-        command = ["bash", "-euo", "pipefail", "-c", f'source scripts/environment.sh "{what}"']
-        done = subprocess.run(command, cwd=self.folder, env=os.environ, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["bash", *arguments], cwd=self.folder, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
-        return [call for call in self.calls.read_text().splitlines() if "install" in call], done.stdout
+        return self.calls.read_text().splitlines(), done.stdout
 
 
 @pytest.mark.parametrize(
@@ -79,3 +86,18 @@ def test_what_is_installed_is_kept(tmp_path: Path) -> None:
 )
 def test_who_installs_what(script: str, what: str) -> None:
     assert f'source scripts/environment.sh "{what}"' in (ROOT / script).read_text().splitlines()
+
+
+def test_the_fast_quickstart(tmp_path: Path) -> None:
+    """Both comparisons and the training take the smaller recipe, in which the user's changes win."""
+    machine, recipe, changed = Machine(tmp_path, wheel=True), "scripts/recipes/quickstart.yaml", "training.max_steps=9"
+    runs = {}
+    for flags in ((), ("--fast",)):
+        calls, printed = machine.run("scripts/quickstart.sh", *flags, changed)
+        changes = {call.split(recipe)[1] for call in calls if recipe in call}
+        assert sum(recipe in call for call in calls) == 3 and len(changes) == 1
+        runs[flags] = load_recipe(ROOT / recipe, changes.pop().split())
+        assert all(f"== {step} of 4. " in printed for step in range(1, 5)) and printed.count("(about ") == 4
+    full, fast = runs.values()
+    assert full == load_recipe(ROOT / recipe, [changed]) and fast.training["max_steps"] == 9
+    assert fast.sequence_length < full.sequence_length and fast.model["hidden_size"] < full.model["hidden_size"]
