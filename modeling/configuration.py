@@ -215,7 +215,7 @@ class LinearLlama3Config(PreTrainedConfig):
     def from_preset(cls, name: str, **overrides: Any) -> "LinearLlama3Config":
         """The configuration that the literature calls `name`, without weights and without a network.
 
-        A name is a shape of model_cards/*.json ("linear-llama3-1b", "llama-3.2-1b", ...), a mixer and a share of
+        A name is a shape of model_cards/*.json ("linear-llama3-1b", "linear-llama-3.2-1b", ...), a mixer and a share of
         softmax layers, the last two if they are not the shape's own: "linear-llama3-1b-gla-hybrid-1-4",
         "linear-llama3-1b-retention-pure". `from_pretrained` would take a name for one on the Hub; hence a method of
         its own, as KerasNLP has it.

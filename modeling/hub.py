@@ -23,12 +23,20 @@ AUTO_CLASSES = {
 """transformers' class -> ours: what the package registers, what a checkpoint's `auto_map` and its shim name."""
 
 _CLASSES = {"AutoConfig": "LinearLlama3Config", **AUTO_CLASSES}
-_IMPORTS = "".join(f"    {name},\n" for name in sorted(_CLASSES.values()))
+_IMPORTS = "".join(f"        {name},\n" for name in sorted(_CLASSES.values()))
 SHIM_NAME = "linear_llama3_hub.py"
-SHIM = f'''"""Loads this checkpoint with the installed package: pip install linear-llama3"""
+SHIM = f'''"""Load this checkpoint with the installed package linear_llama3."""
 
-from linear_llama3 import (
-{_IMPORTS})
+try:
+    from linear_llama3 import (
+{_IMPORTS}    )
+except ModuleNotFoundError as error:
+    if error.name != "linear_llama3":
+        raise
+    raise ImportError(
+        "this checkpoint needs the package linear_llama3, which is not installed and is not on a package index; run "
+        "`pip install .` in a checkout of its source"
+    ) from error
 '''
 AUTO_MAP = {auto_class: f"{Path(SHIM_NAME).stem}.{name}" for auto_class, name in _CLASSES.items()}
 

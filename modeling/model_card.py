@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from .configuration import LinearLlama3Config
 from .hub import AUTO_CLASSES, CARD_NAME, NOTICE_NAME, SAVED_CARD, SAVED_CARDS, final_folder, replaceable
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"  # in a checkout and in the wheel
@@ -47,7 +48,7 @@ def model_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=PIPELINE_TAGS[auto_class],
-        tags=[*model.model_tags, "hybrid" if config.has_softmax_layers else "recurrent", "custom_code"],
+        tags=[*model.model_tags, *_kind(config), "custom_code"],
         datasets=datasets,
         **origin,
     )
@@ -65,6 +66,13 @@ def model_card(
         "licence_notice": llama_notice(origin.get("license")),
     }
     return ModelCard.from_template(data, template_path=str(TEMPLATE), **(values | facts))
+
+
+def _kind(config: LinearLlama3Config) -> list[str]:
+    """The Hub's tags for the layers of a model; none for softmax attention in all layers."""
+    if not config.linear_layers:
+        return []
+    return ["linear-attention", "hybrid" if config.has_softmax_layers else "recurrent"]
 
 
 def add_card(model: PreTrainedModel, folder: Path, repo_id: str) -> None:

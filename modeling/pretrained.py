@@ -26,7 +26,7 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
     config: LinearLlama3Config
     config_class = LinearLlama3Config  # transformers reads the annotation, but here it is a string
     base_model_prefix = "model"
-    model_tags = ["linear_llama3", "linear-attention"]  # noqa: RUF012
+    model_tags = ["linear_llama3"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     provenance: dict[str, Any] | None = None  # what `from_pretrained` knows of it; see model_card.provenance
     _no_split_modules = ["LinearLlama3DecoderLayer"]  # noqa: RUF012

@@ -289,8 +289,8 @@ def test_version() -> None:
 
 
 def test_presets() -> None:
-    done = run("presets", "llama-3.2-1b")
-    assert done.exit_code == 0 and "llama-3.2-1b" in done.stdout and "llama-3.1-8b" not in done.stdout
+    done = run("presets", "linear-llama-3.2-1b")
+    assert done.exit_code == 0 and "linear-llama-3.2-1b" in done.stdout and "linear-llama-3.1-8b" not in done.stdout
     assert "error: " in str(run("presets", "llama-4").exception)
 
 

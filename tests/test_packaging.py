@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,8 +33,12 @@ def sources() -> dict[str, Path]:
     return found
 
 
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
 def test_every_package_is_listed() -> None:
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    listed = pyproject()["tool"]["setuptools"]["packages"]
     packages = {str(Path(name).parent).replace("/", ".") for name in sources() if not name.endswith(".typed")}
     assert sorted(listed) == sorted(packages)
 
@@ -71,3 +78,39 @@ def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
         top_level = next(name for name in archive.namelist() if name.endswith("top_level.txt"))
         assert archive.read(top_level).decode().split() == ["linear_llama3"]
     assert names == set(sources())
+
+
+def test_pins_are_of_our_dependencies_and_within_their_ranges() -> None:
+    """Not of Triton, which torch's CUDA builds choose: a pin of another release leaves pip without a solution."""
+    project = pyproject()["project"]
+    listed = [
+        *project["dependencies"],
+        *(item for items in project["optional-dependencies"].values() for item in items),
+    ]
+    ranges = {(need := Requirement(item)).name: need.specifier for item in listed}
+    pins = [line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
+    assert pins and "triton" not in dict(pins)
+    for name, version in pins:
+        assert version in ranges[name], f"{name}=={version} of constraints.txt is outside {ranges[name]}"
+
+
+def resolve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What pip would install from the public index alone, as on a machine without wheels and settings of its own."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", *arguments]
+    settings = {name: x for name, x in os.environ.items() if name != "PIP_FIND_LINKS"} | {"PIP_CONFIG_FILE": os.devnull}
+    return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=1800)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", ["", "[test]", "[bench]"])
+def test_pip_finds_a_solution_on_the_public_index(extra: str) -> None:
+    """Where the index has no separate metadata, pip downloads the wheels for it: about 3 GB for each case."""
+    if (probe := resolve("--no-deps", "setuptools")).returncode:
+        pytest.skip(f"the package index cannot be reached: {probe.stderr.strip().splitlines()[-1]}")
+    done = resolve("--constraint", "constraints.txt", f".{extra}")
+    assert done.returncode == 0, done.stderr
+    planned = done.stdout.splitlines()[-1]
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        name, _, version = line.partition("==")
+        if name in ("torch", "transformers", "accelerate"):
+            assert f" {name}-{version} " in planned

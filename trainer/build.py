@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling import LinearLlama3Config, LinearLlama3ForCausalLM, loading
@@ -40,6 +44,7 @@ def build_model(
         # the optimizer's steps are below the resolution of bfloat16; frozen weights stay as they are
         dtype = recipe.model.get("dtype", "float32" if recipe.lora is None else "auto")
         if weights:
+            _report_on_one_process()
             try:
                 model = LinearLlama3ForCausalLM.from_pretrained(name, config=config, dtype=dtype)
             except OSError as error:
@@ -53,7 +58,16 @@ def build_model(
     adapters = recipe.lora_config()
     from peft import get_peft_model  # slow to import, and optional
 
-    return get_peft_model(model, adapters)
+    with warnings.catch_warnings():  # PEFT reads transformers' old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, adapters)
+
+
+def _report_on_one_process() -> None:
+    """Leave progress bars and reports of loading to rank 0; all processes load the same weights."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        transformers.logging.disable_progress_bar()
+        logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
 
 
 def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LinearLlama3Config:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..modeling.hub import CARD_NAME, RUN_CARD, SAVED_CARDS, replaceable
 from ..modeling.model_card import model_card
-from .recipe import Recipe
+from .recipe import DataRecipe, Recipe, ValidationRecipe
 
 PLOT_NAME = "loss.png"
 RECIPE_NAME = "recipe.yaml"
@@ -60,16 +60,28 @@ def speed(history: list[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def recipe_text(recipe: Recipe) -> str:
-    """The whole recipe with the changes of the launch as YAML, without what must stay secret."""
+def recipe_text(recipe: Recipe, *, shared: bool = False) -> str:
+    """The complete recipe with the changes of the launch as YAML, without secrets.
+
+    Args:
+        shared: for readers on other machines: absolute paths become their last component.
+    """
 
     def shown(content: Any) -> Any:
-        if not isinstance(content, Mapping):
-            return content
-        return {key: shown(value) for key, value in content.items() if key not in SECRETS}
+        if isinstance(content, Mapping):
+            return {key: shown(value) for key, value in content.items() if key not in SECRETS}
+        if isinstance(content, (list, tuple)):
+            return [shown(item) for item in content]
+        return portable(content) if shared and isinstance(content, str) else content
 
     text = yaml.safe_dump(shown(dataclasses.asdict(recipe)), sort_keys=False, allow_unicode=True)
     return f"{RECIPE_MARK}\n{text}"
+
+
+def portable(text: str) -> str:
+    """The last component of an absolute path, which exists on one machine only; any other text as it is."""
+    path = os.path.expanduser(text.removeprefix("file://"))
+    return Path(path).name if os.path.isabs(path) else text
 
 
 def launch_command(environment: Mapping[str, str] = os.environ) -> str:
@@ -86,7 +98,7 @@ def launch_command(environment: Mapping[str, str] = os.environ) -> str:
     launcher = "python" if world == 1 else f"torchrun --nproc_per_node {local}"
     if nodes > 1:
         launcher += f" --nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint $FIRST_NODE:29500"
-    variables = "".join(f"{name}={shlex.quote(value)} " for name, value in choices.items())
+    variables = "".join(f"{name}={shlex.quote(portable(value))} " for name, value in choices.items())
     return f"{variables}{launcher} -m linear_llama3.trainer {RECIPE_NAME}"
 
 
@@ -96,6 +108,12 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return f"{processes} x {torch.cuda.get_device_name()}"
     return f"{processes} x CPU ({platform.machine()}, {os.cpu_count()} cores, shared by the processes of a machine)"
+
+
+def _sources(data: DataRecipe | ValidationRecipe) -> str:
+    """The dataset or the files, without paths of this machine."""
+    names = data.dataset or data.files or []
+    return ", ".join(map(portable, [names] if isinstance(names, str) else names))
 
 
 def _validation(recipe: Recipe, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
@@ -108,7 +126,7 @@ def _validation(recipe: Recipe, evaluations: list[dict[str, Any]]) -> dict[str, 
         shown = f"{last['eval_loss']:.4f} (perplexity {last['eval_perplexity']:.4g}) at step {last['step']}"
         shown += f"; least {best['eval_loss']:.4f} at step {best['step']}"
     return {
-        "validation data": recipe.validation.dataset or recipe.validation.files or f"{share:.2%} of the rows",
+        "validation data": _sources(recipe.validation) or f"{share:.2%} of the rows",
         "validation loss": shown,
     }
 
@@ -124,7 +142,7 @@ def write_model_card(
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluations = [entry for entry in history if "eval_loss" in entry and "eval_perplexity" in entry]
     training = {
-        "data": recipe.data.dataset or recipe.data.files,
+        "data": _sources(recipe.data),
         **_validation(recipe, evaluations),
         "first and last logged loss": f"{losses[0]:.4f}, {losses[-1]:.4f}" if losses else "not logged",
         **facts,
@@ -138,13 +156,13 @@ def write_model_card(
     if replaceable(folder / CARD_NAME, RUN_CARD, *SAVED_CARDS):
         card = model_card(
             model,
-            repo_id=recipe.training.get("hub_model_id") or str(folder),
+            repo_id=recipe.training.get("hub_model_id") or folder.resolve().name,
             mark=RUN_CARD,
-            datasets=[recipe.data.dataset] if recipe.data.dataset else None,
+            datasets=[recipe.data.dataset] if recipe.data.dataset and not Path(recipe.data.dataset).exists() else None,
             sequence_length=f"{recipe.sequence_length:,}",
             training=training,
             plot=PLOT_NAME,
-            recipe=recipe_text(recipe),
+            recipe=recipe_text(recipe, shared=True),
             command=launch_command(),
             limits=f"Not evaluated beyond the {'validation' if evaluations else 'training'} loss.",
         )

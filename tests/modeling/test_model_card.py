@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
-TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
+from tests.modeling.tiny import tiny_model
+from tests.test_packaging import pyproject
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE = ROOT / "model_cards" / "template.md"
 
 
 def test_template_renders_and_parses() -> None:
@@ -39,3 +45,32 @@ def test_template_renders_and_parses() -> None:
         for text in value.values() if isinstance(value, dict) else [value]:
             assert text in parsed.text
     assert "{{" not in parsed.text and "{%" not in parsed.text
+
+
+def test_the_card_of_a_model_without_linear_layers(tmp_path: Path) -> None:
+    """No mixer and no state: neither as facts, nor as tags, nor as the reason of a limit."""
+    model = tiny_model("gla", full_attention_interval=1)
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.tags == ["linear_llama3", "custom_code"]
+    assert "softmax attention in all of its 4 layers" in card.text
+    for word in ("linear attention", "linear layer", "recurrent", "state", "mixer", "gla", "assisted"):
+        assert word not in card.text, word
+
+
+@pytest.mark.parametrize("interval", [0, 1, 2])
+def test_the_card_says_how_to_install(interval: int, tmp_path: Path) -> None:
+    """Links are those that pyproject names; nothing is installed by a name that a package index does not have."""
+    tiny_model("gla", full_attention_interval=interval).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    urls = pyproject()["project"].get("urls", {}).values()
+    assert set(re.findall(r"https?://[^)\s]+", card)) <= set(urls)
+    assert re.findall(r"pip install.*", card) == ["pip install ."]
+
+
+def test_nothing_tells_to_install_the_package_from_an_index() -> None:
+    for folder in ("", "model_cards", "modeling", "trainer", "linear_llama3", "scripts"):
+        for path in (ROOT / folder).glob("**/*" if folder else "*.md"):
+            if path.suffix in (".md", ".py", ".yaml", ".sh"):
+                text = path.read_text(encoding="utf-8")
+                assert not re.search(r"pip install[\s#'\"]+linear[-_]llama3", text), path

@@ -15,7 +15,7 @@ from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
 from linear_llama3.modeling import presets
 from tests.modeling.tiny import MIXER_NAMES
 
-CARDS = ["linear-llama3-1b", "linear-llama3-script", "llama-3"]
+CARDS = ["linear-llama3-1b", "linear-llama3-script", "linear-llama-3"]
 VOCABULARY = 128256
 # layers, hidden, FFN, query heads, kv heads (softmax), kv heads (linear), tied; from the sources that the cards name
 SHAPES = {
@@ -23,14 +23,14 @@ SHAPES = {
     "linear-llama3-script-0.3b": (12, 1024, 4096, 32, 8, 32, False),
     "linear-llama3-script-1b": (16, 2048, 8192, 32, 8, 32, False),
     "linear-llama3-script-8b": (32, 4096, 8192, 32, 8, 32, False),
-    "llama-3.2-1b": (16, 2048, 8192, 32, 8, 8, True),
-    "llama-3.2-3b": (28, 3072, 8192, 24, 8, 8, True),
-    "llama-3.1-8b": (32, 4096, 14336, 32, 8, 8, False),
+    "linear-llama-3.2-1b": (16, 2048, 8192, 32, 8, 8, True),
+    "linear-llama-3.2-3b": (28, 3072, 8192, 24, 8, 8, True),
+    "linear-llama-3.1-8b": (32, 4096, 14336, 32, 8, 8, False),
 }
 PUBLISHED = {  # parameters of Meta's models on the Hub, and the factor of their rotary scaling
-    "llama-3.2-1b": (1_235_814_400, 32.0),
-    "llama-3.2-3b": (3_212_749_824, 32.0),
-    "llama-3.1-8b": (8_030_261_248, 8.0),
+    "linear-llama-3.2-1b": (1_235_814_400, 32.0),
+    "linear-llama-3.2-3b": (3_212_749_824, 32.0),
+    "linear-llama-3.1-8b": (8_030_261_248, 8.0),
 }
 FEATURES = {"based": 1 + 16 + 16 * 17 // 2, "rebased": 16 * 17 // 2}  # products of 16 channels, up to second order
 
@@ -124,9 +124,9 @@ def test_a_name_leaves_the_rest_to_the_shape() -> None:
     for name, mixer, interval in (
         ("linear-llama3-1b", "basic", 0),
         ("linear-llama3-1b-hybrid-1-2", "basic", 2),
-        ("llama-3.2-1b", "gla", 4),
-        ("llama-3.2-1b-lightning", "lightning", 4),
-        ("llama-3.2-1b-pure", "gla", 0),
+        ("linear-llama-3.2-1b", "gla", 4),
+        ("linear-llama-3.2-1b-lightning", "lightning", 4),
+        ("linear-llama-3.2-1b-pure", "gla", 0),
     ):
         config = LinearLlama3Config.from_preset(name)
         assert (config.linear_attention_type, config.full_attention_interval) == (mixer, interval), name
@@ -134,7 +134,7 @@ def test_a_name_leaves_the_rest_to_the_shape() -> None:
 
 def test_overrides_win() -> None:
     config = LinearLlama3Config.from_preset(
-        "llama-3.2-1b-gla-hybrid-1-4", linear_attention_type="retention", num_hidden_layers=2, vocab_size=7,
+        "linear-llama-3.2-1b-gla-hybrid-1-4", linear_attention_type="retention", num_hidden_layers=2, vocab_size=7,
         layer_types=["full_attention", "linear_attention"], num_labels=3,
     )  # fmt: skip
     assert (config.linear_attention_type, config.vocab_size, config.num_labels) == ("retention", 7, 3)
@@ -145,18 +145,31 @@ def test_overrides_win() -> None:
     ("name", "fields", "message"),
     [
         (
-            "llama-3.2-2b",
+            "linear-llama-3.2-2b",
             {},
-            r"got 'llama-3\.2-2b'; the shapes are linear-llama3-1b, .*llama-3\.2-3b, the mixers ",
+            r"got 'linear-llama-3\.2-2b'; the shapes are linear-llama-3\.1-8b, .*linear-llama3-script-8b, the mixers ",
         ),
-        ("llama-3.2-1b-mamba", {}, r"shape\[-mixer\]\[-pure or -hybrid-1-n\], got 'llama-3\.2-1b-mamba'"),
-        ("llama-3.2-1b-hybrid-1-0", {}, "got 'llama-3.2-1b-hybrid-1-0'"),
-        ("llama-3x2-1b", {}, "got 'llama-3x2-1b'"),
+        ("linear-llama-3.2-1b-mamba", {}, r"shape\[-mixer\]\[-pure or -hybrid-1-n\], got 'linear-llama-3\.2-1b-mamba'"),
+        ("linear-llama-3.2-1b-hybrid-1-0", {}, "got 'linear-llama-3.2-1b-hybrid-1-0'"),
+        ("llama-3.1-8b", {}, r"got 'llama-3\.1-8b'; the shapes are .*linear-llama-3\.1-8b"),  # a hybrid is not Llama
+        ("linear-llama-3x2-1b", {}, "got 'linear-llama-3x2-1b'"),
         ("", {}, "got ''"),
-        ("llama-3.2-3b-gla-hybrid-1-8", {}, "1/8 of 'llama-3.2-3b-gla-hybrid-1-8' must be softmax, got 28 layers"),
-        ("llama-3.2-1b", {"num_hidden_layers": 2}, "1/4 of 'llama-3.2-1b' must be softmax, got 2 layers"),
-        ("llama-3.2-1b", {"linear_atention_type": "gla"}, "fields of LinearLlama3Config, got 'linear_atention_type'"),
-        ("llama-3.2-1b", {"linear_attention_type": "mamba"}, "linear_attention_type must be one of .* got 'mamba'"),
+        (
+            "linear-llama-3.2-3b-gla-hybrid-1-8",
+            {},
+            "1/8 of 'linear-llama-3.2-3b-gla-hybrid-1-8' must be softmax, got 28 layers",
+        ),
+        ("linear-llama-3.2-1b", {"num_hidden_layers": 2}, "1/4 of 'linear-llama-3.2-1b' must be softmax, got 2 layers"),
+        (
+            "linear-llama-3.2-1b",
+            {"linear_atention_type": "gla"},
+            "fields of LinearLlama3Config, got 'linear_atention_type'",
+        ),
+        (
+            "linear-llama-3.2-1b",
+            {"linear_attention_type": "mamba"},
+            "linear_attention_type must be one of .* got 'mamba'",
+        ),
     ],
 )
 def test_refusals(name: str, fields: dict[str, Any], message: str) -> None:

@@ -92,7 +92,7 @@ def test_adapters_count() -> None:
 
 def test_llamas_formula() -> None:
     """6 N + 12 L H D T for a token where every query sees every key (PaLM, appendix B); half the second if causal."""
-    config = LinearLlama3Config.from_preset("llama-3.1-8b-pure", full_attention_interval=1)
+    config = LinearLlama3Config.from_preset("linear-llama-3.1-8b-pure", full_attention_interval=1)
     with torch.device("meta"):
         model = LinearLlama3ForCausalLM(config)
     weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name)

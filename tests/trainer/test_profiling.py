@@ -154,7 +154,7 @@ def test_lora_is_refused(tmp_path: Path) -> None:
 def test_the_simulated_profile_is_of_its_preset(mixer: str) -> None:
     profile = load_profile("llama-3.1-8b-h100")
     for interval in (None, 4, 1):
-        config = LinearLlama3Config.from_preset(f"llama-3.1-8b-{mixer}-pure", full_attention_interval=interval)
+        config = LinearLlama3Config.from_preset(f"linear-llama-3.1-8b-{mixer}-pure", full_attention_interval=interval)
         profile.require(planner_model(config, 2))
     with pytest.raises(ValueError, match=f"with mixer other, the model {mixer}; make a profile of this model"):
         replace(profile, model=replace(profile.model, mixer="other")).require(planner_model(config, 2))
@@ -170,6 +170,6 @@ def test_the_simulated_profile_is_of_its_preset(mixer: str) -> None:
     ],
 )
 def test_profiles_of_other_sizes_are_refused(change: dict[str, Any], message: str) -> None:
-    config = LinearLlama3Config.from_preset("llama-3.1-8b", **change)
+    config = LinearLlama3Config.from_preset("linear-llama-3.1-8b", **change)
     with pytest.raises(ValueError, match=f"with {message}; make a profile of this model"):
         load_profile("llama-3.1-8b-h100").require(planner_model(config, 2))

@@ -199,9 +199,18 @@ def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
             "lengths of stored documents, got data with streaming: False and packing: wrapped; set packing: none",
         ),
         ({"model": {"name_or_path": "x", "hidden_size": 3}}, "unknown key 'hidden_size' in model with name_or_path"),
-        ({"model": {"name_or_path": "x", "preset": "llama-3.2-1b"}}, "unknown key 'preset' in model with name_or_path"),
-        ({"model": {"preset": "llama-3.2-2b"}}, r"got 'llama-3\.2-2b'; the shapes are .*llama-3\.2-1b"),
-        ({"model": {"preset": "llama-3.2-1b", "num_hidden_layers": 6}}, "1/4 of 'llama-3.2-1b' .* got 6 layers"),
+        (
+            {"model": {"name_or_path": "x", "preset": "linear-llama-3.2-1b"}},
+            "unknown key 'preset' in model with name_or_path",
+        ),
+        (
+            {"model": {"preset": "linear-llama-3.2-2b"}},
+            r"got 'linear-llama-3\.2-2b'; the shapes are .*linear-llama-3\.2-1b",
+        ),
+        (
+            {"model": {"preset": "linear-llama-3.2-1b", "num_hidden_layers": 6}},
+            "1/4 of 'linear-llama-3.2-1b' .* got 6 layers",
+        ),
     ],
 )
 def test_recipes_that_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -268,7 +277,7 @@ def test_a_preset_in_a_recipe(tmp_path: Path) -> None:
     assert (config.hidden_size, config.num_attention_heads, config.linear_num_key_value_heads) == (32, 16, 16)
     assert config.linear_layers == [0, 2] and config.linear_attention_type == "retention"
     assert config.max_position_embeddings == 32768
-    changed = load_recipe(tmp_path / "recipe.yaml", ["model.vocab_size=99", "model.preset=llama-3.2-1b"])
+    changed = load_recipe(tmp_path / "recipe.yaml", ["model.vocab_size=99", "model.preset=linear-llama-3.2-1b"])
     config = changed.model_config(vocab_size=28)
     assert (config.vocab_size, config.linear_layers, config.max_position_embeddings) == (99, [0, 1, 2], 131072)
 
