@@ -14,9 +14,12 @@ TRAINER_HOOKS = {
     "_init_training_state": (
         "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"
     ),
+    "_issue_warnings_after_load": ("load_result",),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_rng_state": ("checkpoint",),
     "_maybe_log_save_evaluate": ("tr_loss",),
     "_prepare_context_parallel_inputs": ("model", "inputs"),
+    "_prepare_inputs": ("inputs",),
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_save_checkpoint": ("model", "trial"),
     "_track_num_input_tokens": ("inputs",),
@@ -24,6 +27,9 @@ TRAINER_HOOKS = {
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "create_accelerator_and_postprocess": (),
     "create_model_card": (),
+    "evaluation_loop": (
+        "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"
+    ),
     "floating_point_ops": ("inputs",),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
     "get_train_dataloader": (),

@@ -73,7 +73,10 @@ class TokenMeanMixin:
             loss = model(**local, num_items_in_batch=1).loss.sum()  # of this process's targets
         sums = torch.stack([loss.double(), targets.double()])
         self._sums = sums if self._sums is None else self._sums + sums
-        return loss / targets.clamp(min=1), None, None
+        context = trainer.sequence_parallel_context
+        if context is not None and context.group is not None:  # the same loss on all ranks of a sequence
+            sums = all_reduce(sums, context.group).wait()
+        return sums[0] / sums[1].clamp(min=1), None, None
 
     def _is_own_loss(self, inputs: dict[str, Any]) -> bool:
         trainer: Any = self

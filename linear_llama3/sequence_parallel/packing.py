@@ -29,7 +29,8 @@ def document_edges(
             batch row by row.
     """
     sizes = {"batch": batch, "length": length}
-    given = {name: _check_edges(x, **sizes) for name in DOCUMENT_KEYS[:2] if (x := inputs.get(name)) is not None}
+    given = {name: inputs[name] for name in DOCUMENT_KEYS[:2] if inputs.get(name) is not None}
+    given = {name: _check_edges(edges, **sizes) for name, edges in given.items()}
     explicit = bool(given)
     if (seq_idx := inputs.get("seq_idx")) is not None:
         given["seq_idx"] = _edges_of(_check_numbers(seq_idx, **sizes).diff() != 0, **sizes)
