@@ -44,6 +44,7 @@ TRAINER_ATTRIBUTES = (
     "_tr_loss",
     "gather_function",
     "label_smoother",
+    "neftune_noise_alpha",
     "num_input_tokens_seen",
     "processing_class",
 )

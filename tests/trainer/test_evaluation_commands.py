@@ -181,8 +181,9 @@ def test_what_other_processes_are_given(folder: Path, tmp_path: Path, monkeypatc
     assert (second, three) == ("linear_llama3.trainer.needle", 3)
     line = "--length 40 --length 400 --depth 0.0 --samples 8 --tokens --seed 0"
     assert sought == [*line.split(), "--output", str(out), "--", str(folder / "linear")]
-    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun has started this process already
-    monkeypatch.setattr(cli, "user_errors", lambda: pytest.fail("checked before a launch"))
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():  # torchrun has started this process already
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "place", lambda *args: pytest.fail("checked before a launch"))
     assert "there must" not in run("evaluate", "none", book, "--processes", 2).output and len(launched) == 2
 
 

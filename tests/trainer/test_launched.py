@@ -79,10 +79,9 @@ def commands(folder: str, recipe: str) -> None:
     program.main([recipe, f"training.output_dir={folder}/out"])
     dist.barrier()  # rank 0 saves
     reset_accelerate()
-    evaluation.main([f"{folder}/out", f"{folder}/../corpus/1.txt", "--length", "6", "--output", folder])
+    evaluation.evaluate(f"{folder}/out", [f"{folder}/../corpus/1.txt"], length=6, output=Path(folder))
     reset_accelerate()
-    lengths = ["--lengths", "16", "--depths", "0.5", "--samples", "2"]
-    needle.main([f"{folder}/out", "--tokens", *lengths, "--output", folder])
+    needle.needle(f"{folder}/out", [16], [0.5], samples=2, tokens=True, output=Path(folder))
 
 
 def test_commands_join_the_processes_of_a_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +101,7 @@ def test_commands_join_the_processes_of_a_launch(tmp_path: Path, monkeypatch: py
         assert printed.count("16 tokens, depth  50%") == 1, printed
         assert printed.count("2 to         3 tokens of context") == 1, printed
         history = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
-        buckets = json.loads((folder / f"{evaluation.NAME}.json").read_text())
+        buckets = json.loads((folder / f"{evaluation.NAME}.json").read_text())["by_context"]
         cells = json.loads((folder / f"{needle.NAME}.json").read_text())
         found[processes] = [entry["loss"] for entry in [*(h for h in history if "loss" in h), *buckets, *cells]]
     assert len(found[1]) == 3 + 3 + 1
