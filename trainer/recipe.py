@@ -194,7 +194,8 @@ def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"a recipe must be a YAML file, got {str(path)!r}, which does not exist")
+        missing = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"a recipe must be a YAML file, got {str(path)!r}, which {missing}")
     try:
         content = read_yaml(path.read_text(encoding="utf-8-sig"))
     except yaml.YAMLError as error:
