@@ -32,7 +32,7 @@ def load_model(name: str, device: torch.device | str | None = None) -> PreTraine
         model, loaded = AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the model must be a folder or a Hub name with a causal language model, got {name!r}: {_line(error)}"
+            f"the model must be a folder or a Hub name with a causal language model, got {name!r}: {first_line(error)}"
         ) from error
     if loaded["missing_keys"]:
         raise ValueError(
@@ -52,7 +52,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"tokenizer must be a folder or a Hub name with a tokenizer, got {name!r}: {_line(error)}"
+            f"tokenizer must be a folder or a Hub name with a tokenizer, got {name!r}: {first_line(error)}"
         ) from error
 
 
@@ -68,7 +68,7 @@ def load_config(name: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the model must be a folder or a Hub name with a config, got {name!r}: {_line(error)}"
+            f"the model must be a folder or a Hub name with a config, got {name!r}: {first_line(error)}"
         ) from error
 
 
@@ -93,6 +93,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
         )
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of transformers' message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -87,4 +87,4 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LinearLl
 
 
 def _no_model(name: str, error: OSError) -> str:
-    return f"name_or_path must be a folder or a Hub name with weights, got {name!r}: {error}"
+    return f"name_or_path must be a folder or a Hub name with weights, got {name!r}: {loading.first_line(error)}"

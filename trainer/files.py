@@ -20,7 +20,7 @@ from typing import IO, Any
 import pyarrow.parquet
 from fsspec.compression import compr
 
-KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # "text" for all other files
+KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}  # "text" for all other files
 COMPRESSION = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # fsspec's names
 BOM = "\ufeff"
 OPTIONAL = {"tools"}  # columns that a record may lack
@@ -48,7 +48,10 @@ def expand(names: str | list[str]) -> list[Path]:
 
     Hidden files, and files in hidden folders, are left out of folders and patterns that do not name them.
     """
-    return [path for name in ([names] if isinstance(names, str) else names) for path in _expand(name)]
+    names = [names] if isinstance(names, str) else names
+    if not all(names) or not names:  # "" would be the current folder
+        raise DataError(f"data.files must name files, folders or patterns with files, got {names}; name them")
+    return [path for name in names for path in _expand(name)]
 
 
 def _expand(name: str) -> list[Path]:
@@ -164,6 +167,8 @@ class LocalFiles:
                 f"{path}, line {number + error.lineno - 1} is not JSON: {error.msg} (column {error.colno}); "
                 "correct or remove it"
             ) from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand lists in a list
+            raise DataError(f"{path}, line {number} cannot be read: {one_line(error)}; correct or remove it") from error
         if self.encoding_errors == "strict" or "\\u" not in text:
             return value
         return json.loads(json.dumps(value, ensure_ascii=False).encode(errors=self.encoding_errors))
@@ -205,11 +210,11 @@ class LocalFiles:
 
     def _not_decoded(self, path: Path, error: UnicodeDecodeError) -> str:
         """The line; the error that was raised only knows a piece of the file."""
-        decoder, lines = codecs.getincrementaldecoder(self.encoding)(self.encoding_errors), 1
+        decoder, lines = codecs.getincrementaldecoder(self.encoding)(self.encoding_errors), 0
         with opened(path) as file, contextlib.suppress(UnicodeDecodeError):
             for line in file:
-                decoder.decode(line)
                 lines += 1
+                decoder.decode(line)
         return (
             f", line {lines} is not {self.encoding.upper()}: {error.reason}; correct it, take the file out of "
             "data.files, or set data.arguments.encoding, or data.arguments.encoding_errors: replace"
@@ -222,7 +227,8 @@ _REPLACE = "write the file again or take it out of data.files"
 def _kind(paths: list[Path]) -> str:
     kinds: dict[str, Path] = {}
     for path in paths:
-        suffix = path.with_suffix("").suffix if path.suffix in COMPRESSION else path.suffix
+        name = Path(path.name.lower())
+        suffix = name.with_suffix("").suffix if name.suffix in COMPRESSION else name.suffix
         kinds.setdefault(KINDS.get(suffix, "text"), path)
     if len(kinds) > 1:
         found = ", ".join(f"{kind} ({path})" for kind, path in kinds.items())
@@ -233,7 +239,7 @@ def _kind(paths: list[Path]) -> str:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, without its compression."""
-    name = COMPRESSION.get(path.suffix)
+    name = COMPRESSION.get(path.suffix.lower())
     if name is not None and name not in compr:
         raise DataError(f"{path} needs a package that reads {name}; pip install zstandard, or unpack the file")
     with path.open("rb") as raw:

@@ -27,9 +27,10 @@ from ..sequence_parallel.planner.profile import load_profile
 from . import checkpoints
 from .adaptive import check_profile
 from .build import build_config, load_tokenizer
-from .documents import find_files
+from .documents import load_documents
+from .files import DataError
 from .parallelism import resolve_parallelism
-from .recipe import Recipe
+from .recipe import DataRecipe, Recipe
 
 MODELS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
@@ -51,15 +52,38 @@ def check_before_launch(recipe: Recipe, processes: int) -> None:
     else:
         resolve_parallelism(None, recipe.sequence_parallel.size, processes)
     check_output_dir(recipe.training)
+    _check_resume(recipe.training)
     check_trackers(recipe.training)
     tokenizer = load_tokenizer(recipe)
     if recipe.data.chat_template is not None:
         _check_template(recipe.data.chat_template, tokenizer)
     build_config(recipe, tokenizer)
-    sources = [recipe.data] if recipe.validation is None else [recipe.data, recipe.validation.data(recipe.data)]
-    for source in sources:
-        if source.files is not None:
-            find_files(source)
+    _check_files(recipe.data)
+    if recipe.validation is not None:
+        try:
+            _check_files(recipe.validation.data(recipe.data))
+        except DataError as error:
+            raise DataError(f"validation: {error}") from error
+
+
+def _check_files(data: DataRecipe) -> None:
+    """`DataError` unless the files are there, and the first record has the columns."""
+    if data.files is not None:
+        load_documents(data)
+
+
+def _check_resume(training: Mapping[str, Any]) -> None:
+    resume, folder = training.get("resume_from_checkpoint"), Path(training.get("output_dir", "trainer_output"))
+    if resume is True and not checkpoints.steps(folder):
+        raise ValueError(
+            f"resume_from_checkpoint: true needs a complete checkpoint in output_dir, got {folder} with none; "
+            f"{checkpoints.LATEST} starts a new run in that case"
+        )
+    if isinstance(resume, str) and resume != checkpoints.LATEST and not Path(resume).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint must be the folder of a checkpoint, true or {checkpoints.LATEST}, got {resume!r}: "
+            "no such folder"
+        )
 
 
 def _check_template(file: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -78,7 +102,11 @@ def check_trackers(training: Mapping[str, Any]) -> None:
     names = training.get("report_to")
     if names in (None, "none", ["none"]):
         return
-    for make in get_reporting_integration_callbacks("all" if names == ["all"] else names):
+    try:
+        callbacks = get_reporting_integration_callbacks("all" if names == ["all"] else names)
+    except ValueError as error:
+        raise ValueError(f"training.report_to must name trackers, got {names}: {error}") from error
+    for make in callbacks:
         try:
             make()
         except (ImportError, RuntimeError) as error:

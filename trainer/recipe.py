@@ -48,9 +48,9 @@ float32, or under `lora`, where they stay as they are, what they were saved in."
 class DataRecipe:
     """Documents: local `files` or a `dataset` of the `datasets` library, one of both; and how they become rows.
 
-    - `files`: folders, patterns or names of JSON lines (.jsonl, .json), Parquet (.parquet) or text (all others, one
-      document per file). A name with a file or folder is never a pattern; hidden files must be named. `arguments` are
-      `encoding`, `encoding_errors` and, of text, `sample_by` ("document", "paragraph", "line").
+    - `files`: folders, patterns or names of JSON lines (.jsonl, .ndjson, .json), Parquet (.parquet) or text (all
+      others, one document per file). A name with a file or folder is never a pattern; hidden files must be named.
+      `arguments` are `encoding`, `encoding_errors` and, of text, `sample_by` ("document", "paragraph", "line").
     - `dataset`: `arguments` are further ones of `datasets.load_dataset`: name, revision, data_files, columns, ...
     - `format`: "text" reads `text_column`, between the tokenizer's special tokens. "chat" reads `messages` through the
       tokenizer's chat template (or that of the file `chat_template`), with a loss on the assistant's turns, or `prompt`
@@ -194,7 +194,8 @@ def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"a recipe must be a YAML file, got {str(path)!r}, which does not exist")
+        missing = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"a recipe must be a YAML file, got {str(path)!r}, which {missing}")
     try:
         content = read_yaml(path.read_text(encoding="utf-8-sig"))
     except yaml.YAMLError as error:

@@ -22,7 +22,7 @@ from .data_order import without_labels
 class TokenMeanMixin:
     """For a Trainer of causal language models; another loss than the model's own stays Trainer's mean."""
 
-    _sums: Tensor | None = None  # [2], float64: losses and targets that this process has seen in an evaluation
+    _sums: Tensor | None = None  # [2], float64: losses and targets of the sequences of this process in an evaluation
 
     def evaluation_loop(
         self,
@@ -72,6 +72,11 @@ class TokenMeanMixin:
             targets = (local["shift_labels"] != IGNORE_INDEX).sum()
             loss = model(**local, num_items_in_batch=1).loss.sum()  # of this process's targets
         sums = torch.stack([loss.double(), targets.double()])
+        if (
+            trainer.sequence_parallel_context is not None
+        ):  # Trainer gathers losses that the ranks of a sequence agree on
+            sums = all_reduce(sums, trainer.sequence_parallel_context.group).wait()
+            loss, targets = sums
         self._sums = sums if self._sums is None else self._sums + sums
         context = trainer.sequence_parallel_context
         if context is not None and context.group is not None:  # the same loss on all ranks of a sequence

@@ -225,3 +225,43 @@ def test_compression(tmp_path: Path) -> None:
         (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(as_lines(suffix) * 99)[:-9])
         with pytest.raises(DataError, match=rf"a\.jsonl{suffix} cannot be read: .*; write the file again or take it"):
             list(load_documents(DataRecipe(files=str(tmp_path / f"a.jsonl{suffix}"))))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("A.JSONL", as_lines("a")),
+        ("a.ndjson", as_lines("a")),
+        ("A.JSONL.GZ", zipped("a")),
+        ("A.Parquet", as_parquet("a")),
+    ],
+)
+def test_a_kind_has_several_endings_in_either_case(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert list(load_documents(DataRecipe(files=str(tmp_path)))) == [{"text": "a"}]
+
+
+@pytest.mark.parametrize("files", ["", [], ["corpus", ""]])
+def test_no_name_is_not_the_current_folder(
+    files: str | list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"data\.files must name files, folders or patterns .*; name them"):
+        load_documents(DataRecipe(files=files))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("a.txt", "a\nb\ncaf\xe9".encode("latin-1"), r"a\.txt, line 3 is not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "n": ' + b"9" * 5000 + b"}\n", r"a\.jsonl, line 2 .*4300 digits"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "n": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", r"line 2 .*recursion"),
+    ],
+    ids=["last character", "digits", "nesting"],
+)
+def test_the_line_that_cannot_be_read_is_named(name: str, content: bytes, place: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=place):
+        list(load_documents(DataRecipe(files=str(tmp_path))))

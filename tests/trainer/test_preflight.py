@@ -26,16 +26,27 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
         (["data.files=DIR/none"], r"data\.files must name files, .* got '.*none'"),
         (["tokenizer=DIR/none"], "tokenizer must be a folder or a Hub name with a tokenizer"),
         (["model.vocab_size=20"], "each of the tokenizer's 28 tokens, got vocab_size = 20"),
-        (["model={name_or_path: DIR/none}"], "name_or_path must be a folder or a Hub name with weights"),
+        (["model={name_or_path: DIR/none}"], "^name_or_path must be a folder or a Hub name with weights[^\n]*$"),
         (["training.output_dir=/proc/nope"], "folder that can be written to, got /proc/nope: No such file"),
         (["training.output_dir=DIR/recipe.yaml"], "can be written to, got .*recipe.yaml: File exists"),
         (["training.report_to=wandb"], "must name installed trackers, got wandb: .*pip install wandb.*report_to: none"),
-        (["training.report_to=wand"], "wand is not supported, only"),
+        (["training.report_to=wand"], r"training\.report_to must name trackers, got wand: wand is not supported, only"),
+        (["data.text_column=body"], r"text_column must be one of \['text'\], .* got 'body'"),
+        (["data.format=chat"], "format: chat needs a column messages, or prompt and completion"),
+        (["validation.files=DIR/none"], r"validation: data\.files must name files, .* got '.*none'"),
+        (
+            ["training.resume_from_checkpoint=DIR/none"],
+            "resume_from_checkpoint must be the folder of a .*no such folder",
+        ),
+        (
+            ["training.resume_from_checkpoint=true"],
+            "true needs a complete checkpoint in output_dir, got .*latest starts",
+        ),
         (["data.format=chat", "data.chat_template=DIR/none"], "must be a file with a Jinja template, got"),
         (["data.format=chat", "data.chat_template=DIR/broken"], "must be a Jinja template, got .*broken', line 2: "),
         (
             ["sequence_parallel={size: adaptive, profile: DIR/none.json}", "data.packing=none"],
-            r"none\.json",
+            r"a profile must be .*none\.json', which does not exist; measure one with `linear-llama3 profile`",
         ),
     ],
 )
@@ -46,7 +57,9 @@ def test_mistakes_that_every_process_would_make(changes: list[str], message: str
     (tmp_path / "template").write_text(TEMPLATE)
     file = recipe_with(tmp_path)
     check_before_launch(load_recipe(file), 2)
-    check_before_launch(load_recipe(file, ["data.format=chat", f"data.chat_template={tmp_path}/template"]), 2)
+    (tmp_path / "chats.jsonl").write_text('{"messages": []}')
+    chat = ["data.format=chat", f"data.files={tmp_path}/chats.jsonl"]
+    check_before_launch(load_recipe(file, [*chat, f"data.chat_template={tmp_path}/template"]), 2)
     with pytest.raises(ValueError, match=message):
         check_before_launch(load_recipe(file, [change.replace("DIR", str(tmp_path)) for change in changes]), 2)
 

@@ -149,7 +149,10 @@ def load_profile(name: str | Path) -> Profile:
     try:
         return _from_json(json.loads(path.read_text(encoding="utf-8-sig")))
     except FileNotFoundError:
-        raise ValueError(f"a profile must be one of {profile_names()} or a .json file, got {str(name)!r}") from None
+        raise ValueError(
+            f"a profile must be one of {profile_names()} or a .json file, got {str(name)!r}, which does not exist; "
+            "measure one with `linear-llama3 profile`"
+        ) from None
     except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         expected = ", ".join(field.name for field in fields(Profile))
         raise ValueError(
