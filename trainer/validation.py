@@ -1,6 +1,6 @@
 """The loss of an evaluation as the mean over all targets, and its perplexity.
 
-Trainer averages the means of batches by their rows, so that a target in a short row counts more than one in a long row.
+transformers' Trainer averages the means of batches, weighted by rows: targets in short rows count more than others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .data_order import without_labels
 
 
 class TokenMeanMixin:
-    """For a Trainer of causal language models; another loss than the model's own stays Trainer's mean."""
+    """Evaluation by target for a Trainer of causal language models; other losses than the model's keep its mean."""
 
     _sums: Tensor | None = None  # [2], float64: losses and targets that this process has seen in an evaluation
 
@@ -32,7 +32,7 @@ class TokenMeanMixin:
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """As Trainer's, with the loss of `prediction_step` and `{metric_key_prefix}_perplexity`.
+        """Like Trainer's, with the mean loss over all targets and `{metric_key_prefix}_perplexity`.
 
         Raises:
             ValueError: no row has a target.
@@ -58,7 +58,7 @@ class TokenMeanMixin:
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """As Trainer's; where only the loss is wanted, the sums for `evaluation_loop` as well."""
+        """Like Trainer's; if only the loss is wanted, also update the sums for `evaluation_loop`."""
         trainer: Any = self
         if not (prediction_loss_only and self._is_own_loss(inputs)):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
@@ -70,7 +70,7 @@ class TokenMeanMixin:
             else:
                 _, local = trainer._prepare_context_parallel_inputs(model, inputs)
             targets = (local["shift_labels"] != IGNORE_INDEX).sum()
-            loss = model(**local, num_items_in_batch=1).loss.sum()  # of this process's targets
+            loss = model(**local, num_items_in_batch=1).loss.sum()  # summed over this process's targets
         sums = torch.stack([loss.double(), targets.double()])
         self._sums = sums if self._sums is None else self._sums + sums
         return loss / targets.clamp(min=1), None, None
@@ -88,7 +88,7 @@ class TokenMeanMixin:
         )
 
     def _repeated_rows(self, rows: int) -> int:
-        """How many of the last rows of a batch accelerate has added to give every process as many."""
+        """Return the number of rows at the end of a batch that accelerate has repeated to fill it."""
         trainer: Any = self
         state, context = trainer.accelerator.gradient_state, trainer.sequence_parallel_context
         if not state.end_of_dataloader or state.remainder <= 0:
