@@ -1,4 +1,4 @@
-"""The command line: linear-llama3 train RECIPE.yaml [section.key=value …], and the commands that use a model."""
+"""The command line: linear-llama3 train RECIPE.yaml [section.key=value …], and commands that use a model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ EVALUATION, NEEDLE = "linear_llama3.trainer.evaluation", "linear_llama3.trainer.
 SHUTDOWN_SECONDS = 300  # for a checkpoint after SIGTERM; torch would kill the processes after 30
 
 Processes = Annotated[
-    int | None, typer.Option(min=1, help="Processes that share every row; by default one on each GPU, or one.")
+    int | None,
+    typer.Option(min=1, help="Number of processes that share every row. Default: one per GPU, or one on a CPU."),
 ]
 
 app = typer.Typer(
@@ -57,10 +58,10 @@ def print_version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Options of the command itself."""
+    """Handle the options of `linear-llama3` itself."""
 
 
 @app.command(no_args_is_help=True)
@@ -116,11 +117,12 @@ def presets(
 
 
 def on_processes(module: str, command: Callable[..., None], check: Callable[..., None]) -> Callable[..., None]:
-    """A command of a module, with an option for the number of processes that run the module.
+    """Return a command with an additional option `--processes`, which runs its module on several processes.
 
     Args:
-        check: takes the command's arguments and raises ValueError for what is wrong with them, before the processes
-            start.
+        module: the module that runs `command` in each process.
+        check: is called with the command's arguments before the processes start, and raises ValueError for invalid
+            ones.
     """
 
     @functools.wraps(command)
@@ -145,7 +147,7 @@ def on_processes(module: str, command: Callable[..., None], check: Callable[...,
 
 
 def command_line(command: Callable[..., None], arguments: dict[str, Any]) -> list[str]:
-    """What a module is given to call its command with these arguments."""
+    """Return command-line arguments for a module that make it call its command with these arguments."""
     options, positional = [], []
     for name, parameter in inspect.signature(command).parameters.items():
         given, flag = arguments[name], f"--{name.replace('_', '-')}"
@@ -165,7 +167,7 @@ def start(module: str, recipe: Path, arguments: list[str], changes: list[str] | 
     from .trainer.recipe import load_recipe
 
     try:
-        if launched_processes() > 1:  # torchrun, accelerate or MPI has started this process beside others
+        if launched_processes() > 1:  # torchrun, accelerate or MPI has started several processes
             become(module, arguments)
         forget_launch()
         loaded = load_recipe(recipe, changes or [])
@@ -196,7 +198,7 @@ def number_of_processes(recipe: Recipe, *, planned: bool = False) -> tuple[bool,
 
 
 def place(processes: int | str, *, cpu: bool = False, planned: bool = False) -> tuple[bool, int]:
-    """Whether to run on GPUs, and the number of processes; "auto" is one on each GPU, or one on the CPU."""
+    """Return whether to run on GPUs, and the number of processes; "auto" is one per GPU, or one on a CPU."""
     devices = torch.accelerator.device_count()
     gpu = not cpu and (devices > 0 or planned)
     if processes == "auto":
@@ -238,10 +240,10 @@ def launch(module: str, arguments: list[str], processes: int, *, gpu: bool) -> N
 def _how_it_ended(exit_code: int) -> str:
     if exit_code >= 0:
         return f"ended with exit code {exit_code}; its message is above"
-    if exit_code == -signal.SIGKILL:  # a process cannot say anything then
+    if exit_code == -signal.SIGKILL:  # a killed process cannot print a message
         return (
-            "was killed (signal 9), probably by the system for want of memory; `linear-llama3 train RECIPE.yaml "
-            "--dry-run` computes what a process needs"
+            "was killed (signal 9), probably because the machine ran out of memory; `linear-llama3 train RECIPE.yaml "
+            "--dry-run` computes the memory that a process needs"
         )
     return f"was ended by signal {-exit_code} ({signal.strsignal(-exit_code)})"
 

@@ -49,7 +49,7 @@ class LinearLlama3Attention(LlamaAttention):
         """
         context = self.sequence_parallel_context
         if context is None and (cu_seq_lens_q is None or not attends_by_document(self.config)):
-            cos, sin = (table.to(hidden_states.dtype) for table in position_embeddings)  # as transformers has them
+            cos, sin = (table.to(hidden_states.dtype) for table in position_embeddings)  # as transformers expects
             return super().forward(
                 hidden_states,
                 position_embeddings=(cos, sin),

@@ -18,7 +18,7 @@ _FLOATS = {integer: real for real, integer in _INTEGERS.items()}
 class ExactTensors(nn.Module):
     """A module whose own buffers keep dtype and value when `.half()`, `.bfloat16()` or `.to(dtype)` cast the model.
 
-    Its `exact_parameters` are at least float32 after such a cast.
+    Such a cast leaves its `exact_parameters` in float32 or float64.
     """
 
     exact_parameters: tuple[str, ...] = ()
@@ -44,17 +44,20 @@ class LinearLlama3RotaryEmbedding(ExactTensors, LlamaRotaryEmbedding):
     """Llama's. Frequencies rounded to bfloat16, off by up to 0.2 %, would turn far tokens by other angles."""
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[B, T, D]` of `position_ids` `[B, T]`, float32 whatever the hidden states `x` are, float64
-        for float64."""
+        """Return cosines and sines `[B, T, D]` of `position_ids` `[B, T]`, float64 if the hidden states `x` are, else
+        float32."""
         return super().forward(x.new_empty(0, dtype=working_dtype(x)), position_ids)
 
 
 def as_integers(table: Tensor) -> Tensor:
-    """The bits of a float32 or float64 tensor. Mixed precision (FSDP2's for one) casts every floating-point input of a
-    layer to the dtype of its parameters, but no integers."""
+    """Return the bits of a float32 or float64 tensor as integers.
+
+    Mixed precision, such as FSDP2's, casts every floating-point input of a layer to the dtype of its parameters, but no
+    integers.
+    """
     return table.view(_INTEGERS[table.dtype])
 
 
 def as_floats(table: Tensor) -> Tensor:
-    """What `as_integers` was given; a floating-point tensor stays as it is."""
+    """Undo `as_integers`; return a floating-point tensor unchanged."""
     return table if table.is_floating_point() else table.view(_FLOATS[table.dtype])

@@ -71,8 +71,8 @@ class CountingCache(StateCache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """False for every layer. Since 5.24, `generate` cuts no cached tokens off a prompt where all layers are
-        linear, because transformers' own cache cannot count them; this one can."""
+        """False for every layer. Since transformers 5.24, `generate` does not cut cached tokens off the prompt if all
+        layers are linear, because transformers' own cache cannot count tokens. This one can."""
         return [False] * len(self.layers)
 
     def reset(self) -> None:

@@ -33,8 +33,9 @@ LAYER_TYPES = ("linear_attention", "full_attention")
 class LinearLlama3Config(PreTrainedConfig):
     """Configuration of a Llama 3 model whose layers are linear attention, softmax attention, or a mixture.
 
-    The defaults are the sizes of Llama 3 8B with softmax in every fourth layer: a model of `LinearLlama3Config()` has
-    8.4 billion parameters, 34 GB in float32. To start from Llama's weights, use `from_llama`. Fields beyond Llama's:
+    The defaults are the sizes of Llama 3 8B with softmax in every fourth layer: a model built from
+    `LinearLlama3Config()` has 8.4 billion parameters, 34 GB in float32. To start from Llama's weights, use
+    `from_llama`. Fields beyond Llama's:
 
     - `linear_attention_type`: the mixer of the linear layers, one of `MIXERS` ("basic", "lightning", ...).
     - `layer_types`: "linear_attention" or "full_attention" per layer; None follows `full_attention_interval`.
@@ -233,11 +234,10 @@ class LinearLlama3Config(PreTrainedConfig):
 
     @classmethod
     def from_llama(cls, llama: LlamaConfig | str | os.PathLike, **changes: Any) -> "LinearLlama3Config":
-        """The configuration of a Llama model, with linear attention in its layers.
+        """Return the configuration of a Llama model with linear attention in its layers.
 
-        Everything that the Llama config says is taken over: sizes, rotary embedding, tied embeddings, biases, norms,
-        token ids, dtype. What is not named in `changes` stays as it is there; the fields beyond Llama's have their
-        defaults.
+        All values of the Llama config are kept unless `changes` names them: sizes, rotary embedding, tied embeddings,
+        biases, norms, token ids, dtype. Fields that Llama does not have get the defaults of this class.
 
             config = LinearLlama3Config.from_llama("meta-llama/Llama-3.2-1B", linear_attention_type="gla")
             model = LinearLlama3ForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B", config=config)
@@ -246,10 +246,10 @@ class LinearLlama3Config(PreTrainedConfig):
             llama: a LlamaConfig, or a folder or Hub name.
             changes: fields of this config: `linear_attention_type="gla"`, `full_attention_interval=1` (all layers
                 softmax: the same model), `rope_parameters={...}` (another rotary embedding than the weights were
-                trained with); and `revision`, `token`, ... of a Hub name.
+                trained with); also `revision`, `token`, ... for a Hub name.
 
         Raises:
-            ValueError: the config of another architecture, an unknown field, or fields that do not fit each other.
+            ValueError: the config is of another architecture, a field is unknown, or fields contradict each other.
         """
         hub = {name: changes.pop(name) for name in HUB_OPTIONS if name in changes}
         cls._check_fields("from_llama", changes)
@@ -282,7 +282,7 @@ class LinearLlama3Config(PreTrainedConfig):
         if model_type != cls.model_type:
             raise ValueError(
                 f"the checkpoint's model_type must be {cls.model_type!r}, got {model_type!r}; load it with its own "
-                "class or AutoModelForCausalLM or, to start from the weights of a Llama, write "
+                "class or AutoModelForCausalLM or, to start from Llama weights, write "
                 "LinearLlama3ForCausalLM.from_pretrained(name, config=LinearLlama3Config.from_llama(name, "
                 'linear_attention_type="gla")). LinearLlama3Config() alone describes a model of 8.4 billion parameters'
             )

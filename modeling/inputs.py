@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 SWITCH_OFF = "switch sequence parallelism off with enable_sequence_parallel(model, None)"
 ROPE_TYPES_OF_THE_LENGTH = ("dynamic", "longrope")  # their table depends on the longest position in the batch
 
-PER_TOKEN = ("labels", "shift_labels", "token_type_ids")  # the loss reads labels; Llama has no token types
+PER_TOKEN = ("labels", "shift_labels", "token_type_ids")  # read by the loss, or ignored by Llama models too
 OTHER_NAMES_OF_EDGES = ("cu_seqlens", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens_k")  # fla's, Megatron's, flash-attn's
 
 Masks = dict[str, Any]  # layer type -> mask; a Tensor, None, or what the attention backend takes
@@ -43,7 +43,7 @@ def check_shard(
     """`ValueError` for what has no meaning on one rank's part of a sequence."""
     if documents["seq_idx"] is not None:
         raise ValueError(
-            "under sequence parallelism packed documents are described by cu_seq_lens_q of the whole sequence, got "
+            "under sequence parallelism packed documents are described by cu_seq_lens_q of the complete sequence, got "
             "seq_idx; call context.shard_batch(batch) first and pass all that it returns"
         )
     if cache_given:
@@ -82,11 +82,15 @@ def check_shard(
 
 
 def check_loss(kwargs: dict[str, Any], *, sharded: bool, shifts: bool) -> None:
-    """`ValueError` unless the keywords of a forward pass with labels make a loss.
+    """Check that a forward pass with labels got the keyword arguments that its loss needs.
 
     Args:
-        sharded: this is one rank's part of the sequences, which knows neither the next label nor the number of labels.
-        shifts: a position predicts the next label.
+        sharded: the inputs are one rank's shard, which contains neither the label after its end nor the number of all
+            labels.
+        shifts: each position predicts the next label.
+
+    Raises:
+        ValueError: `shift_labels` or `num_items_in_batch` is missing on a shard, or `num_items_in_batch` has 16 bits.
     """
     count = kwargs.get("num_items_in_batch")
     if sharded and shifts and kwargs.get("shift_labels") is None:
@@ -101,31 +105,31 @@ def check_loss(kwargs: dict[str, Any], *, sharded: bool, shifts: bool) -> None:
         )
     if isinstance(count, Tensor) and count.is_floating_point() and count.dtype.itemsize < 4:
         message = (
-            f"num_items_in_batch must be exact, got {count.dtype}, in which a count is rounded or infinite; pass an "
-            "integer tensor or a Python number, which FSDP2's mixed precision does not cast (LinearLlama3Trainer does)"
+            f"num_items_in_batch must be exact, got {count.dtype}, which rounds counts or makes them infinite; pass an "
+            "integer tensor or a Python number, as LinearLlama3Trainer does: FSDP2's mixed precision does not cast them"
         )
         if sharded:
             raise ValueError(message)
-        logger.warning_once(message)  # transformers' own Trainer divides its count, and so gets here under FSDP2
+        logger.warning_once(message)  # transformers' own Trainer passes a float tensor, which FSDP2 casts
 
 
 def check_unread(kwargs: dict[str, Any], batch: int, length: int) -> None:
-    """`ValueError` for keywords that describe tokens or documents, but which nothing in the model reads.
+    """Raise ValueError for keyword arguments that describe tokens or documents but that the model does not read.
 
-    transformers' models take any keyword. The names that Llama models are given without reading them pass here, too.
+    transformers' models accept any keyword argument. Names that Llama models often receive and ignore are allowed.
     """
     for name, x in kwargs.items():
         per_token = isinstance(x, Tensor) and x.shape[:2] == (batch, length) and name not in PER_TOKEN
         if x is not None and (per_token or name in OTHER_NAMES_OF_EDGES):
             shape = f" of shape {tuple(x.shape)}" if isinstance(x, Tensor) else ""
             raise ValueError(
-                f"the model reads no keyword {name!r}, got one{shape}; leave it out, and describe packed documents by "
-                "cu_seq_lens_q, restarting position_ids or seq_idx"
+                f"the model does not read the keyword {name!r}, got one{shape}; leave it out, and describe packed "
+                "documents by cu_seq_lens_q, restarting position_ids or seq_idx"
             )
 
 
 def check_distribution(kwargs: dict[str, Any]) -> None:
-    """`ValueError` for keywords of `from_pretrained` that would cut the weights of linear layers among devices."""
+    """Raise ValueError for arguments of `from_pretrained` that would split weights of linear layers across devices."""
     asked = {name: kwargs[name] for name in ("tp_plan", "tp_size") if kwargs.get(name) is not None}
     if (config := kwargs.get("distributed_config")) is not None:
         read = config.get if isinstance(config, dict) else partial(getattr, config)
@@ -134,8 +138,8 @@ def check_distribution(kwargs: dict[str, Any]) -> None:
     if asked:
         raise ValueError(
             "there is no tensor- or pipeline-parallel plan for linear layers, got "
-            f"{', '.join(f'{name}={value!r}' for name, value in asked.items())}; leave it out, and spread long "
-            "sequences with enable_sequence_parallel, or weights with FSDP or device_map"
+            f"{', '.join(f'{name}={value!r}' for name, value in asked.items())}; leave it out. To spread long "
+            "sequences use enable_sequence_parallel; to spread weights use FSDP or device_map"
         )
 
 
@@ -163,16 +167,16 @@ def check_cache(config: LinearLlama3Config, cache: Cache) -> None:
 def padding_mask(config: LinearLlama3Config, attention_mask: Mask, length: int) -> Tensor | None:
     """The columns of a mask `[B, past + T]` that belong to these T tokens; None without such a mask.
 
-    Raises `ValueError` for a mask that is too short, and for one with other dimensions if there are linear layers,
-    which could not apply it.
+    Raises `ValueError` for a mask that is too short and, if there are linear layers, for one that is not
+    two-dimensional, which they cannot apply.
     """
     if not isinstance(attention_mask, Tensor):
         return None
     if attention_mask.dim() == 2:
         if attention_mask.shape[1] < length:
             raise ValueError(
-                f"attention_mask must cover all {length} tokens, got shape {tuple(attention_mask.shape)}; beside a "
-                "cache it covers the cached tokens as well"
+                f"attention_mask must cover all {length} tokens, got shape {tuple(attention_mask.shape)}; with a "
+                "cache it must also cover the cached tokens"
             )
         return attention_mask[:, -length:]
     if config.linear_layers:

@@ -38,8 +38,9 @@ class LinearLlama3DecoderLayer(Tiled, GradientCheckpointingLayer):
     ) -> Tensor:
         """`[B, T, hidden]` -> `[B, T, hidden]`; the keywords go to the attention.
 
-        `position_embeddings`: cosines and sines `[B, T, D]`, perhaps `as_integers`. `cache` is not called
-        `past_key_values` here, which transformers 5.17 to 5.23 drop from a checkpointed layer, also without gradients.
+        `position_embeddings`: cosines and sines `[B, T, D]`, as floats or as returned by `as_integers`. `cache` is not
+        named `past_key_values`, since transformers 5.17 to 5.23 drop that argument of a checkpointed layer, even
+        without gradients.
         """
         kwargs["position_embeddings"] = tuple(map(as_floats, position_embeddings))
         normed = self.in_tiles(self.input_layernorm, hidden_states)

@@ -1,4 +1,4 @@
-"""Starting from Llama's weights: its config is taken over, and a config that contradicts a checkpoint is refused."""
+"""Start from Llama weights: read a Llama config, and refuse a config that contradicts its checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from transformers import LlamaConfig, PreTrainedConfig
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-"""Keywords of `from_pretrained` that say where a file of a repository is."""
+"""Arguments of `from_pretrained` that locate a file in a repository."""
 
 OF_THE_FILE = ("architectures", "auto_map", "model_type", "pretraining_tp", "transformers_version", "_name_or_path")
 """Entries of a Llama config that describe the file and its class, not the model."""
@@ -18,7 +18,7 @@ LLAMA_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "tie_word_embeddings", "rope_parameters",
 )  # fmt: skip
-"""Fields without which weights are another model's."""
+"""Fields that must equal those of the checkpoint; otherwise its weights belong to a different model."""
 
 LINEAR_FIELDS = {
     "is_causal": "is_causal",
@@ -32,18 +32,18 @@ LINEAR_FIELDS = {
     "linear_key_head_dim": "linear_key_head_dim",
     "linear_value_head_dim": "linear_value_head_dim",
 }
-"""The same of a linear Llama: field -> attribute with the value that None stands for."""
+"""Further such fields of a linear Llama: field -> attribute with its value, in which None is resolved."""
 
 
 def llama_fields(llama: LlamaConfig | str | os.PathLike, **hub: Any) -> tuple[str, dict[str, Any]]:
-    """(name of the checkpoint or "", everything that a Llama config says about its model).
+    """Return the name of the checkpoint ("" if unknown) and the fields of a Llama config that describe the model.
 
     Args:
         llama: a config, or a folder or Hub name with one.
         hub: `HUB_OPTIONS`.
 
     Raises:
-        ValueError: the config of another architecture.
+        ValueError: the config is of another architecture.
     """
     if isinstance(llama, PreTrainedConfig):
         name, model_type, config = llama.name_or_path or "", llama.model_type, llama
@@ -53,7 +53,7 @@ def llama_fields(llama: LlamaConfig | str | os.PathLike, **hub: Any) -> tuple[st
         model_type = fields.get("model_type")
     if model_type != "llama":
         raise ValueError(
-            f"from_llama takes over the config of a Llama model (model_type 'llama'), got {model_type!r}"
+            f"from_llama needs the config of a Llama model (model_type 'llama'), got {model_type!r}"
             f"{f' in {name!r}' if name else ''}; weights of other architectures do not fit"
         )
     if not isinstance(llama, PreTrainedConfig):
@@ -64,8 +64,8 @@ def llama_fields(llama: LlamaConfig | str | os.PathLike, **hub: Any) -> tuple[st
 def check_config(config: PreTrainedConfig, name: str, **hub: Any) -> None:
     """Check that a config written by hand describes the model in a checkpoint, before its weights are loaded.
 
-    A config that was read from the checkpoint itself already has all its values, so what differs was changed on
-    purpose. It is known by its `name_or_path`.
+    A config that was read from this checkpoint, as its `name_or_path` shows, is not checked: every difference is a
+    deliberate change.
 
     Args:
         config: a LinearLlama3Config.
@@ -73,7 +73,7 @@ def check_config(config: PreTrainedConfig, name: str, **hub: Any) -> None:
         hub: `HUB_OPTIONS`.
 
     Raises:
-        ValueError: the config contradicts the checkpoint's, or the checkpoint is of another architecture.
+        ValueError: the config contradicts that of the checkpoint, or the checkpoint is of another architecture.
     """
     if config.name_or_path and _same(config.name_or_path, name):
         return
@@ -98,11 +98,11 @@ def check_config(config: PreTrainedConfig, name: str, **hub: Any) -> None:
     if wrong:
         pairs = "; ".join(f"{field}={ours!r}, the checkpoint {saved!r}" for field, (ours, saved) in wrong.items())
         raise ValueError(
-            f"the config contradicts that of the weights in {name!r}: it has {pairs}. Take everything over with "
-            f"{remedy}, ...), and name there what is to differ, such as {next(iter(wrong))}=..."
+            f"the config contradicts the one saved with the weights in {name!r}: it has {pairs}. Start from the saved "
+            f"one with {remedy}, ...), and pass only the fields that should differ, such as {next(iter(wrong))}=..."
         )
 
 
 def _same(one: str, other: str) -> bool:
-    """Whether two names mean the same folder or repository."""
+    """Return whether two names refer to the same folder or repository."""
     return one == other or (os.path.isdir(one) and os.path.isdir(other) and Path(one).samefile(other))

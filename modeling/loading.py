@@ -1,4 +1,4 @@
-"""Load a causal model and its tokenizer by name, for use; what is wrong with the name is a ValueError of one line."""
+"""Load a causal language model, its config and its tokenizer by name; a wrong name raises a one-line ValueError."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 
 def load_model(name: str, device: torch.device | str | None = None) -> PreTrainedModel:
-    """A causal language model in evaluation mode, in the dtype of its weights.
+    """Load a causal language model in evaluation mode, in the dtype of its weights.
 
     Args:
-        name: a folder or Hub name with weights; an adapter's folder loads its base model with it.
-        device: by default the accelerator, where there is one, else the CPU.
+        name: a folder or Hub name with weights; for an adapter, its base model is loaded as well.
+        device: by default the accelerator if there is one, else the CPU.
 
     Raises:
-        ValueError: there is no such model, or it lacks weights, such as the head of a classifier's checkpoint.
+        ValueError: there is no such model, or weights are missing (a classifier's checkpoint lacks the head).
     """
     options = {"trust_remote_code": False, "output_loading_info": True}
     try:
@@ -43,7 +43,7 @@ def load_model(name: str, device: torch.device | str | None = None) -> PreTraine
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub name.
+    """Load the tokenizer of a folder or Hub name.
 
     Raises:
         ValueError: there is no such tokenizer.
@@ -57,7 +57,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """The config of a folder or Hub name; that of the base model for an adapter's.
+    """Load the config of a folder or Hub name; for an adapter, that of its base model.
 
     Raises:
         ValueError: there is no such model.
@@ -73,19 +73,19 @@ def load_config(name: str) -> PreTrainedConfig:
 
 
 def load_tokenizer_of(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model's weights, before these are loaded.
+    """Load the tokenizer of a model, and check that it fits the model's config. No weights are loaded.
 
     Raises:
-        ValueError: there is no such model, it has no tokenizer, or too few embeddings for it.
+        ValueError: there is no such model, it has no tokenizer, or it has fewer embeddings than tokens.
     """
-    config = load_config(model)  # first: a wrong name has neither
+    config = load_config(model)  # first: a wrong name is reported as a missing model
     tokenizer = load_tokenizer(model)
     check_vocabulary(tokenizer, config)
     return tokenizer
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """ValueError unless the model has an embedding for each of the tokenizer's tokens."""
+    """Raise ValueError unless the model has an embedding for each of the tokenizer's tokens."""
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the model must have an embedding for each of the tokenizer's {len(tokenizer)} tokens, got vocab_size = "
@@ -94,5 +94,5 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
 
 
 def first_line(error: Exception) -> str:
-    """The first line of transformers' message."""
+    """Return the first line of transformers' message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

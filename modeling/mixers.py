@@ -113,7 +113,7 @@ class LinearAttention(Tiled, ExactTensors):
             features = self.num_kv_heads * config.linear_state_shape[1]
             self.decay_up_proj = nn.Linear(DECAY_RANK, features, bias=False)
             # not the projection's own bias: transformers lets only the owner of a parameter initialise it
-            # float32 in a model of any dtype: near 6 the steps of bfloat16 are 0.03, and no update is that large
+            # float32 in a model of any dtype: near 6, bfloat16 values are 0.03 apart, more than any update
             initial = torch.full((features,), config.gate_bias_init)
             self.decay_bias = nn.Parameter(initial.to(working_dtype(initial)))
         if config.linear_output_gate:
@@ -190,7 +190,7 @@ class LinearAttention(Tiled, ExactTensors):
         log_decay = self._log_decay(x)
         if mask is not None:
             # padding must neither write to the state (after the feature map: phi(0) may be > 0) nor fade it
-            keep = (mask != 0)[:, :, None]  # yes or no: its values are no factors
+            keep = (mask != 0)[:, :, None]  # bool: mask values must not scale keys
             k = k * keep[..., None]
             if log_decay is not None:
                 log_decay = log_decay * (keep if log_decay.dim() == 1 else keep[..., None])

@@ -77,12 +77,12 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
 
         `attention_mask`: `[B, past + T]`, 0 at padding and 1 elsewhere, or the dictionary of masks that `generate`
         prepares. Packed batches are described by `cu_seq_lens_q` or `cu_seq_lens_k` (edges in the B * T tokens read row
-        by row), by `position_ids` `[B, T]` that restart, or by `seq_idx` `[B, T]` (the number of the document); each is
-        enough. `use_cache` is by default the config's, but off in training, for packed batches and under a
-        sequence-parallel context.
+        by row), by `position_ids` `[B, T]` that restart, or by `seq_idx` `[B, T]` (each token's document number). Any
+        one of them is enough. `use_cache` defaults to the config's value, but is off in training, for packed batches
+        and under a sequence-parallel context.
 
         Under a context all tensors are this rank's shard, but `cu_seq_lens_q` speaks of the whole sequence.
-        Raises `ValueError` for inputs that do not fit together, or that nothing here reads.
+        Raises `ValueError` for inputs that do not fit together, or that the model does not read.
         """
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
@@ -102,7 +102,7 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
         cache_given = cache is not None or bool(use_cache)
         if cache_given and not self.config.is_causal:
             raise ValueError(
-                "a model with is_causal=False reads the whole sequence at once, got a cache or use_cache=True; "
+                "a model with is_causal=False reads the complete sequence at once, got a cache or use_cache=True; "
                 "leave them out"
             )
         if self.sequence_parallel_context is not None:
@@ -154,8 +154,8 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
         kwargs: dict[str, Any],
     ) -> Tensor:
         position_embeddings = tuple(map(as_integers, self.rotary_emb(hidden_states, position_ids=position_ids)))
-        # What a layer exchanged in its forward pass is kept for the recomputation. In no dict: FSDP2 hands each layer
-        # copies of the dicts among its arguments.
+        # Keep what a layer exchanged in its forward pass for the recomputation. Not in a dict: FSDP2 passes each layer
+        # copies of its dict arguments.
         keep_exchanged = self.gradient_checkpointing and self.training and self.sequence_parallel_context is not None
         for layer, layer_type in zip(self.layers, self.config.layer_types or (), strict=True):
             hidden_states = layer(
@@ -173,7 +173,7 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache is not None:
                 raise ValueError(
-                    "gradient checkpointing computes a layer again in the backward pass, when the cache has changed, "
+                    "gradient checkpointing recomputes each layer in the backward pass, when the cache has changed, "
                     f"got a {type(cache).__name__}; pass the complete sequence without a cache, or call "
                     "model.gradient_checkpointing_disable() or model.eval()"
                 )

@@ -69,7 +69,7 @@ def model_card(
 
 
 def _kind(config: LinearLlama3Config) -> list[str]:
-    """The Hub's tags for the layers of a model; none for softmax attention in all layers."""
+    """Return the Hub tags for a model's attention layers; none if all layers are softmax layers."""
     if not config.linear_layers:
         return []
     return ["linear-attention", "hybrid" if config.has_softmax_layers else "recurrent"]

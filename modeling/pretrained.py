@@ -1,4 +1,4 @@
-"""The base class of all models: initialisation, loading, saving, and what transformers may do with them."""
+"""The base class of all models: initialisation, loading, saving, and the features that transformers may use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .model_card import add_card, provenance
 
 
 class LinearLlama3PreTrainedModel(PreTrainedModel):
-    """What the base model and its heads share: initialisation, saving, and what transformers may do."""
+    """Base class of the model and its heads: initialisation, loading, saving, and the features transformers may use."""
 
     config: LinearLlama3Config
     config_class = LinearLlama3Config  # transformers reads the annotation, but here it is a string
@@ -34,7 +34,7 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _supports_attention_backend = False  # it promises a tensor-parallel plan, and serving engines rely on it
+    _supports_attention_backend = False  # True promises a tensor-parallel plan, on which serving engines rely
     _keep_in_fp32_modules_strict = list(LinearAttention.exact_parameters)  # noqa: RUF012
     _can_compile_fullgraph = True  # with a static or a CountingCache
     _can_record_outputs = {  # noqa: RUF012
@@ -48,7 +48,7 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
 
     @property
     def _is_stateful(self) -> bool:
-        """Whether there is a recurrent state, which cannot be rolled back: transformers refuses assisted decoding."""
+        """True if there is a recurrent state. It cannot be rolled back, so transformers refuses assisted decoding."""
         return bool(self.config.linear_layers)
 
     @property
@@ -58,7 +58,7 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Does nothing, for the reason given at `LinearLlama3Config.register_for_auto_class`."""
+        """Do nothing, for the reason given at `LinearLlama3Config.register_for_auto_class`."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -78,11 +78,12 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
             config = LinearLlama3Config.from_llama("meta-llama/Llama-3.2-1B", linear_attention_type="gla")
             model = LinearLlama3ForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B", config=config)
 
-        The licence of what was loaded is remembered for the next card.
+        The checkpoint's licence is remembered for the next model card.
 
         Raises:
             ValueError: `config` is of another class or contradicts the checkpoint's config (a config that was read from
-                this checkpoint may be changed); a Llama checkpoint without `config`; tensor or pipeline parallelism.
+                this checkpoint may be changed), a Llama checkpoint is loaded without `config`, or tensor or pipeline
+                parallelism is requested.
         """
         check_distribution(kwargs)
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
@@ -106,10 +107,10 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Like `PreTrainedModel.save_pretrained`; an interrupted save leaves the previous checkpoint whole.
+        """Like `PreTrainedModel.save_pretrained`; an interrupted save leaves the previous checkpoint intact.
 
         All files are written to a staging folder and moved when they are complete. With `push_to_hub=True`
-        the upload comes before the move. A model card is among them, unless the folder has one of the user's.
+        the upload comes before the move. A model card is among them, unless the folder has the user's own.
         """
         save = super().save_pretrained
         # ranks that only take part in a gather write nothing; all write a distributed checkpoint at once
@@ -121,11 +122,11 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
             kwargs.setdefault("repo_id", folder.name)
         with staged_save(folder, kwargs.get("variant")) as staging:
             save(staging, is_main_process, state_dict, push_to_hub, **kwargs)
-            if not self._hf_peft_config_loaded:  # adapters alone are no model
+            if not self._hf_peft_config_loaded:  # adapters alone are not a model
                 add_card(self, staging, folder.resolve().name)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """transformers' hook in both ways to push; it has just put a placeholder where the repository has no card."""
+        """transformers' hook in both ways to push. A repository without a card has just been given a placeholder."""
         if not self._hf_peft_config_loaded:
             add_card(self, Path(working_dir), repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
@@ -134,6 +135,6 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
 def _check_class(config: Any) -> None:
     if not isinstance(config, LinearLlama3Config):
         raise ValueError(
-            f"config must be a LinearLlama3Config, got a {type(config).__name__}; a Llama's is taken over by "
+            f"config must be a LinearLlama3Config, got a {type(config).__name__}; convert a Llama config with "
             'LinearLlama3Config.from_llama(config, linear_attention_type="gla")'
         )

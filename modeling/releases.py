@@ -1,7 +1,7 @@
-"""Releases of other libraries: what differs between the supported ones, and what is relied on in each.
+"""Compatibility with releases of other libraries: differences between them, and checks of what is relied on.
 
-Since 5.24 transformers calls the cache of a forward pass `cache`, in keywords, outputs and hooks; before, it was
-`past_key_values`. This package says `cache` in its own code. `CACHE_NAME` and `cache_keyword` translate at the border.
+Since 5.24, transformers calls the cache of a forward pass `cache` in keywords, outputs and hooks; before, it was
+`past_key_values`. This package uses `cache` in its own code; `CACHE_NAME` and `cache_keyword` translate the name.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _ALL_NAMES = ("cache", _OLD_NAME, "cache_params")
 
 
 def cache_keyword(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a function with a parameter `cache` so that callers give it under the installed release's name.
+    """Decorate a function with a parameter `cache` so that callers pass it under the installed release's name.
 
-    Where the release's name is `cache`, `past_key_values` is still taken, as in transformers' own models.
+    If that name is `cache`, `past_key_values` is still accepted, as in transformers' own models.
 
     Raises:
-        ValueError: two caches, or one under a name that the release does not use.
+        ValueError: two caches are given, or one under a name that the release does not use.
     """
 
     @wraps(function)
@@ -50,8 +50,8 @@ def cache_keyword(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         if len(given) > 1 or not given.keys() <= {CACHE_NAME, _OLD_NAME}:
             raise ValueError(
-                f"transformers {version} calls the cache {CACHE_NAME}, got {' and '.join(given)}; pass the cache as "
-                f"{CACHE_NAME} alone"
+                f"transformers {version} calls the cache {CACHE_NAME}, got {' and '.join(given)}; pass one cache, as "
+                f"{CACHE_NAME}"
             )
         [(name, cache)] = given.items()
         if name != CACHE_NAME and not torch.compiler.is_compiling():
@@ -65,9 +65,9 @@ def cache_keyword(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def warn_untested(*libraries: str) -> None:
-    """Warn once for each installed library whose release lies outside of the range that this package was tested with.
+    """Warn once for each installed library whose release is outside the range that this package was tested with.
 
-    The range is that of the package's own metadata, so of pyproject.toml. Patch releases never warn.
+    The ranges are those of the package's metadata, and so of pyproject.toml. Patch releases never warn.
     """
     tested = _tested_ranges()
     for library in libraries:
@@ -75,8 +75,8 @@ def warn_untested(*libraries: str) -> None:
             installed = metadata.version(library)
             if library in tested and Version(installed).base_version not in tested[library]:
                 logger.warning_once(
-                    f"linear_llama3 was tested with {library}{tested[library]}, found {installed}. Results may differ: "
-                    f"run scripts/test_releases.sh of a checkout, and report what fails with this line."
+                    f"linear_llama3 was tested with {library}{tested[library]}, found {installed}. Results may differ. "
+                    f"Run scripts/test_releases.sh in a checkout, and report failures together with this line."
                 )
 
 
@@ -89,12 +89,12 @@ def _tested_ranges() -> dict[str, SpecifierSet]:
 
 
 def check_hooks(owner: type, hooks: Mapping[str, tuple[str, ...]], attributes: Iterable[str] = ()) -> None:
-    """Check that the private interfaces this package overrides or reads are still what it relies on.
+    """Check that the private interfaces that this package overrides or reads have not changed.
 
     Args:
         owner: a class of another library.
-        hooks: its methods -> the names of their first parameters after `self`. Further ones may follow.
-        attributes: names that `owner` has or that its methods mention.
+        hooks: method -> the names of its first parameters after `self`; others may follow.
+        attributes: names that `owner` must have, or that its methods must mention.
 
     Raises:
         ImportError: a method or name is missing, or a method has other parameters.
@@ -110,7 +110,7 @@ def check_hooks(owner: type, hooks: Mapping[str, tuple[str, ...]], attributes: I
         names = tuple(p.name for p in parameters if p.name not in ("self", "cls"))
         takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
         if names[: len(expected)] != expected and not takes_any:
-            problems.append(f"{name}({', '.join(names)}) in place of {name}({', '.join(expected)}, ...)")
+            problems.append(f"{name}({', '.join(names)}) instead of {name}({', '.join(expected)}, ...)")
     methods = [inspect.unwrap(x) for x in vars(owner).values() if inspect.isroutine(x)]
     mentioned = {name for method in methods if inspect.isfunction(method) for name in _names(method.__code__)}
     problems += [f"no {name}" for name in attributes if name not in mentioned and not hasattr(owner, name)]
@@ -124,7 +124,7 @@ def check_hooks(owner: type, hooks: Mapping[str, tuple[str, ...]], attributes: I
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """Attributes, global names and strings that a function uses."""
+    """Yield the attributes, global names and strings that a function uses."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -1,5 +1,5 @@
 # Sourced by the other scripts from the repository root: an environment in .venv with the package.
-# The argument is what pip installs: "." is the package, ".[dev]" adds the tools of tests and CI.
+# The argument is what pip installs: "." is the package, ".[dev]" adds the tools for tests and CI.
 if [ ! -x .venv/bin/python ]; then
   echo "Making a Python environment in .venv (once, 5 seconds)"
   "${PYTHON:-python3}" -m venv .venv
@@ -32,10 +32,10 @@ install_torch() {
   pip_install torch
 }
 
-# Installed again when the list of dependencies has changed.
+# Install again when the list of dependencies has changed.
 if ! cmp -s <(cat pyproject.toml constraints.txt) ".venv/installed$1"; then
   install_torch
-  echo "Installing linear_llama3 and what it needs: a download of about 450 MB, one to five minutes"
+  echo "Installing linear_llama3 and its dependencies: a download of about 450 MB, one to five minutes"
   pip_install --editable "$1"
   cat pyproject.toml constraints.txt | tee .venv/installed. >".venv/installed$1"
 fi

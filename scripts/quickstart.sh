@@ -4,8 +4,8 @@
 #
 #   bash scripts/quickstart.sh [--fast] [section.key=value ...]
 #
-# --fast takes fewer documents, shorter rows, a smaller model and fewer steps: under 2 minutes after the installation. The other arguments change the recipe:
-# sequence_parallel.linear=lasp1 sequence_parallel.softmax=ring
+# --fast takes fewer documents, shorter rows, a smaller model and fewer steps: under 2 minutes after the installation.
+# Other arguments change the recipe: sequence_parallel.linear=lasp1 sequence_parallel.softmax=ring
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 times=("15 seconds" "1 minute" "4 minutes" "15 seconds") # on two cores

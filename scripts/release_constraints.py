@@ -17,10 +17,10 @@ PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 
 def constraints(end: str, torch: str | None = None) -> list[str]:
-    """Lines for pip: the lowest minor release of every range for "oldest", nothing for "newest".
+    """Return lines for pip: the lowest minor release of every range for "oldest", nothing for "newest".
 
     Args:
-        torch: a release of torch to use in place of the range's end.
+        torch: a release of torch to use instead of the range's end.
     """
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     lines = []
@@ -29,7 +29,7 @@ def constraints(end: str, torch: str | None = None) -> list[str]:
         if requirement.name == "torch" and torch is not None:
             lines.append(f"torch=={torch}")
         elif requirement.name == "triton" and torch is not None:
-            continue  # each release of torch asks for its own
+            continue  # each release of torch requires its own
         elif end == "oldest" and lowest:
             lines.append(f"{requirement.name}=={lowest[0]}.*")
     return lines

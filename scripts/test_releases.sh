@@ -4,7 +4,7 @@
 #
 #   bash scripts/test_releases.sh                         # both
 #   bash scripts/test_releases.sh oldest tests/modeling   # one of them; further arguments go to pytest
-#   TORCH=2.13.0 bash scripts/test_releases.sh            # with this release of torch in place of the range's end
+#   TORCH=2.13.0 bash scripts/test_releases.sh            # with this release of torch instead of the range's end
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def files(tmp_path: Path) -> None:
-    """Those that `recipe_with` names."""
+    """Create the files that `recipe_with` names."""
     write_corpus(tmp_path / "corpus")
     write_tokenizer(tmp_path / "tokenizer")
 
@@ -132,7 +132,7 @@ def test_under_torchrun_it_is_the_trainer(
 def test_what_another_launch_has_left(
     tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A launch of one process is none: the recipe says how many to start. Half a launch of eight is neither."""
+    """A launch of one process counts as none, so the recipe sets the number. Half a launch of eight is an error."""
     launches: list[int] = []
 
     def launch(module: str, arguments: list[str], processes: int, *, gpu: bool) -> None:
@@ -148,7 +148,7 @@ def test_what_another_launch_has_left(
     assert launches == [2] and len(started) == 1
     monkeypatch.setenv("WORLD_SIZE", "8")
     done = run("train", recipe_with(tmp_path), "processes=2")
-    assert "error: a launch sets RANK beside WORLD_SIZE, got WORLD_SIZE=8" in str(done.exception)
+    assert "error: a launch sets RANK together with WORLD_SIZE, got WORLD_SIZE=8" in str(done.exception)
     assert launches == [2] and len(started) == 1
 
 
@@ -183,7 +183,7 @@ def command(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[
 
 
 def test_a_launch_that_fails(tmp_path: Path) -> None:
-    """What only the processes can find: their message once, and their exit code, no traceback."""
+    """An error that only the processes can find: its message once, their exit code, and no traceback."""
     changes = ["processes=2", "training.load_best_model_at_end=true", "training.save_strategy=steps"]
     done = command("train", recipe_with(tmp_path), *changes, HF_DATASETS_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 1
@@ -196,7 +196,7 @@ def test_a_launch_that_fails(tmp_path: Path) -> None:
     ("exit_code", "expected"),
     [
         (3, (3, "ended with exit code 3; its message is above")),
-        (-signal.SIGKILL, (137, "was killed .signal 9., probably .* for want of memory; .*--dry-run` computes")),
+        (-signal.SIGKILL, (137, "was killed .signal 9., probably .* ran out of memory; .*--dry-run` computes")),
         (-signal.SIGSEGV, (139, "was ended by signal 11 .Segmentation fault.")),
     ],
 )

@@ -81,7 +81,7 @@ def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
 
 
 def test_pins_are_of_our_dependencies_and_within_their_ranges() -> None:
-    """Not of Triton, which torch's CUDA builds choose: a pin of another release leaves pip without a solution."""
+    """Triton is not pinned: torch's CUDA builds require their own release, and pip would find no solution."""
     project = pyproject()["project"]
     listed = [
         *project["dependencies"],
@@ -95,7 +95,7 @@ def test_pins_are_of_our_dependencies_and_within_their_ranges() -> None:
 
 
 def resolve(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """What pip would install from the public index alone, as on a machine without wheels and settings of its own."""
+    """Return what pip would install from the public index, without local wheels and settings."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", *arguments]
     settings = {name: x for name, x in os.environ.items() if name != "PIP_FIND_LINKS"} | {"PIP_CONFIG_FILE": os.devnull}
     return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=1800)
@@ -104,7 +104,7 @@ def resolve(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", ["", "[test]", "[bench]"])
 def test_pip_finds_a_solution_on_the_public_index(extra: str) -> None:
-    """Where the index has no separate metadata, pip downloads the wheels for it: about 3 GB for each case."""
+    """If the index has no separate metadata, pip downloads the wheels to read it: about 3 GB per case."""
     if (probe := resolve("--no-deps", "setuptools")).returncode:
         pytest.skip(f"the package index cannot be reached: {probe.stderr.strip().splitlines()[-1]}")
     done = resolve("--constraint", "constraints.txt", f".{extra}")

@@ -25,7 +25,7 @@ _MODULES = dict(zip(__all__, ("trainer", "arguments", "accelerator", "trainer"),
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: the command line's help needs none of them."""
+    """Import a public name when it is first used, since the command line's help needs none of them."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -62,11 +62,11 @@ def main(arguments: list[str]) -> None:
 
 
 def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
-    """Everything that the recipe names, ready to train.
+    """Build the trainer, with everything that the recipe names.
 
     Raises:
-        ValueError: what the recipe asks for cannot be done.
-        NothingLeft: the run has finished.
+        ValueError: the recipe asks for something impossible.
+        NothingLeft: the run has already finished.
     """
     args = recipe.training_arguments()
     if (finished := on_every_rank(partial(_finished, recipe))[0]) is not None:
@@ -96,7 +96,7 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
 
 
 def _finished(recipe: Recipe) -> str | None:
-    """What to say of a run that has finished. Machines may lack a tracker or the folder."""
+    """Check this machine's trackers and output folder; return a message if the run has finished, else None."""
     check_trackers(recipe.training)
     try:
         check_output_dir(recipe.training)
@@ -106,7 +106,7 @@ def _finished(recipe: Recipe) -> str | None:
 
 
 def make_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset | IterableDataset, Dataset | None]:
-    """To train on, and to validate on if the recipe has data for it."""
+    """Return the rows to train on, and the rows to validate on (None if the recipe has no section `validation`)."""
     rows, validation = training_rows(recipe.data, tokenizer, recipe.sequence_length), recipe.validation
     if validation is None:
         return rows, None
@@ -119,7 +119,7 @@ def make_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Datas
 
 
 def warn_of_missing_stop(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
-    """The loss of such a run looks healthy; only generation shows that the model never stops."""
+    """Warn if the chat template does not teach the model to stop: the loss of such a run looks healthy."""
     tokenizer, ends = trainer.processing_class, trainer.model.generation_config.eos_token_id
     stops = {ends} if isinstance(ends, int) else set(ends or [])
     ending = unlearnt_stop(next(iter(load_documents(recipe.data))), tokenizer, stops)
@@ -127,8 +127,8 @@ def warn_of_missing_stop(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
         template = recipe.data.chat_template or f"of the tokenizer {recipe.tokenizer}"
         logger.warning(
             "the model may not learn to stop: %s, and generation ends at %s (chat template: %s). Put %s before "
-            "{%% endgeneration %%} (in a template without these marks, at the end of an assistant's turn), or name the "
-            "token that ends a turn in eos_token_id of the model's generation_config",
+            "{%% endgeneration %%} (in a template without these marks, at the end of an assistant's turn), or set "
+            "eos_token_id in the model's generation_config to the token that ends a turn",
             ending,
             tokenizer.convert_ids_to_tokens(sorted(stops)) or "no token",
             template,

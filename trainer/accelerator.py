@@ -30,7 +30,7 @@ class SequenceParallelAccelerator(Accelerator):
             accelerator.backward(loss)
 
     `gather_for_metrics` and a prepared scheduler count every row once. `gather`, `reduce` and `pad_across_processes`
-    are accelerate's own: they speak of processes, and all ranks of a sequence hold its rows. So `reduce(loss, "mean")`
+    are accelerate's own and work per process, and all ranks of a sequence hold the same rows. So `reduce(loss, "mean")`
     is the loss, but a sum over rows counts each row once for every rank of its sequence.
 
     Args:
@@ -40,7 +40,7 @@ class SequenceParallelAccelerator(Accelerator):
         parallelism_config, kwargs: accelerate's.
 
     Raises:
-        ValueError: a degree that does not divide the processes, or a launch that accelerate has not joined.
+        ValueError: the degree does not divide the number of processes, or accelerate has not joined the processes.
     """
 
     sequence_parallel_context: SequenceParallelContext | None = None
@@ -82,11 +82,11 @@ class SequenceParallelAccelerator(Accelerator):
 
     @property
     def _ranks(self) -> int:
-        """That share a sequence."""
+        """Number of ranks that share a sequence."""
         return 1 if self.sequence_parallel_context is None else self.sequence_parallel_context.world_size
 
     def prepare_scheduler(self, scheduler: Any) -> Any:
-        """As Accelerator's; it advances by one for each replica, not for each process."""
+        """Like Accelerator's, but the scheduler advances once for each replica, not for each process."""
         prepared = super().prepare_scheduler(scheduler)
         if self._ranks == 1 or not isinstance(prepared, AcceleratedScheduler) or prepared.split_batches:
             return prepared
@@ -106,7 +106,7 @@ class SequenceParallelAccelerator(Accelerator):
 
         It is the number of labels in all processes' batches, divided by what the gradients will be divided by: the
         number of processes, and accelerate's gradient accumulation steps. They become those of the mean over all
-        labels. A Python number: mixed precision would round a floating-point tensor.
+        labels. It is a Python number, since mixed precision would round a floating-point tensor.
         """
         first = 1 if self._causal else 0  # nothing predicts the first token of a causal model
         targets = [

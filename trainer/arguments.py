@@ -61,8 +61,8 @@ class LinearLlama3TrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Of recipes: the run may replace the model and the checkpoints that output_dir holds. Without it "
-            "such a folder is refused. Trainers themselves do not read it."
+            "help": "Recipes only: allow the run to replace the model and the checkpoints in output_dir. Without it a "
+            "folder that holds another run is refused. The Trainer classes do not read this field."
         },
     )
     enable_jit_checkpoint: bool = field(

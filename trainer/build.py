@@ -58,7 +58,7 @@ def build_model(
     adapters = recipe.lora_config()
     from peft import get_peft_model  # slow to import, and optional
 
-    with warnings.catch_warnings():  # PEFT reads transformers' old name
+    with warnings.catch_warnings():  # PEFT uses transformers' old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return get_peft_model(model, adapters)
 

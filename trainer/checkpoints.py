@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 MANIFEST_NAME = "manifest.json"
 STATE_NAME = "trainer_state.json"
-LATEST = "latest"  # of resume_from_checkpoint: starts a new run where there is nothing to resume from
+LATEST = "latest"  # value of resume_from_checkpoint: starts a new run if there is nothing to resume from
 _FOLDER = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' own mark, of its enable_jit_checkpoint
 _THREADS = 8  # that read files; a checksum takes about a second for 1.5 GB in each
@@ -33,7 +33,7 @@ class ResumeError(ValueError):
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder of a run, on all ranks, or raises ValueError: transformers does so on rank 0 alone."""
+    """Create the folder of a run, or raise ValueError, on every rank; transformers does so on rank 0 only."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -142,8 +142,13 @@ def _plain_problem(folder: Path) -> str | None:
 
 
 def check_sizes(folder: Path, model: nn.Module) -> None:
-    """`ResumeError` unless the weights of a checkpoint fit a model: torch would name each one, in a line of its own,
-    and load those of a deeper model in part. FSDP's checkpoints are left to torch."""
+    """Check that the weights of a checkpoint fit a model. FSDP's checkpoints are left to torch.
+
+    Without this check, torch would print a line for each wrong weight, and load a deeper model's checkpoint in part.
+
+    Raises:
+        ResumeError: names or shapes differ.
+    """
     saved: dict[str, tuple[int, ...]] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -184,7 +189,7 @@ def newest(output_dir: Path) -> Path | None:
 
 
 def clear(output_dir: Path) -> None:
-    """Removes what a later resume would take for its own: the checkpoints and the state of another run."""
+    """Remove the checkpoints and the state of another run, which a later resume would mistake for its own."""
     for step in steps(output_dir):
         shutil.rmtree(folder_of(output_dir, step))
     (output_dir / STATE_NAME).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What commands share that are also modules, such as `python -m linear_llama3.trainer.evaluation`."""
+"""Helpers of commands that also run as modules, such as `python -m linear_llama3.trainer.evaluation`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .launched import fail
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """One line `error: ...` and exit code 1 for a mistake of the user's, a ValueError, or a missing package."""
+    """Turn a ValueError (a user's mistake) or an ImportError into one line `error: ...` with exit code 1."""
     try:
         yield
     except (ValueError, ImportError) as error:
@@ -20,7 +20,7 @@ def user_errors() -> Iterator[None]:
 
 
 def run(command: Callable[..., None]) -> None:
-    """`command` with the arguments of this process; then the end of one process of several."""
+    """Run `command` with the command-line arguments of this process, then leave the process group."""
     from .__main__ import leave
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

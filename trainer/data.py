@@ -62,10 +62,10 @@ def training_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase, length: 
 
 
 def without_share(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Rows to train on and, of that share, rows to validate on, each in their order.
+    """Split rows into rows to train on and a random share to validate on, each in their original order.
 
     Raises:
-        DataError: one of them would be empty.
+        DataError: no rows would be left to train on.
     """
     count = max(round(share * len(rows)), 1)
     if count >= len(rows):
@@ -76,7 +76,7 @@ def without_share(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Data
 
 
 def _tokenized(documents: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, code: str) -> Iterator[Any]:
-    """Documents of tokens; `code` is there for the cache's key."""
+    """Yield tokenized documents; `code` is only there for the cache's key."""
     for batch, indices in _batches(documents):
         columns = tokenize(batch, indices, tokenizer=tokenizer)
         for values in zip(*columns.values(), strict=True):

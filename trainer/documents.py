@@ -1,6 +1,6 @@
 """The documents that a recipe names: local files, or any dataset of the `datasets` library, stored or as a stream.
 
-Whatever stops the reading ends in a message with the place and the remedy.
+Every error names the place where reading stopped and the remedy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .files import OPTIONAL, SAMPLES, DataError, DocumentError, LocalFiles, expa
 from .recipe import DataRecipe
 
 CHAT_COLUMNS = (["messages"], ["prompt", "completion"])
-FILE_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], str]] = {  # a check that raises an error, and what is right
+FILE_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], str]] = {  # name -> (check that raises an error, valid values)
     "encoding": (codecs.lookup, "an encoding of Python, such as utf-8"),
     "encoding_errors": (codecs.lookup_error, "strict, replace, ignore or another error handler of Python"),
     "sample_by": (dict.fromkeys(SAMPLES).__getitem__, f"one of {', '.join(SAMPLES)}"),
@@ -30,7 +30,7 @@ FILE_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], str]] = {  # a check that 
 def load_documents(data: DataRecipe) -> Dataset | IterableDataset | LocalFiles:
     """One document per row, in the columns `text`, `messages`, or `prompt` and `completion` (and `tools`).
 
-    Local files are read as they are iterated over, with `data.streaming` or without.
+    Local files are read during iteration, with or without `data.streaming`.
 
     Raises:
         DataError: data that is not there, cannot be read, or has no such columns.
@@ -50,7 +50,7 @@ def load_documents(data: DataRecipe) -> Dataset | IterableDataset | LocalFiles:
 
 
 def find_files(data: DataRecipe) -> list[Path]:
-    """The files that `data.files` names."""
+    """Return the files that `data.files` names."""
     assert data.files is not None
     return expand(data.files)
 
@@ -59,7 +59,7 @@ def _check_file_arguments(arguments: dict[str, Any]) -> None:
     for name, value in arguments.items():
         if name not in FILE_ARGUMENTS:
             raise DataError(
-                f"data.arguments beside data.files must be {', '.join(FILE_ARGUMENTS)}, got {name!r}; for arguments of "
+                f"data.arguments with data.files must be {', '.join(FILE_ARGUMENTS)}, got {name!r}; for arguments of "
                 "datasets' own readers write dataset: json (or parquet, text) and arguments: {data_files: ...}"
             )
         check, expected = FILE_ARGUMENTS[name]
@@ -83,7 +83,7 @@ def _load_dataset(data: DataRecipe) -> Any:
 
 
 def _columns(names: list[str], data: DataRecipe) -> dict[str, str]:
-    """The columns that the format reads: their names in training and in the data."""
+    """Return the columns that the format reads: name in training -> name in the data."""
     if data.format == "text":
         if data.text_column not in names:
             hint = "; format: chat reads conversations" if {"messages", "prompt"} & set(names) else ""
@@ -117,8 +117,8 @@ def explained(data: DataRecipe) -> Iterator[None]:
             raise DataError(f"data.files {data.files} cannot be read: {text}") from error
         raise DataError(
             f"dataset {data.dataset!r} cannot be read: {text}; check its name, data.arguments and the connection "
-            "(a private one also needs `hf auth login`), or name local files in data.files, of which only the columns "
-            "for training are read"
+            "(a private one also needs `hf auth login`), or name local files in data.files, which reads only the "
+            "columns for training"
         ) from error
 
 

@@ -44,7 +44,7 @@ class TokenScores:
     correct: Tensor  # bool: the target has the highest logit
     context: Tensor  # int64: tokens of its document before the target
     document: Tensor  # int64: number of its document in the batch
-    documents: int  # of the batch, on all ranks together
+    documents: int  # number of documents in the batch, on all ranks together
 
 
 def score_tokens(model: nn.Module, batch: Mapping[str, Any]) -> TokenScores:
@@ -88,7 +88,7 @@ def score_tokens(model: nn.Module, batch: Mapping[str, Any]) -> TokenScores:
 
 
 def known_model(model: nn.Module) -> LinearLlama3ForCausalLM | LlamaForCausalLM:
-    """The model, or ValueError where the evaluation does not know its parts."""
+    """Return the model; raise ValueError if it is of a class that the evaluation does not know."""
     if not isinstance(model, LinearLlama3ForCausalLM | LlamaForCausalLM):
         raise ValueError(
             f"the evaluation takes a LinearLlama3ForCausalLM or a LlamaForCausalLM, got a {type(model).__name__}; "
@@ -98,8 +98,10 @@ def known_model(model: nn.Module) -> LinearLlama3ForCausalLM | LlamaForCausalLM:
 
 
 def _documents(local: Mapping[str, Any], context: SequenceParallelContext) -> tuple[Tensor, int]:
-    """Number of its document for every local token, `[1, C]` or `[B, 1]`, and the documents of the batch (with the
-    padding, which has no targets)."""
+    """Return the document number of every local token, `[1, C]` or `[B, 1]`, and the number of documents in the batch.
+
+    Padding may count as a document; it has no targets.
+    """
     edges, positions = local.get("cu_seq_lens_q"), local["position_ids"]
     rows, tokens = positions.shape
     if edges is None:  # a document in each row
@@ -131,18 +133,18 @@ def sum_over_ranks(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def measure_loss(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean loss of all targets, and of those that have 1, 2 to 3, 4 to 7, ... tokens of their document before them.
+    """Return the mean loss of all targets, and of those with 1, 2 to 3, 4 to 7, ... preceding tokens in their document.
 
-    A standard error is the spread of the mean loss over draws of the same number of documents. It takes documents as
-    independent, and the tokens of a document as dependent: the linearized error of a ratio of two sums over documents,
-    of losses and of tokens. The pieces of a document that is longer than a row count as documents; where they depend
-    on each other, the true error is larger. There is none, None, for a single document.
+    The standard errors treat documents as independent draws, and the tokens of a document as dependent. They are those
+    of a ratio estimator: the sum of losses over the sum of tokens, linearized, with documents as the sampling units.
+    The pieces of a document that is longer than a row count as documents; if they depend on each other, the true error
+    is larger. For a single document the standard error is None.
 
     Returns:
         `loss` (nats per token) and its `standard_error`; `perplexity` = exp(loss) and its `perplexity_standard_error`
         (to first order); `tokens` (targets); `documents` (with a target); `by_context`, a list with `first` and `last`
-        (tokens of context), `loss`, `standard_error`, `tokens` and `documents` of every bucket that has targets. The
-        same on every rank of a sequence.
+        (tokens of context), `loss`, `standard_error`, `tokens` and `documents` of every bucket that has targets.
+        All ranks of a sequence return the same values.
     """
     sums = [_sums(score_tokens(model, batch)) for batch in batches]
     if not sums or not (table := sum_over_ranks(model, torch.cat(sums)).cpu()).any():
@@ -162,7 +164,7 @@ def measure_loss(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict
 
 
 def _sums(scores: TokenScores) -> Tensor:
-    """The number of targets and the sum of their losses, float64 `[documents, BUCKETS, 2]`."""
+    """Return the number of targets and the sum of their losses, float64 `[documents, BUCKETS, 2]`."""
     edges = 2 ** torch.arange(1, BUCKETS, device=scores.context.device)
     cell = scores.document * BUCKETS + torch.bucketize(scores.context, edges, right=True)
     cells = scores.documents * BUCKETS
@@ -171,7 +173,7 @@ def _sums(scores: TokenScores) -> Tensor:
 
 
 def _mean(sums: Tensor) -> dict[str, Any]:
-    """Mean loss of a token and its standard error, from the tokens and losses `[documents, 2]`."""
+    """Return the mean loss per token and its standard error, from token counts and loss sums `[documents, 2]`."""
     tokens, losses = sums[sums[:, 0] > 0].unbind(1)
     total, documents = tokens.sum(), len(tokens)
     loss = losses.sum() / total
@@ -196,12 +198,12 @@ def plot_loss_by_context(buckets: list[dict[str, float]], path: Path) -> None:
 
 
 def check_inputs(model: str, output: Path) -> None:
-    """ValueError for what would be found wrong before a model is loaded: asked once, before several processes start."""
+    """Check the model's name and tokenizer and the output folder, before processes start or a model is loaded."""
     load_tokenizer_of(model)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"the output must be a folder that can be written, got {output}: {error.strerror}") from error
+        raise ValueError(f"--output must be a folder that can be written to, got {output}: {error.strerror}") from error
 
 
 def load_for_evaluation(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase, bool]:
@@ -221,7 +223,7 @@ def plus_minus(value: float, error: float | None, digits: int) -> str:
 
 
 def check_evaluation(model: str, files: list[str], output: Path, **_: Any) -> None:
-    """ValueError for what is wrong with the arguments of `evaluate`."""
+    """Raise ValueError for invalid arguments of `evaluate`."""
     from .documents import find_files
     from .recipe import DataRecipe
 
@@ -232,15 +234,15 @@ def check_evaluation(model: str, files: list[str], output: Path, **_: Any) -> No
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a LinearLlama3 or Llama model.")],
     files: Annotated[
-        list[str], typer.Argument(metavar="FILE...", help="Text: files, folders or patterns; not seen in training.")
+        list[str], typer.Argument(metavar="FILE...", help="Text files, folders or patterns, not seen in training.")
     ],
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a row; a longer document is cut into several.")] = 8192,
-    rows: Annotated[int, typer.Option(min=1, help="Rows to read, at most.")] = 16,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per row; longer documents are cut into rows.")] = 8192,
+    rows: Annotated[int, typer.Option(min=1, help="Maximum number of rows to read.")] = 16,
     output: Annotated[Path, typer.Option(help=f"Folder for {NAME}.json and {NAME}.png.")] = Path("."),
 ) -> None:
     """Measure a model's mean loss and perplexity on text, with standard errors, and the loss by tokens of context.
 
-    Standard errors take documents as independent draws; pieces of a longer document count as documents.
+    Standard errors treat documents as independent draws; the pieces of a document longer than a row count as documents.
     """
     with user_errors():
         from accelerate import PartialState

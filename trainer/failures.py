@@ -173,8 +173,8 @@ def _lost(trainer: Any, error: Exception, words: LastWords) -> str:
         limit = f"ddp_timeout = {trainer.args.ddp_timeout} s"
         text = f"{ranks} did not answer within {limit}. It hangs, or takes longer: raise ddp_timeout."
     else:
-        text = f"{ranks} has ended without a word, as if killed, perhaps by a machine out of memory: `linear-llama3 "
-        text += "train RECIPE.yaml --dry-run` computes what a rank needs."
+        text = f"{ranks} has ended without a word, as if killed, perhaps because the machine ran out of memory: "
+        text += "`linear-llama3 train RECIPE.yaml --dry-run` computes the memory that a rank needs."
     return f"{where(trainer)}: {text} {how_to_resume(trainer)}"
 
 
@@ -220,7 +220,7 @@ class FiniteCheck:
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.active = trainer, not trainer.args.logging_nan_inf_filter
         self.losses: list[Tensor] = []  # of this process, since the last optimizer step
-        self.targets: Tensor | int | None = None  # of the step, by which losses are divided
+        self.targets: Tensor | int | None = None  # number of targets of the step, by which losses are divided
 
     def note(self, loss: Tensor, targets: Tensor | int | None) -> None:
         if self.active:
@@ -241,7 +241,7 @@ class FiniteCheck:
             raise self._failure(f"the loss is finite, but the norm of its gradient is {float(norm)}")
 
     def _check_targets(self, device: torch.device) -> None:
-        """Without a target the mean loss is 0 / 0, and no learning rate would help."""
+        """Raise TrainingFailure if the step has no target: its mean loss is 0 / 0, whatever the learning rate."""
         own = torch.tensor([torch.inf if self.targets is None else float(torch.as_tensor(self.targets).max())])
         without = (self.trainer.accelerator.gather(own.to(device)) == 0).nonzero().flatten().tolist()
         if not without:
@@ -250,8 +250,8 @@ class FiniteCheck:
         ranks = "" if everywhere else f" of rank {', '.join(map(str, without))}"
         raise TrainingFailure(
             f"{where(self.trainer)}: the loss is a mean over targets, got none in this step's rows{ranks}: all labels "
-            "are -100. Take such rows out of the data (answers beyond sequence_length, for instance), or take more "
-            f"rows a step. {how_to_resume(self.trainer)}"
+            "are -100. Remove such rows from the data (their answers may lie beyond sequence_length), or use more "
+            f"rows per step. {how_to_resume(self.trainer)}"
         )
 
     def check_logged(self, loss: float) -> None:

@@ -1,7 +1,7 @@
 """Documents in local files: JSON lines, Parquet or text, compressed or not.
 
-A file is opened by its exact name, which is neither a pattern nor a URL. Of a record only the columns that training
-reads are kept, and their values stay as they are written: no type is inferred for them.
+A file is opened by its exact name, which is never read as a pattern or URL. Only the columns that training reads are
+kept, with their values as written: no types are inferred.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parq
 COMPRESSION = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # fsspec's names
 BOM = "\ufeff"
 OPTIONAL = {"tools"}  # columns that a record may lack
-SAMPLES = ("document", "paragraph", "line")  # of a text file
+SAMPLES = ("document", "paragraph", "line")  # units of a text file that become documents
 BATCH = 100  # rows of Parquet that are read together
 
 
@@ -44,9 +44,9 @@ class DocumentError(DataError):
 
 
 def expand(names: str | list[str]) -> list[Path]:
-    """The files that are meant by names, sorted within each name: a file, the files below a folder, or a pattern's.
+    """Return the files of names, sorted within each name: a file, a folder (all files below it) or a pattern.
 
-    Hidden files, and files in hidden folders, are left out of folders and patterns that do not name them.
+    Folders and patterns skip hidden files, and files in hidden folders, unless they name them.
     """
     names = [names] if isinstance(names, str) else names
     if not all(names) or not names:  # "" would be the current folder
@@ -64,8 +64,8 @@ def _expand(name: str) -> list[Path]:
         files = sorted(Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file())
     if not files:
         raise DataError(
-            f"data.files must name files, folders or patterns with files, got {name!r}: none found (hidden files are "
-            "found by their own names only)"
+            f"data.files must name files, folders or patterns with files, got {name!r}: none found (hidden files must "
+            "be named)"
         )
     return files
 
@@ -76,12 +76,12 @@ def _hidden(path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalFiles:
-    """The records of some files, one after the other.
+    """The records of a list of files, in order.
 
-    - `versions`: time of change [ns] and size [bytes] of each file, a part of the cache's key.
-    - `columns`: the name of a column for training -> its name in the files.
-    - `encoding`, `encoding_errors`: of JSON and text, as Python's `open` takes them.
-    - `sample_by`: what becomes a document: a text file ("document"), a paragraph or a line of it (`SAMPLES`).
+    - `versions`: modification time [ns] and size [bytes] of each file, a part of the cache's key.
+    - `columns`: column name in training -> name in the files.
+    - `encoding`, `encoding_errors`: for JSON and text, as for Python's `open`.
+    - `sample_by`: the unit of a text file that becomes a document: the file ("document"), a paragraph or a line.
     """
 
     paths: tuple[Path, ...]
@@ -94,7 +94,7 @@ class LocalFiles:
 
     @classmethod
     def of(cls, paths: list[Path], **options: Any) -> LocalFiles:
-        """Files as they are now, of no columns yet."""
+        """Describe files as they are now; no columns are selected yet."""
         versions = tuple((stat.st_mtime_ns, stat.st_size) for stat in map(Path.stat, paths))
         return cls(paths=tuple(paths), versions=versions, kind=_kind(paths), columns={}, **options)
 
@@ -103,10 +103,10 @@ class LocalFiles:
             yield record
 
     def placed(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(file and line or row, record).
+        """Yield (file and line or row, record).
 
         Raises:
-            DataError: a file that cannot be read, with the place and the remedy.
+            DataError: a file cannot be read; the message gives the place and the remedy.
         """
         read = {"json": self._json, "parquet": self._parquet, "text": self._text}[self.kind]
         for path in self.paths:
@@ -115,7 +115,7 @@ class LocalFiles:
                     yield f"{path}{place}", {name: record.get(column) for name, column in self.columns.items()}
 
     def names(self) -> list[str]:
-        """Columns of the first record; DataError where there is no record or no file can be read."""
+        """Return the columns of the first record; raise DataError if there is none or a file cannot be read."""
         if self.kind == "text":
             return ["text"]
         for path in self.paths:
@@ -137,11 +137,11 @@ class LocalFiles:
             raise
         except UnicodeDecodeError as error:
             raise DataError(f"{path}{self._not_decoded(path, error)}") from error
-        except Exception as error:  # of the file system, a decompressor, a parser
+        except Exception as error:  # from the file system, a decompressor, a parser
             raise DataError(f"{path} cannot be read: {one_line(error)}; {_REPLACE}") from error
 
     def _json(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Objects in lines, or a file that holds one list of objects or one object."""
+        """Yield the objects of JSON lines, or of a file that holds one list of objects or one object."""
         with self._lines(path) as lines:
             first = True
             for number, line in enumerate(lines, start=1):
@@ -209,7 +209,7 @@ class LocalFiles:
             yield lines
 
     def _not_decoded(self, path: Path, error: UnicodeDecodeError) -> str:
-        """The line; the error that was raised only knows a piece of the file."""
+        """Describe the error with its line; the error itself only knows a chunk of the file."""
         decoder, lines = codecs.getincrementaldecoder(self.encoding)(self.encoding_errors), 0
         with opened(path) as file, contextlib.suppress(UnicodeDecodeError):
             for line in file:
@@ -238,10 +238,10 @@ def _kind(paths: list[Path]) -> str:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, without its compression."""
+    """Open a file as bytes, decompressed."""
     name = COMPRESSION.get(path.suffix.lower())
     if name is not None and name not in compr:
-        raise DataError(f"{path} needs a package that reads {name}; pip install zstandard, or unpack the file")
+        raise DataError(f"{path} needs a package that reads {name}; pip install zstandard, or decompress the file")
     with path.open("rb") as raw:
         if name is None:
             yield raw

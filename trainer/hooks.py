@@ -51,7 +51,7 @@ TRAINER_ATTRIBUTES = (
 
 
 def check_trainer(trainer: type) -> None:
-    """Check the Trainer class under ours (transformers' or TRL's) and accelerate.
+    """Check the interfaces of the Trainer class that ours extends (transformers' or TRL's) and of TrainingArguments.
 
     Raises:
         ImportError: a release changed something that training relies on.

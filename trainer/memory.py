@@ -31,7 +31,7 @@ def allocated_peak(function: Callable[[], object]) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at the first profile; without it, lines on start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at the first profile; silences start and stop lines
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]

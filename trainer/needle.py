@@ -117,8 +117,8 @@ def needle_accuracy(
 
     Returns:
         `length`, `depth`, `samples`, `accuracy` with its `standard_error`, and `loss`, the mean over the tokens of the
-        answers; the same on every rank. The standard error is that of a binomial share, sqrt(p (1 - p) / samples): it
-        takes the samples as independent, and is 0 where all or none are found, which says little for few samples.
+        answers; the same on every rank. The standard error is that of a binomial proportion, sqrt(p (1 - p) / samples).
+        It treats samples as independent, and is 0 if all or none are found, which means little for few samples.
     """
     source, device = random.Random(seed), next(model.parameters()).device
     cells = [(length, depth) for length in lengths for depth in depths]
@@ -167,9 +167,9 @@ def plot_needle(cells: list[dict[str, float]], path: Path) -> None:
 
 
 def check_needle(model: str, output: Path, length: list[int], tokens: bool, **_: Any) -> None:
-    """ValueError for what is wrong with the arguments of `needle`."""
+    """Raise ValueError for invalid arguments of `needle`."""
     check_inputs(model, output)
-    generator(model, tokens=tokens)(min(length), 0.0, random.Random(0))  # has room for the needle and the question
+    generator(model, tokens=tokens)(min(length), 0.0, random.Random(0))  # raises without room for needle and question
 
 
 def generator(model: str, *, tokens: bool) -> Generator:
@@ -179,19 +179,19 @@ def generator(model: str, *, tokens: bool) -> Generator:
 def needle(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a LinearLlama3 or Llama model.")],
     length: Annotated[
-        list[int], typer.Option(min=1, help="Tokens of a haystack. Give the option once for each length.")
+        list[int], typer.Option(min=1, help="Tokens in a haystack. Repeat the option for several lengths.")
     ] = list(LENGTHS),  # noqa: B006
     depth: Annotated[
-        list[float], typer.Option(min=0, max=1, help="Place of the needle, from 0 to 1. Once for each depth.")
+        list[float], typer.Option(min=0, max=1, help="Depth of the needle, from 0 to 1. Repeat for several depths.")
     ] = list(DEPTHS),  # noqa: B006
-    samples: Annotated[int, typer.Option(min=1, help="Haystacks for every length and depth.")] = 8,
-    tokens: Annotated[bool, typer.Option("--tokens", help="Random tokens in place of English text.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the haystacks.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Haystacks for each length and depth.")] = 8,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Use random tokens instead of English text.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed for the haystacks.")] = 0,
     output: Annotated[Path, typer.Option(help=f"Folder for {NAME}.json and {NAME}.png.")] = Path("."),
 ) -> None:
-    """Measure whether a model finds a fact in a long text, for every length of text and depth of the fact.
+    """Measure how often a model finds a fact in a long text, for each length of the text and depth of the fact.
 
-    The standard error of a share of needles is that of a binomial share.
+    The standard error of this share is that of a binomial proportion.
     """
     with user_errors():
         check_needle(model, output, length, tokens)

@@ -33,7 +33,7 @@ from .rows import gather_rows
 logger = logging.getLogger(__name__)
 
 REFUSED_ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
-READ_SHARDS = ("compute_loss", "_prepare_inputs")  # Trainer's methods that are given one rank's part of a batch
+READ_SHARDS = ("compute_loss", "_prepare_inputs")  # Trainer's methods that receive one rank's part of a batch
 RIGHT_FOR_SHARDS = (__package__, "transformers.trainer", "trl.trainer.sft_trainer")  # modules; else `handles_shards`
 _FLAG = "ACCELERATE_USE_PARALLELISM_CONFIG"
 
@@ -97,10 +97,10 @@ def describe_grid(processes: int, ranks: int, tokens: int) -> str:
 
 
 def check_dtypes(model: nn.Module, mixed_precision: str) -> None:
-    """Check that FSDP, which joins the weights of a layer, finds one dtype: with mixed precision, accelerate makes it.
+    """Check that all trained weights have one dtype, as FSDP requires; with mixed precision, accelerate casts them.
 
     Raises:
-        ValueError: the weights to train have several dtypes, as those of a model in bfloat16 whose decay is learned.
+        ValueError: trained weights have several dtypes, as in a bfloat16 model with a learned decay.
     """
     dtypes = {str(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad}
     if mixed_precision == "no" and len(dtypes) > 1:
@@ -152,8 +152,9 @@ def attach(
 
 
 def keep_precision(accelerator: Accelerator) -> None:
-    """FSDP2's mixed precision for weights and activations only. accelerate's own policy also sums gradients in 16 bits
-    and rounds what the model returns, the loss among it.
+    """Restrict FSDP2's mixed precision to weights and activations.
+
+    accelerate's own policy also sums gradients in 16 bits and rounds the outputs of the model, including the loss.
 
     Raises:
         ValueError: the caller's own policy rounds the loss.
@@ -203,9 +204,9 @@ def set_timeout(accelerator: Accelerator, seconds: float) -> None:
 
 
 def check_overrides(trainer: type) -> None:
-    """ValueError where a class overrides what is given one rank's part of a batch, unless it says `handles_shards`.
+    """Raise ValueError if a class overrides a method that receives a part of a batch, without setting `handles_shards`.
 
-    There logits end at the cut, labels have no neighbours, and the mean over a part is not the mean.
+    In a part, logits end at the cut, labels lack their neighbours, and the mean over a part is not the mean.
     """
     for owner in trainer.__mro__:
         methods = [name for name in READ_SHARDS if name in vars(owner)]
@@ -213,9 +214,10 @@ def check_overrides(trainer: type) -> None:
         if methods and not known and not vars(owner).get("handles_shards", False):
             raise ValueError(
                 f"under sequence parallelism {' and '.join(methods)} must know that a rank holds a part of every "
-                f"sequence, got {owner.__name__}'s own; change the loss by model.loss_function (of shift_labels and "
-                "num_items_in_batch, with chunked_loss=False), or set handles_shards = True in that class if it is "
-                "right for a part, as where it passes on what super() returns; or train with sequence_parallel_size=1"
+                f"sequence, got {owner.__name__}'s own; set model.loss_function instead (called with shift_labels and "
+                "num_items_in_batch; needs chunked_loss=False), or set handles_shards = True in that class if it is "
+                "correct for a part, for example if it returns what super() returns, or train with "
+                "sequence_parallel_size=1"
             )
 
 

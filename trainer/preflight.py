@@ -1,6 +1,6 @@
-"""What can be found wrong before anything starts, without a model or a device.
+"""Checks of a recipe before anything starts, without a model or a device.
 
-`linear-llama3 train` checks a recipe once, before it starts processes. These check again what another machine may lack.
+`linear-llama3 train` runs them once, before it starts processes. The processes repeat those that depend on the machine.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ MODELS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME,
 
 
 class NothingLeft(Exception):
-    """A run that has finished and is launched again."""
+    """Raised if a run that has already finished is launched again."""
 
 
 def check_before_launch(recipe: Recipe, processes: int) -> None:
-    """Everything that would end each process of a launch.
+    """Check a recipe for mistakes that would end every process of a launch.
 
     Raises:
-        ValueError: the rule, the value, the remedy.
-        NothingLeft: the run has finished.
+        ValueError: the recipe has such a mistake.
+        NothingLeft: the run has already finished.
     """
     if recipe.sequence_parallel.profile is not None:
         name = recipe.sequence_parallel.profile
@@ -98,7 +98,7 @@ def _check_template(file: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_trackers(training: Mapping[str, Any]) -> None:
-    """`ValueError` if a tracker of `report_to` is unknown or not installed."""
+    """Raise ValueError if a tracker of `report_to` is unknown or not installed."""
     names = training.get("report_to")
     if names in (None, "none", ["none"]):
         return
@@ -116,14 +116,14 @@ def check_trackers(training: Mapping[str, Any]) -> None:
 
 
 def check_output_dir(training: Mapping[str, Any]) -> None:
-    """Checks that a run may write to its `output_dir`, and makes the folder.
+    """Check that a run may write to its `output_dir`, and create the folder.
 
     Args:
         training: the section `training` of a recipe.
 
     Raises:
         ValueError: the folder cannot be written to, or holds another run that this one would replace.
-        NothingLeft: it holds this run, finished.
+        NothingLeft: the folder holds this run, already finished.
     """
     folder = Path(training.get("output_dir", "trainer_output"))
     resume = training.get("resume_from_checkpoint") or None
@@ -136,7 +136,7 @@ def check_output_dir(training: Mapping[str, Any]) -> None:
     if training.get("overwrite_output_dir", False):
         if resume is not None:
             raise ValueError(
-                "overwrite_output_dir: true begins anew and resume_from_checkpoint continues, got both (with "
+                "overwrite_output_dir: true starts a new run and resume_from_checkpoint continues one, got both (with "
                 f"{resume!r}); leave one of them out"
             )
         return
@@ -154,20 +154,20 @@ def check_output_dir(training: Mapping[str, Any]) -> None:
     if steps:
         held.append(f"checkpoints up to step {steps[0]}")
     raise ValueError(
-        _taken(folder, " and ".join(held), ", resume_from_checkpoint: latest to continue that run" if steps else "")
+        _taken(folder, " and ".join(held), ", set resume_from_checkpoint: latest to continue that run" if steps else "")
     )
 
 
 def _taken(folder: Path, held: str, resume: str) -> str:
     return (
         f"output_dir must not hold another run, which would be replaced, got {folder} with {held}; choose another "
-        f"folder{resume}, or overwrite_output_dir: true to replace it"
+        f"folder{resume}, or set overwrite_output_dir: true to replace it"
     )
 
 
 def _reached(folder: Path, training: Mapping[str, Any]) -> str | None:
-    """How far a finished run has come; None if it has not been trained as long as it should be."""
-    file = folder / checkpoints.STATE_NAME  # written behind the model
+    """Return how far a finished run has trained; None if steps or epochs are left."""
+    file = folder / checkpoints.STATE_NAME  # written after the model
     if not file.is_file():
         return None
     state = json.loads(file.read_text(encoding="utf-8"))

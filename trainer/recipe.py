@@ -49,9 +49,10 @@ class DataRecipe:
     """Documents: local `files` or a `dataset` of the `datasets` library, one of both; and how they become rows.
 
     - `files`: folders, patterns or names of JSON lines (.jsonl, .ndjson, .json), Parquet (.parquet) or text (all
-      others, one document per file). A name with a file or folder is never a pattern; hidden files must be named.
-      `arguments` are `encoding`, `encoding_errors` and, of text, `sample_by` ("document", "paragraph", "line").
-    - `dataset`: `arguments` are further ones of `datasets.load_dataset`: name, revision, data_files, columns, ...
+      others, one document per file). The name of an existing file or folder is never a pattern; hidden files must be
+      named. `arguments` may be `encoding`, `encoding_errors` and, for text, `sample_by` ("document", "paragraph",
+      "line").
+    - `dataset`: `arguments` are passed to `datasets.load_dataset`: name, revision, data_files, columns, ...
     - `format`: "text" reads `text_column`, between the tokenizer's special tokens. "chat" reads `messages` through the
       tokenizer's chat template (or that of the file `chat_template`), with a loss on the assistant's turns, or `prompt`
       and `completion` (strings, or messages as well), with a loss on the completion.
@@ -76,11 +77,11 @@ class DataRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationRecipe:
-    """Rows for the validation loss during training: a `share` (0 to 1) of the rows of `data`, drawn by `training.seed`
-    and not trained on, or documents of other `files` or another `dataset`, read and packed as those of `data`.
+    """Rows for the validation loss during training: a `share` (0 to 1) of the rows of `data`, drawn with
+    `training.seed` and held out, or documents of other `files` or another `dataset`, read and packed like `data`.
 
-    `training.eval_strategy` and `training.eval_steps` say when; the default is every tenth of the run. `arguments` are
-    those of `data` unless given.
+    `training.eval_strategy` and `training.eval_steps` say when; by default, after every tenth of the run. `arguments`
+    default to those of `data`.
     """
 
     share: float | None = None
@@ -90,7 +91,7 @@ class ValidationRecipe:
     arguments: dict[str, Any] | None = None
 
     def data(self, data: DataRecipe) -> DataRecipe:
-        """Of the documents; not for a `share`."""
+        """Return the data recipe of the validation documents; there is none for a `share`."""
         arguments = data.arguments if self.arguments is None else self.arguments
         own: dict[str, Any] = {"files": self.files, "dataset": self.dataset, "split": self.split}
         return dataclasses.replace(data, streaming=False, arguments=arguments, **own)
@@ -272,7 +273,7 @@ def _check_validation(recipe: Recipe) -> None:
         raise ValueError("validation is never used with training.eval_strategy: no; leave one of them out")
     given = [name for name in ("share", "files", "dataset") if getattr(validation, name) is not None]
     if len(given) != 1:
-        raise ValueError(f"validation needs share, files or dataset, one of them, got {', '.join(given) or 'none'}")
+        raise ValueError(f"validation needs exactly one of share, files and dataset, got {', '.join(given) or 'none'}")
     if validation.share is not None and not 0 < validation.share < 1:
         raise ValueError(f"validation.share must lie between 0 and 1, got {validation.share}")
     if validation.share is not None and recipe.data.streaming:
@@ -300,7 +301,7 @@ def _check_model(recipe: Recipe) -> None:
         check_names(recipe.model, list(LOADED_MODEL), "model with name_or_path")
         convert(recipe.model, LOADED_MODEL, "model")
     else:
-        hints = get_type_hints(LinearLlama3Config, localns={"torch": torch, **vars(typing)})  # transformers' lack names
+        hints = get_type_hints(LinearLlama3Config, localns={"torch": torch, **vars(typing)})  # names transformers omits
         types = {"preset": str, **{f.name: hints[f.name] for f in dataclasses.fields(LinearLlama3Config)}}
         check_names(recipe.model, list(types), "model")
         convert(recipe.model, types, "model")

@@ -158,12 +158,12 @@ class ReliabilityMixin(_Trainer):
         return passes, steps * self.args.gradient_accumulation_steps
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Trainer's hook: the weights, after a look at their sizes."""
+        """Trainer's hook: check the sizes of the weights, then load them."""
         checkpoints.check_sizes(Path(resume_from_checkpoint), self.model if model is None else model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Trainer's hook: tied weights are saved once."""
+        """Trainer's hook: report no tied weights as missing, since they are saved once."""
         tied = getattr(self.model, "all_tied_weights_keys", {})
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))

@@ -61,10 +61,10 @@ def speed(history: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def recipe_text(recipe: Recipe, *, shared: bool = False) -> str:
-    """The complete recipe with the changes of the launch as YAML, without secrets.
+    """Return the complete recipe as YAML, with the changes made at launch and without secrets.
 
     Args:
-        shared: for readers on other machines: absolute paths become their last component.
+        shared: the text is for readers on other machines, so keep only the last component of absolute paths.
     """
 
     def shown(content: Any) -> Any:
@@ -79,7 +79,7 @@ def recipe_text(recipe: Recipe, *, shared: bool = False) -> str:
 
 
 def portable(text: str) -> str:
-    """The last component of an absolute path, which exists on one machine only; any other text as it is."""
+    """Return the last component of an absolute path, which exists on one machine only, and any other text unchanged."""
     path = os.path.expanduser(text.removeprefix("file://"))
     return Path(path).name if os.path.isabs(path) else text
 
@@ -111,20 +111,20 @@ def hardware() -> str:
 
 
 def _sources(data: DataRecipe | ValidationRecipe) -> str:
-    """The dataset or the files, without paths of this machine."""
+    """Return the names of the dataset or the files, without paths of this machine."""
     names = data.dataset or data.files or []
     return ", ".join(map(portable, [names] if isinstance(names, str) else names))
 
 
 def _validation(recipe: Recipe, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rows of the table: on what was validated, the last loss and the least."""
+    """Return rows for the table of the training: the validation data, and the last and the lowest loss."""
     if recipe.validation is None:
         return {}
     share, shown = recipe.validation.share, "not logged"
     if evaluations:
         last, best = evaluations[-1], min(evaluations, key=lambda entry: entry["eval_loss"])
         shown = f"{last['eval_loss']:.4f} (perplexity {last['eval_perplexity']:.4g}) at step {last['step']}"
-        shown += f"; least {best['eval_loss']:.4f} at step {best['step']}"
+        shown += f"; lowest {best['eval_loss']:.4f} at step {best['step']}"
     return {
         "validation data": _sources(recipe.validation) or f"{share:.2%} of the rows",
         "validation loss": shown,

@@ -1,4 +1,4 @@
-"""Rows of a batch over processes of which several hold the same ones: the ranks of a sequence."""
+"""Gathering and learning-rate schedules if several processes, the ranks of a sequence, hold the same rows."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 
 def gather_rows(accelerator: Accelerator, ranks: int, input_data: Any, use_gather_object: bool = False) -> Any:
-    """accelerate's `gather_for_metrics`, with every row of the dataset once.
+    """Gather like accelerate's `gather_for_metrics`, but return every row of the dataset once.
 
     accelerate's own keeps a copy of every row for each rank of a sequence, or cuts rows off at the end of the data
     because of the copies.
 
     Args:
-        ranks: that share a sequence, side by side.
-        input_data: nested tensors `[rows, ...]`, the same on all ranks of a sequence, or a list of one object for each
-            row. A tensor without dimensions is a number of the process, and all processes' are returned.
-        use_gather_object: takes nested tensors as objects too.
+        ranks: number of neighbouring ranks that share a sequence.
+        input_data: nested tensors `[rows, ...]`, the same on all ranks of a sequence, or a list with one object per
+            row. A tensor without dimensions belongs to the process; those of all processes are returned.
+        use_gather_object: gather nested tensors as objects, too.
 
     Raises:
         ValueError: the ranks of a sequence have different rows.
@@ -29,7 +29,7 @@ def gather_rows(accelerator: Accelerator, ranks: int, input_data: Any, use_gathe
     state = accelerator.gradient_state
 
     def without_repeats(rows: Any) -> Any:
-        """Rows that accelerate's loader repeats to fill the last batch are behind the others."""
+        """Drop the rows that accelerate's loader has repeated at the end to fill the last batch."""
         return rows[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else rows
 
     def once(x: Tensor) -> Tensor:
@@ -38,11 +38,11 @@ def gather_rows(accelerator: Accelerator, ranks: int, input_data: Any, use_gathe
             return gathered
         replicas = gathered.unflatten(0, (-1, ranks, x.shape[0]))  # [replicas, ranks, rows, ...]
         first = replicas[:, :1]
-        if not bool(((replicas == first) | ((replicas != replicas) & (first != first))).all()):  # nan is nan
+        if not bool(((replicas == first) | ((replicas != replicas) & (first != first))).all()):  # nan equals nan
             raise ValueError(
                 "gather_for_metrics takes rows that all ranks of a sequence agree on, got different ones (logits or "
-                "losses of a part of the sequence?); make the sequence complete with sequence_parallel.unshard, or "
-                'sum its parts with accelerator.reduce(x, "mean"), which gives the loss'
+                "losses of a part of the sequence?); gather complete sequences with sequence_parallel.unshard or, "
+                'for a loss, use accelerator.reduce(x, "mean")'
             )
         return without_repeats(first.flatten(0, 2))
 
@@ -60,7 +60,7 @@ def _all_tensors(data: Any) -> bool:
 
 
 class ReplicaScheduler(AcceleratedScheduler):
-    """accelerate's scheduler advances by the batches of a step, and takes every process to have a batch of its own."""
+    """Advances once per replica; accelerate's scheduler assumes that every process has a batch of its own."""
 
     def __init__(self, prepared: AcceleratedScheduler, replicas: int) -> None:
         super().__init__(
@@ -72,7 +72,7 @@ class ReplicaScheduler(AcceleratedScheduler):
         self.replicas = replicas
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """As accelerate's, by one for each batch that a step is made of."""
+        """Like accelerate's, but advance once for each batch of the step."""
         updates = self.step_with_optimizer and self.gradient_state.sync_gradients
         for _ in range(self.replicas if updates else 1):
             if self.scheduler._step_count <= getattr(self.scheduler, "total_steps", math.inf):  # OneCycle's end

@@ -66,12 +66,12 @@ def _tokenize_texts(texts: list[Any], indices: list[int], tokenizer: PreTrainedT
 
 
 def _check_unicode(text: str) -> None:
-    """ValueError for half of a surrogate pair, which JSON can hold as an escape and a tokenizer cannot read."""
+    """Raise ValueError for a lone surrogate, which JSON can hold as an escape but a tokenizer cannot read."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"text must be Unicode, got the lone surrogate {text[error.start]!a} at character {error.start}; "
+            f"text must be valid Unicode, got the lone surrogate {text[error.start]!a} at character {error.start}; "
             "correct it or take it out, or set data.arguments.encoding_errors: replace"
         ) from error
 
@@ -156,16 +156,16 @@ def _conversation(messages: Messages, prompt: int, tools: Any, tokenizer: PreTra
 
 
 def unlearnt_stop(document: dict[str, Any], tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> str | None:
-    """How what a model learns of a turn or completion ends, if that is at no token of `stops`.
+    """Describe how the learnt part of a turn or completion ends, if it does not end in a token of `stops`.
 
-    Conversations are judged by their template alone: in two exchanges, since some templates end a turn only where
-    another message follows, or only where none does.
+    Conversations are judged by their template alone, with two exchanges: some templates end a turn only if another
+    message follows, or only if none does.
 
     Args:
-        stops: tokens at which generation ends.
+        stops: ids of the tokens at which generation ends.
 
     Returns:
-        None where the model learns to stop, or where the template refuses the question.
+        The description; None if the model learns to stop, or if the template refuses these exchanges.
     """
     ends = tuple(tokenizer.convert_ids_to_tokens(sorted(stops)))
     if "messages" not in document and isinstance(document["completion"], str):
@@ -174,12 +174,12 @@ def unlearnt_stop(document: dict[str, Any], tokenizer: PreTrainedTokenizerBase, 
     ask, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
     try:
         learnt = _conversation([ask, answer, ask, answer], 0, None, tokenizer)
-    except (ValueError, TypeError, KeyError, IndexError, TemplateError):  # said of the user's own documents as well
+    except (ValueError, TypeError, KeyError, IndexError, TemplateError):  # reported for the user's own documents
         return None
     for start, stop in learnt.spans:
-        turn = learnt.text[start:stop].rstrip()  # a line's end may follow
+        turn = learnt.text[start:stop].rstrip()  # a newline may follow
         if not turn.endswith(ends):
-            return f"what is learnt of a turn by the chat template ends in {turn[-20:]!r}"
+            return f"the learnt part of a turn ends in {turn[-20:]!r}"
     return None
 
 

@@ -59,14 +59,14 @@ class SequenceParallelMixin(ReliabilityMixin):
     Reads `sequence_parallel_size`, `linear_strategy`, `softmax_strategy` and `sequence_layout` of the arguments
     where there are any; plain TrainingArguments take all processes, LASP-2 and LASP-2H.
 
-    A class that overrides `compute_loss` or `_prepare_inputs`, which are given this rank's part of a batch
-    (`shift_labels` among it, and `num_items_in_batch` of the complete batch), must set `handles_shards = True`.
+    A class that overrides `compute_loss` or `_prepare_inputs` must set `handles_shards = True`: these methods receive
+    this rank's part of a batch, with `shift_labels`, and `num_items_in_batch` of the complete batch.
     """
 
     sequence_parallel_context: SequenceParallelContext | None = None
     _check_peers: PeerCheck
     _batch_is_whole = False  # an evaluation batch that nobody has counted and cut yet
-    _batch_tokens: Tensor  # of the last batch, uncut, without padding
+    _batch_tokens: Tensor  # number of tokens in the last complete batch, without padding
     _noise: EmbeddingNoise | None = None  # while training with NEFTune on parts of sequences
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -161,18 +161,18 @@ class SequenceParallelMixin(ReliabilityMixin):
 
     @property
     def _holds_parts(self) -> bool:
-        """Whether a process holds parts of sequences."""
+        """True if a process holds parts of sequences."""
         return self.sequence_parallel_context is not None
 
     def _prepare_noise(self, model: nn.Module, batch: dict[str, Any]) -> None:
-        """For the forward pass over an uncut `batch`."""
+        """Set NEFTune's noise for the forward pass over a complete `batch`."""
         if self._noise is not None:
             tokens = batch.get("input_ids", batch.get("inputs_embeds"))
             embedding = self.accelerator.unwrap_model(model).get_input_embeddings()
             self._noise.prepare(embedding, tokens.shape[1])  # type: ignore[union-attr]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Trainer's hook: the labels of uncut batches, each counted once. Some releases round the quotient.
+        """Trainer's hook: count every label of complete batches once. Some releases of transformers round the quotient.
 
         Returns:
             An integer tensor or a Python number, which mixed precision does not round, or None.
@@ -189,7 +189,7 @@ class SequenceParallelMixin(ReliabilityMixin):
         if count is None:
             return None
         if self.args.average_tokens_across_devices:  # type: ignore[attr-defined]
-            return (count / context.world_size).round().long()  # of all processes: a multiple
+            return (count / context.world_size).round().long()  # a sum over all processes, so a multiple
         return count.item() / context.world_size
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
@@ -211,7 +211,7 @@ class SequenceParallelMixin(ReliabilityMixin):
         if self._batch_is_whole:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)  # type: ignore[attr-defined]
             _, inputs = self._prepare_context_parallel_inputs(model, inputs)
-        tokens = getattr(self, "_total_train_tokens", None)  # SFTTrainer's, which adds those of a part, as of one row
+        tokens = getattr(self, "_total_train_tokens", None)  # SFTTrainer's count, which treats a part as one row
         loss = super().compute_loss(  # type: ignore[misc]
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
@@ -236,7 +236,7 @@ class SequenceParallelMixin(ReliabilityMixin):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """Trainer's: the exact loss where there are labels, and the logits of complete sequences."""
+        """Like Trainer's: the exact loss if there are labels, and the logits of complete sequences."""
         context = self.sequence_parallel_context
         if context is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]

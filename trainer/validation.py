@@ -1,6 +1,6 @@
 """The loss of an evaluation as the mean over all targets, and its perplexity.
 
-Trainer averages the means of batches by their rows, so that a target in a short row counts more than one in a long row.
+transformers' Trainer averages the means of batches, weighted by rows: targets in short rows count more than others.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..modeling import LinearLlama3ForCausalLM
+from ..ops.precision import working_dtype
 from ..sequence_parallel import SequenceParallelContext
 from ..sequence_parallel.collectives import all_reduce
 from ..sequence_parallel.context import IGNORE_INDEX
@@ -20,7 +22,7 @@ from .data_order import without_labels
 
 
 class TokenMeanMixin:
-    """For a Trainer of causal language models; another loss than the model's own stays Trainer's mean."""
+    """Evaluation by target for a Trainer of causal language models; other losses than the model's keep its mean."""
 
     _sums: Tensor | None = None  # [2], float64: losses and targets of the sequences of this process in an evaluation
 
@@ -32,7 +34,7 @@ class TokenMeanMixin:
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """As Trainer's, with the loss of `prediction_step` and `{metric_key_prefix}_perplexity`.
+        """Like Trainer's, with the mean loss over all targets and `{metric_key_prefix}_perplexity`.
 
         Raises:
             ValueError: no row has a target.
@@ -58,30 +60,33 @@ class TokenMeanMixin:
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """As Trainer's; where only the loss is wanted, the sums for `evaluation_loop` as well."""
+        """Like Trainer's; also update the sums for `evaluation_loop`."""
         trainer: Any = self
-        if not (prediction_loss_only and self._is_own_loss(inputs)):
+        if not self._is_own_loss(inputs):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+        if not prediction_loss_only:  # logits of complete sequences, on all their ranks
+            loss, outputs, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+            counted = without_labels({"labels": labels}, self._repeated_rows(len(labels)))["labels"]
+            self._add(_sums_of(outputs[0] if isinstance(outputs, tuple) else outputs, counted))
+            return loss, outputs, labels
         inputs = trainer._prepare_inputs(inputs)
         inputs = without_labels(inputs, self._repeated_rows(len(inputs["labels"])))
+        context = trainer.sequence_parallel_context
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            if trainer.sequence_parallel_context is None:
+            if context is None:
                 local: dict[str, Any] = SequenceParallelContext(None).shard_batch(inputs)
             else:
                 _, local = trainer._prepare_context_parallel_inputs(model, inputs)
             targets = (local["shift_labels"] != IGNORE_INDEX).sum()
-            loss = model(**local, num_items_in_batch=1).loss.sum()  # of this process's targets
+            loss = model(**local, num_items_in_batch=1).loss.sum()  # summed over this process's targets
         sums = torch.stack([loss.double(), targets.double()])
-        if (
-            trainer.sequence_parallel_context is not None
-        ):  # Trainer gathers losses that the ranks of a sequence agree on
-            sums = all_reduce(sums, trainer.sequence_parallel_context.group).wait()
-            loss, targets = sums
-        self._sums = sums if self._sums is None else self._sums + sums
-        context = trainer.sequence_parallel_context
-        if context is not None and context.group is not None:  # the same loss on all ranks of a sequence
+        if context is not None:  # Trainer gathers losses that the ranks of a sequence agree on
             sums = all_reduce(sums, context.group).wait()
+        self._add(sums)
         return sums[0] / sums[1].clamp(min=1), None, None
+
+    def _add(self, sums: Tensor) -> None:
+        self._sums = sums if self._sums is None else self._sums + sums
 
     def _is_own_loss(self, inputs: dict[str, Any]) -> bool:
         trainer: Any = self
@@ -96,10 +101,17 @@ class TokenMeanMixin:
         )
 
     def _repeated_rows(self, rows: int) -> int:
-        """How many of the last rows of a batch accelerate has added to give every process as many."""
+        """Return the number of rows at the end of a batch that accelerate has repeated to fill it."""
         trainer: Any = self
         state, context = trainer.accelerator.gradient_state, trainer.sequence_parallel_context
         if not state.end_of_dataloader or state.remainder <= 0:
             return 0
         before = trainer.args.process_index // (1 if context is None else context.world_size) * rows
         return rows - min(max(state.remainder - before, 0), rows)
+
+
+def _sums_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the summed loss and the number of targets, float64 `[2]`, of `logits` `[B, T, V]` and `labels` `[B, T]`."""
+    options: dict[str, Any] = {"ignore_index": IGNORE_INDEX, "reduction": "sum"}
+    rows = [F.cross_entropy(x[:-1].to(working_dtype(x)), y[1:], **options) for x, y in zip(logits, labels, strict=True)]
+    return torch.stack([torch.stack(rows).double().sum(), (labels[:, 1:] != IGNORE_INDEX).sum().double()])

@@ -1,4 +1,4 @@
-"""What YAML gives, as the fields of a dataclass want it; and what would be right, in plain words."""
+"""Convert YAML values to the types of a dataclass's fields, and describe in plain words what is expected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 BOOL, FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
-WORDS = {"yes": True, "on": True, "no": False, "off": False}  # YAML 1.1's further booleans
+WORDS = {"yes": True, "on": True, "no": False, "off": False}  # other spellings of booleans in YAML 1.1
 PLAIN = {
     int: "an integer",
     float: "a number",
@@ -26,7 +26,7 @@ PLAIN = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Leaves `no`, `on` and dates text, until it is known what a field wants, and reads 1e-3 as a number."""
+    """Keeps `no`, `on` and dates as text until the type of the field is known, and reads 1e-3 as a number."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -42,10 +42,13 @@ def read_yaml(text: str) -> Any:
 
 
 def checked(kind: type, content: Any, where: str, *, sections: Sequence[str] = ()) -> dict[str, Any]:
-    """`content` as the arguments of the dataclass `kind`.
+    """Return `content` as arguments of the dataclass `kind`.
 
     Args:
-        sections: mappings that are checked later, by annotations of their own.
+        sections: names of mappings that are checked later, against annotations of their own.
+
+    Raises:
+        ValueError: `content` is not a mapping, or has unknown names, missing names or values of the wrong type.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{where} must be a mapping of keys to values, got {content!r}")
@@ -73,10 +76,10 @@ def check_names(content: dict[str, Any], known: list[str], where: str) -> None:
 
 
 def convert(content: dict[str, Any], types: dict[str, Any], where: str, *, sections: Sequence[str] = ()) -> None:
-    """Replaces values by what the fields' annotations mean: `no` by False, 1e3 by an integer.
+    """Convert values in place to the types of their fields: `no` to False, 1e3 to an integer.
 
     Raises:
-        ValueError: a value that no field of this type can have.
+        ValueError: a value does not fit the type of its field.
     """
     for name, value in content.items():
         hint = types[name]
@@ -94,7 +97,7 @@ def convert(content: dict[str, Any], types: dict[str, Any], where: str, *, secti
 
 
 def _candidates(value: Any) -> list[Any]:
-    """What a value of YAML can mean, the likeliest first."""
+    """Return what a YAML value can mean, the most likely meaning first."""
     if isinstance(value, str) and value.lower() in WORDS:
         return [WORDS[value.lower()], value]
     if isinstance(value, float) and value.is_integer():
@@ -103,7 +106,7 @@ def _candidates(value: Any) -> list[Any]:
 
 
 def _with_booleans(value: Any) -> Any:
-    """A mapping whose values have no annotation, as YAML 1.1 reads it."""
+    """Convert a mapping whose values have no annotation as YAML 1.1 does."""
     if isinstance(value, dict):
         return {key: _with_booleans(item) for key, item in value.items()}
     return WORDS.get(value.lower(), value) if isinstance(value, str) else value
@@ -117,11 +120,11 @@ def _unquoted(text: str) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value can be meant for a field with this annotation."""
+    """Return whether a value is valid for a field with this annotation."""
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         options = get_args(hint)
-        if isinstance(value, str) and any(_is_enum(option) for option in options):  # beside `str`: the names
+        if isinstance(value, str) and any(_is_enum(option) for option in options):  # with `str` for their values
             options = tuple(option for option in options if option is not str)
         return any(_fits(value, option) for option in options)
     if origin is Literal:
@@ -142,7 +145,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _plain(hint: Any) -> str:
-    """What values fit an annotation."""
+    """Describe the values that fit an annotation."""
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         options = get_args(hint)

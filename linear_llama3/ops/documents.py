@@ -41,7 +41,7 @@ def read_cu_seqlens(cu_seqlens: Tensor) -> tuple[int, ...]:
 
 
 def drop_empty(edges: tuple[int, ...]) -> tuple[int, ...]:
-    """The edges without those that repeat: a document without tokens ends where it starts."""
+    """Remove repeated edges, which enclose documents without tokens."""
     return tuple(edge for edge, _ in itertools.groupby(edges))
 
 

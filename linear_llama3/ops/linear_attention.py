@@ -53,8 +53,8 @@ def linear_attention(
             D_v + 1 columns, the last one the normaliser.
         initial_state: `[B, H_kv, D_k, D_v]`, with `cu_seqlens` one per document, `[N, H_kv, D_k, D_v]`.
         output_final_state: return the state after the last token (of every document).
-        cu_seqlens: int `[N + 1]`, edges of the documents packed in a batch of 1; the state restarts at each. The state
-            of a document without tokens stays the initial one (0 where there is none).
+        cu_seqlens: int `[N + 1]`, edges of the documents packed in a batch of 1; the state restarts at each. A
+            document without tokens keeps its initial state (0 without `initial_state`).
         causal: False lets every token see all tokens of its document; no decay is possible then.
         backend: "recurrent" (the definition, token after token), "chunked" (PyTorch, any device), "triton" (kernels
             for NVIDIA GPUs), or "auto": Triton on CUDA; elsewhere chunked, recurrent for one token (a decoding step).
@@ -105,7 +105,7 @@ def _without_empty(
     q: Tensor, k: Tensor, v: Tensor, edges: tuple[int, ...], initial_state: Tensor | None, cu_seqlens: Tensor,
     output_final_state: bool, options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """As `linear_attention`, of the documents that have tokens; the state of an empty one stays as it was."""
+    """Run `linear_attention` on the documents that have tokens; empty ones keep their initial state."""
     kept = torch.tensor([n for n, (a, b) in enumerate(itertools.pairwise(edges)) if a != b], device=q.device)
     out, state = linear_attention(
         q, k, v, cu_seqlens=torch.cat([cu_seqlens[kept.to(cu_seqlens.device)], cu_seqlens[-1:]]),

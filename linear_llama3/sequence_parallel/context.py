@@ -44,9 +44,9 @@ class SequenceParallelConfig:
 class SequenceParallelContext:
     """One sequence-parallel group: its ranks hold the parts of the same sequences.
 
-    Copies of a model (`copy.deepcopy`, `torch.optim.swa_utils.AveragedModel`) share its context and run sharded as it
-    does. A pickle (`torch.save(model)`) leaves the context out, since a group means nothing in another process: None is
-    in its place, and the loaded model computes plain attention until `enable_sequence_parallel` is called again.
+    Copies of a model (`copy.deepcopy`, `torch.optim.swa_utils.AveragedModel`) share its context, so they
+    run sharded too. A pickle (`torch.save(model)`) stores None instead of the context, since a process group has no
+    meaning in another process. The loaded model is not sharded until `enable_sequence_parallel` is called again.
 
     Args:
         group: the ranks, in the order of the sequence; None is a group of one.
@@ -71,8 +71,8 @@ class SequenceParallelContext:
 
     @property
     def layout(self) -> str:
-        """Name of the layout. "auto" is settled by the first model that is enabled, or as contiguous by what is cut or
-        computed before that, and stays: what is cut and what is computed never differ."""
+        """Name of the layout. The first model that is enabled settles "auto"; sharding or attention before that settles
+        it as "contiguous". It never changes afterwards, so that shards and attention always have the same layout."""
         return self._layout or "auto"
 
     def _settled_layout(self) -> str:
@@ -133,12 +133,12 @@ class SequenceParallelContext:
                 (numbers, `num_items_in_batch`) pass through.
 
         Returns:
-            The same keys, cut, without `attention_mask` and `seq_idx`, and with `position_ids` and, where there are
+            The same keys, sharded, without `attention_mask` and `seq_idx`, with `position_ids` and, if there are
             labels, `shift_labels`.
 
         Raises:
-            ValueError: padding before a token, descriptions of documents that contradict each other, or shapes that do
-                not fit together.
+            ValueError: there is padding to the left of a token, descriptions of documents contradict each other, or
+                shapes do not match.
         """
         rest = dict(batch)
         inputs = {name: rest.pop(name) for name in ("input_ids", "inputs_embeds") if rest.get(name) is not None}
@@ -152,7 +152,7 @@ class SequenceParallelContext:
         _check_padding(mask)
         edges = document_edges({**rest, "position_ids": positions}, mask, batch=rows, length=length)
         for name in (*DOCUMENT_KEYS, "max_length_q", "max_length_k"):
-            rest.pop(name, None)  # describe the whole rows
+            rest.pop(name, None)  # these describe complete rows
         ragged = get_layout(self._settled_layout(), self.world_size).padded(length, self.world_size) != length
         if edges is None and not self.causal and (ragged or (mask is not None and not mask.all())):
             attended = torch.ones(rows, length, device=tokens.device) if mask is None else mask
@@ -182,7 +182,7 @@ class SequenceParallelContext:
 
 
 def _no_context() -> None:
-    """What a pickled context is loaded as."""
+    """Stand in for a context when a pickle is loaded."""
 
 
 def enable_sequence_parallel(model: nn.Module, context: SequenceParallelContext | None) -> None:
@@ -245,7 +245,7 @@ def _check_padding(mask: Tensor | None) -> None:
 
 
 def _pack_padding(mask: Tensor) -> Tensor:
-    """Edges `[N + 1]` in the B * T tokens: what every row attends to is a document, its padding another."""
+    """Return edges `[N + 1]` in the B * T tokens: a row's attended tokens are one document, its padding another."""
     rows, length = mask.shape
     starts = torch.arange(rows, device=mask.device) * length
     ends = starts + (mask != 0).sum(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DOCUMENT_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
-"""Keywords that describe documents and nothing else; restarting `position_ids` describe them as well."""
+"""Keywords whose only purpose is to describe documents; `position_ids` that restart describe them as well."""
 
 
 def document_edges(
@@ -19,14 +19,14 @@ def document_edges(
     """Edges int32 `[N + 1]` of the documents in the `batch * length` tokens read row after row; None if unpacked.
 
     Args:
-        inputs: keywords of a forward pass. Each of these is enough to describe documents: `cu_seq_lens_q` or
+        inputs: keyword arguments of a forward pass. Any one of these describes documents: `cu_seq_lens_q` or
             `cu_seq_lens_k` `[N + 1]`, `seq_idx` int `[B, T]` (a number for each document in a row), and `position_ids`
-            `[1 or B, T]` that do not run on by one inside a row.
-        attention_mask: `[B, T]`, 0 at padding, over which positions may jump.
+            `[1 or B, T]` that do not increase by one within a row.
+        attention_mask: `[B, T]`, 0 at padding, where positions may jump.
 
     Raises:
-        ValueError: descriptions that contradict each other, packed rows with padding, or edges that do not cover the
-            batch row by row.
+        ValueError: descriptions contradict each other, packed rows have padding, or edges do not cover the batch row
+            by row.
     """
     sizes = {"batch": batch, "length": length}
     given = {name: inputs[name] for name in DOCUMENT_KEYS[:2] if inputs.get(name) is not None}
@@ -55,13 +55,13 @@ def document_edges(
 
 
 def _edges_of(starts: Tensor, *, batch: int, length: int) -> Tensor:
-    """Edges, from whether a document starts at the tokens 1, 2, ... of each row: `starts` bool `[B, T - 1]`."""
+    """Return edges int32 `[N + 1]`; `starts` bool `[B, T - 1]` marks the tokens 1, 2, ... that start a document."""
     edges = F.pad(starts, (1, 0), value=True).flatten().nonzero().flatten().to(torch.int32)
     return torch.cat([edges, edges.new_tensor([batch * length])])
 
 
 def _agreed(given: dict[str, Tensor]) -> Tensor | None:
-    """The edges that all descriptions give."""
+    """Return the edges on which all descriptions agree, None without a description; raise ValueError if they differ."""
     if not given:
         return None
     (name, edges), *rest = given.items()
@@ -75,9 +75,10 @@ def _agreed(given: dict[str, Tensor]) -> Tensor | None:
 
 
 def _check_positions(steps: Tensor, name: str, edges: Tensor) -> None:
-    """Positions may run on, stand still or jump ahead over several documents; where they fall, they describe documents.
+    """Raise ValueError if positions restart inside a document, or restart in one place and continue across an edge.
 
-    `steps` `[B, T - 1]` lead from one position to the next, `edges` are those that `name` gives.
+    Positions that never decrease describe no documents: they may continue, repeat or jump ahead across edges.
+    `steps` `[B, T - 1]` are the differences of neighbouring positions, `edges` are those that `name` gives.
     """
     starts = torch.isin(torch.arange(steps.shape[0] * (steps.shape[1] + 1), device=edges.device), edges)
     starts = starts.view(steps.shape[0], -1)[:, 1:].to(steps.device)
@@ -87,7 +88,7 @@ def _check_positions(steps: Tensor, name: str, edges: Tensor) -> None:
         row, step = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"{name} and position_ids must describe the same documents, got edges {edges.tolist()}, but positions that "
-            f"{'restart' if bool(back[row, step]) else 'run on'} at token {step + 1} of row {row}; give one of them"
+            f"{'restart' if bool(back[row, step]) else 'continue'} at token {step + 1} of row {row}; give one of them"
         )
 
 
@@ -101,7 +102,7 @@ def _check_numbers(seq_idx: Tensor, *, batch: int, length: int) -> Tensor:
 
 
 def _check_edges(cu_seq_lens: Tensor, *, batch: int, length: int) -> Tensor:
-    edges = cu_seq_lens.to(torch.int32).unique_consecutive()  # documents without tokens take no part
+    edges = cu_seq_lens.to(torch.int32).unique_consecutive()  # drops documents without tokens
     total = batch * length
     rows = torch.arange(0, total + 1, length, dtype=torch.int32, device=edges.device)
     if edges[0] != 0 or edges[-1] != total or (edges.diff() <= 0).any() or not torch.isin(rows, edges).all():
@@ -113,13 +114,13 @@ def _check_edges(cu_seq_lens: Tensor, *, batch: int, length: int) -> Tensor:
 
 
 def check_mask(attention_mask: Any) -> None:
-    """Check that a padding mask `[B, T]` of any dtype holds only 0 and 1; masks of other kinds are not looked at.
+    """Check that a padding mask `[B, T]` of any dtype holds only 0 and 1; masks of other kinds are ignored.
 
     Softmax layers would read every other value as 1. The check reads one number from the device: call it once per
     forward pass. It does nothing while a graph is traced or captured.
 
     Raises:
-        ValueError: the mask has another value, for example the numbers of packed documents.
+        ValueError: the mask has other values, such as the numbers of packed documents.
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.dtype == torch.bool:
         return

@@ -26,7 +26,7 @@ def write_checkpoint(folder: Path, *, template: str | None = TEMPLATE, seed: int
 
 
 def continuation(model: LinearLlama3ForCausalLM, tokenizer: PreTrainedTokenizerBase, inputs: Any, tokens: int) -> str:
-    """What the model adds to a prompt greedily, by a forward of the complete text for each token."""
+    """Return greedily generated text, with a forward pass over the complete text for each token."""
     ids = inputs["input_ids"]
     length = ids.shape[1]
     while ids.shape[1] < length + tokens and (ids.shape[1] == length or ids[0, -1] != tokenizer.eos_token_id):

@@ -1,4 +1,4 @@
-"""`linear-llama3 generate` and `chat`, read from standard output: greedy text is that of the complete forward."""
+"""`linear-llama3 generate` and `chat`, read from standard output: greedy text is that of full forward passes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_conversation_keeps_its_history_until_a_reset(loaded: Loaded) -> None:
         (["generate", "{folder}", ""], None, "error: the prompt must have at least one token, got none; give a text"),
         (["generate", "{folder}"], "", "error: the prompt must have at least one token"),
         (["generate", "{folder}", "a", "--temperature", "0", "--top-p", "0.5"], None, "got --top-p 0.5 with --temp"),
-        (["chat", "{folder}/bare"], "hello\n", "error: a conversation needs a chat template, the tokenizer of "),
+        (["chat", "{folder}/bare"], "hello\n", "error: chat needs a chat template, but the tokenizer of "),
         (["chat", "{folder}/strict"], "hello\n", "error: the chat template refuses the conversation: no system"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`linear-llama3 serve`: transformers' server with our class, asked by `openai`'s client and `transformers chat`."""
+"""`linear-llama3 serve`: transformers' server with our class, tested with `openai`'s client and `transformers chat`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MESSAGES = [{"role": "user", "content": "the quick"}]
 
 
 class Server:
-    """The command in a process of its own, and a listener where it would look for the Hub."""
+    """Run the command in its own process, with a listener at the address of the Hub."""
 
     def __init__(self, folder: Path) -> None:
         self.model = str(folder)
@@ -122,11 +122,11 @@ def test_another_model_is_refused(server: Server, client: Any) -> None:
 
 
 def test_transformers_chat_talks_to_it(server: Server, client: Any) -> None:
-    """Its prompt, and "no" to its question whether to continue an answer of 10 tokens."""
+    """`transformers chat` gets a prompt, and "no" when it asks whether to continue an answer of 10 tokens."""
     line = ["from transformers.cli.transformers import app; app()", "chat", server.model]
     done = subprocess.run(
         [sys.executable, "-c", *line, f"http://localhost:{server.port}", "max_new_tokens=10", "do_sample=False"],
-        env={**server.environment, "HF_ENDPOINT": "http://127.0.0.1:9"},  # what the client asks is not the server's
+        env={**server.environment, "HF_ENDPOINT": "http://127.0.0.1:9"},  # the client's own requests do not count
         input="the quick\nn\n!exit\n",
         capture_output=True,
         text=True,
@@ -147,7 +147,7 @@ def run(*arguments: Any) -> Any:
 
 
 def test_what_the_server_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our class, under its name, only once the command runs; and nothing about continuous batching."""
+    """Our class has its name in `transformers` only once the command runs. Continuous batching stays off."""
     serve = pytest.importorskip("transformers.cli.serve")
     transformers = pytest.importorskip("transformers.cli.serving.model_manager").transformers
     given: list[dict[str, Any]] = []

@@ -127,7 +127,7 @@ def test_a_shard_without_labels_has_loss_zero(context: OneRank) -> None:
         ({"position_ids": torch.arange(24)[None] % 12}, "told by cu_seq_lens_q of the whole sequence"),
         (
             {"seq_idx": torch.zeros(1, 24).int()},
-            "of the whole sequence, got seq_idx; call context.shard_batch",
+            "of the complete sequence, got seq_idx; call context.shard_batch",
         ),
         ({"attention_mask": torch.ones(1, 24)}, "no attention_mask, got one; call context.shard_batch"),
         ({"use_cache": True}, r"no cache, .* enable_sequence_parallel\(model, None\)"),

@@ -158,7 +158,7 @@ def ask_for_tensor_parallelism(folder: str) -> str:
 
 
 def test_tensor_and_pipeline_parallelism_are_refused(tmp_path: Path) -> None:
-    """Linear layers cut by a plan for softmax would be wrong. transformers 5.17 itself loads without a plan."""
+    """A plan for softmax layers would split linear layers wrongly. transformers 5.17 itself loads without a plan."""
     model = tiny_model()
     assert not model.supports_tp_plan and not model.supports_pp_plan
     assert not LinearLlama3ForCausalLM.is_backend_compatible(), "what serving engines ask before they apply a plan"

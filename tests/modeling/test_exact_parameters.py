@@ -1,4 +1,4 @@
-"""The bias of a learned decay stays float32 in models of 16 bits, where its updates would be rounded away."""
+"""The bias of a learned decay stays float32 in 16-bit models, which would round its updates away."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from linear_llama3.trainer.parallelism import check_dtypes
 from tests.distributed import run_distributed
 from tests.modeling.tiny import tiny_config, tiny_model, tokens
 
-BIAS = 6.001  # no number of bfloat16 or float16
+BIAS = 6.001  # neither bfloat16 nor float16 can represent it
 
 
 def with_bias(value: float = BIAS) -> LinearLlama3ForCausalLM:
@@ -79,7 +79,7 @@ def test_casts_of_a_model_with_gradients() -> None:
 
 
 def test_small_updates_add_up() -> None:
-    """Twenty steps of 0.001 each; the steps of bfloat16 near 6 are 0.03."""
+    """Twenty steps of 0.001 each; near 6, bfloat16 values are 0.03 apart."""
     model = with_bias().bfloat16().train()
     optimizer = torch.optim.SGD(biases(model), lr=1.0)
     for _ in range(20):
@@ -94,7 +94,7 @@ def test_small_updates_add_up() -> None:
 
 
 def train_under_fsdp(dtype: torch.dtype) -> float:
-    """How far a bias has moved after two steps of about 0.001."""
+    """Return how far a bias has moved after two steps of about 0.001."""
     model = with_bias().to(dtype).train()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

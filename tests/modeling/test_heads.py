@@ -233,7 +233,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="reads both sides of a token"):
         LinearLlama3ForMaskedLM(tiny_config("basic"))
     model = masked_lm()
-    with pytest.raises(ValueError, match="reads the whole sequence at once"):
+    with pytest.raises(ValueError, match="reads the complete sequence at once"):
         model(tokens(1, 5), use_cache=True)
     with pytest.raises(ValueError, match="got is_causal=True; leave"):
         model(tokens(1, 5), is_causal=True)

@@ -1,4 +1,4 @@
-"""Starting from Llama's weights on disk: the same model, or a refusal that names what differs."""
+"""Models that start from Llama weights on disk: the same model, or an error that names what differs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def save_llama(folder: Path, **fields: Any) -> LlamaForCausalLM:
-    """A Llama with random weights, biases among them."""
+    """Save a Llama with random weights and biases."""
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(**{**SIZES, "initializer_range": 0.3, **fields})).eval()
     for name, parameter in llama.named_parameters():
@@ -123,7 +123,7 @@ def test_a_config_that_contradicts_our_checkpoint_is_refused(tmp_path: Path, our
 
 
 def test_changes_on_purpose(tmp_path: Path) -> None:
-    """Another rotary base than the weights were trained with, in each way that names it."""
+    """A rotary base may differ from that of the weights if it is named, in each possible way."""
     save_llama(tmp_path / "llama", rope_parameters=LLAMA3_ROPE)
     longer = {"rope_type": "default", "rope_theta": 5e6}
     config = LinearLlama3Config.from_llama(tmp_path / "llama", full_attention_interval=1, rope_parameters=longer)
@@ -160,7 +160,7 @@ def test_a_config_of_another_class_is_refused(tmp_path: Path) -> None:
 
 
 def test_llama_weights_without_a_config(tmp_path: Path) -> None:
-    """The message is the call that works."""
+    """The message contains a call that works."""
     llama = save_llama(tmp_path)
     with pytest.raises(ValueError, match=r"LinearLlama3Config\(\) alone describes a model of 8.4 billion") as error:
         LinearLlama3ForCausalLM.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Padding masks of every dtype; a mask with other values than 0 and 1 is refused, not used as a factor."""
+"""Padding masks of every dtype. A mask with values other than 0 and 1 is refused, not used as a factor."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_factors_and_additive_masks_are_refused(value: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64])
 @pytest.mark.parametrize("mixer", MIXER_NAMES)
 def test_the_dtype_of_a_mask_changes_nothing(mixer: str, dtype: torch.dtype) -> None:
-    """Outputs and gradients of the rows without their padding (rotary tables are float32, so positions round)."""
+    """Outputs and gradients equal those of rows without padding (to the precision of float32 rotary tables)."""
     model, x = tiny_model(mixer).double(), tokens(2, 8)
     model(x[:1, 2:], labels=x[:1, 2:], num_items_in_batch=1).loss.backward()
     model(x[1:, :7], labels=x[1:, :7], num_items_in_batch=1).loss.backward()

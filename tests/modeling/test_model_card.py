@@ -48,7 +48,7 @@ def test_template_renders_and_parses() -> None:
 
 
 def test_the_card_of_a_model_without_linear_layers(tmp_path: Path) -> None:
-    """No mixer and no state: neither as facts, nor as tags, nor as the reason of a limit."""
+    """The card mentions no mixer and no state: not as facts, tags or reasons for a limit."""
     model = tiny_model("gla", full_attention_interval=1)
     model.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
@@ -60,7 +60,7 @@ def test_the_card_of_a_model_without_linear_layers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("interval", [0, 1, 2])
 def test_the_card_says_how_to_install(interval: int, tmp_path: Path) -> None:
-    """Links are those that pyproject names; nothing is installed by a name that a package index does not have."""
+    """Links are those of pyproject.toml, and nothing is installed by a name that no package index has."""
     tiny_model("gla", full_attention_interval=interval).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     urls = pyproject()["project"].get("urls", {}).values()

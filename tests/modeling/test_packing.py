@@ -37,7 +37,7 @@ def packed_kwargs(told_by: str, rows: list[list[int]]) -> dict[str, Tensor]:
 
 
 def numbers(rows: list[list[int]]) -> Tensor:
-    """As Mamba and Granite number documents: int32, from 0 in each row."""
+    """`seq_idx` as Mamba and Granite define it: int32 document numbers, from 0 in each row."""
     return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows]).int()
 
 
@@ -108,7 +108,7 @@ def test_gradients(implementation: str) -> None:
         ),
         (
             {"cu_seq_lens_q": torch.tensor([0, 5, 6, 20, 23, 32])},
-            "cu_seq_lens_q and position_ids .* but positions that run on at token 20 of row 0",
+            "cu_seq_lens_q and position_ids .* but positions that continue at token 20 of row 0",
         ),
         ({"seq_idx": torch.zeros(1, 32, dtype=torch.int32)}, r"seq_idx and position_ids .* edges \[0, 32\]"),
         (
@@ -118,8 +118,8 @@ def test_gradients(implementation: str) -> None:
         ({"position_ids": None, "seq_idx": numbers(LENGTHS[:1]), "use_cache": True}, "takes no cache, got 4 documents"),
         ({"position_ids": None, "seq_idx": numbers(LENGTHS[:1])[0]}, r"seq_idx must hold .* got torch.int32 of .*32,"),
         ({"position_ids": None, "seq_idx": torch.rand(1, 32)}, "seq_idx must hold .* got torch.float32"),
-        ({"segment_ids": torch.ones(1, 32)}, r"the model reads no keyword 'segment_ids', got one of shape \(1, 32\)"),
-        ({"cu_seqlens": torch.tensor([0, 5, 32])}, r"reads no keyword 'cu_seqlens', .*describe .* by cu_seq_lens_q"),
+        ({"segment_ids": torch.ones(1, 32)}, r"not read the keyword 'segment_ids', got one of shape \(1, 32\)"),
+        ({"cu_seqlens": torch.tensor([0, 5, 32])}, r"read the keyword 'cu_seqlens', .*describe .* by cu_seq_lens_q"),
     ],
 )
 def test_refused(kwargs: dict[str, Any], message: str) -> None:
@@ -153,7 +153,7 @@ def test_generation_does_not_drop_seq_idx() -> None:
 
 
 def test_positions_that_jump_ahead_are_no_documents_beside_edges() -> None:
-    """As position-skipping training has them: two documents, each with a gap in its positions."""
+    """Two documents, each with a gap in its positions, as in position-skipping training."""
     model, x = tiny_model("retention"), tokens(1, 8)
     positions = torch.tensor([[0, 1, 9, 10, 0, 7, 8, 9]])
     packed = model(x, position_ids=positions, cu_seq_lens_q=torch.tensor([0, 4, 8])).logits
@@ -180,6 +180,6 @@ def test_what_transformers_collator_makes(options: dict[str, bool]) -> None:
 
 
 def test_token_types_of_a_tokenizer_change_nothing() -> None:
-    """A generic tokenizer makes them, and Llama has none."""
+    """A generic tokenizer returns token types, which Llama does not have."""
     model, x = tiny_model("gla"), tokens(2, 9)
     assert torch.equal(model(x, token_type_ids=torch.zeros_like(x)).logits, model(x).logits)

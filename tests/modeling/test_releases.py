@@ -1,4 +1,4 @@
-"""The name of the cache, and checks of what other libraries' releases changed."""
+"""The name of the cache, and checks for changes in the releases of other libraries."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_check_hooks_takes_the_interface_it_was_written_for():
     "hooks, attributes, message",
     [
         ({"gone": ()}, (), "no method gone"),
-        ({"hook": ("batch",)}, (), r"hook\(inputs, count\) in place of hook\(batch, \.\.\.\)"),
+        ({"hook": ("batch",)}, (), r"hook\(inputs, count\) instead of hook\(batch, \.\.\.\)"),
         ({"hook": ("inputs", "count", "more")}, (), r"hook\(inputs, count\)"),
         ({}, ("_vanished",), "no _vanished"),
     ],

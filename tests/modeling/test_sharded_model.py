@@ -152,7 +152,7 @@ def test_an_uncut_batch_is_refused() -> None:
 
 
 def copies(mixer: str) -> list[str]:
-    """What is wrong with copies of a model that runs on the shards of a group."""
+    """Return what is wrong with copies of a model that runs on the shards of a group."""
     model, inputs = tiny_model(mixer).double(), batch(1, None)
     expected = model(inputs["input_ids"]).logits
     count = (inputs["labels"][:, 1:] != -100).sum()

@@ -34,7 +34,7 @@ def test_gradient_checkpointing_switches_the_cache_off_and_says_so(
 
 @pytest.mark.parametrize("interval", [2, 1, 0])
 def test_gradient_checkpointing_refuses_a_cache(interval: int) -> None:
-    """To leave it out would leave out the context; an empty one would stay empty, and the next pass lack context."""
+    """Dropping the cache would lose the context; dropping an empty one would lose the context of the next pass."""
     model, x = tiny_model("gla", full_attention_interval=interval).train(), tokens(2, 9)
     filled = model(x[:, :5], use_cache=True).past_key_values
     model.gradient_checkpointing_enable()
@@ -47,7 +47,7 @@ def test_gradient_checkpointing_refuses_a_cache(interval: int) -> None:
 @pytest.mark.parametrize("interval", [2, 1, 0])
 @torch.no_grad()
 def test_a_cache_in_training_mode_without_gradients(interval: int, reentrant: bool) -> None:
-    """Nothing is computed again, so the cache is used, and `generate` returns what it does in evaluation mode."""
+    """Nothing is recomputed, so the cache is used, and `generate` returns the same as in evaluation mode."""
     model, x = tiny_model("gla", full_attention_interval=interval), tokens(2, 9)
     expected = model(x).logits[:, 5:]
     text = model.generate(x, max_new_tokens=6, do_sample=False)

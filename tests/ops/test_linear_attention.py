@@ -213,7 +213,7 @@ def test_bidirectional_is_the_full_product(documents: tuple[int, ...] | None, no
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("backend", ["recurrent", "chunked"])
 def test_documents_without_tokens(backend: str, with_state: bool, normalize: bool) -> None:
-    """Every document alone, by the recurrence; the state of an empty one stays the initial one, with its gradient."""
+    """Each document equals the recurrence on it alone. An empty one keeps its initial state, also in the gradient."""
     edges = [0, 0, 3, 3, 3, 8, 9, 9]
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 9, heads, 3, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))

@@ -1,4 +1,4 @@
-"""scripts/environment.sh: which build of torch a machine takes, what is said before the download, what is kept."""
+"""scripts/environment.sh: the build of torch for a machine, the announced downloads, and repeated calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOCAL, PLAIN, CPU = "--no-index --no-deps torch", "constraints.txt torch", "uv p
 
 
 class Machine:
-    """A checkout whose python, uv and nvidia-smi write down how they are called, in place of doing it."""
+    """A checkout whose python, uv and nvidia-smi only record how they are called."""
 
     def __init__(self, folder: Path, *, gpu: bool = False, wheel: bool = False, index: bool = True) -> None:
         self.folder, self.calls = folder, folder / "calls"
@@ -40,12 +40,12 @@ class Machine:
             shutil.copy(ROOT / name, folder / name)
 
     def install(self, what: str) -> tuple[list[str], str]:
-        """The calls of pip and uv, and what was printed."""
+        """Return the calls of pip and uv, and the output."""
         calls, printed = self.run("-euo", "pipefail", "-c", f'source scripts/environment.sh "{what}"')
         return [call for call in calls if "install" in call], printed
 
     def run(self, *arguments: str) -> tuple[list[str], str]:
-        """The calls of a bash script, and what was printed."""
+        """Return the calls of a bash script, and the output."""
         self.calls.write_text("")
         done = subprocess.run(["bash", *arguments], cwd=self.folder, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
@@ -71,7 +71,7 @@ def test_the_build_of_torch(tmp_path: Path, machine: dict[str, bool], ways: list
 
 
 def test_what_is_installed_is_kept(tmp_path: Path) -> None:
-    """The tools of tests come on top of the package; the package alone takes nothing away and installs nothing."""
+    """Test tools are added to the package. Asking for the package alone afterwards installs and removes nothing."""
     machine = Machine(tmp_path, wheel=True)
     for what, installs in [(".", True), (".", False), (".[dev]", True), (".[dev]", False), (".", False)]:
         calls, _ = machine.install(what)
@@ -89,7 +89,7 @@ def test_who_installs_what(script: str, what: str) -> None:
 
 
 def test_the_fast_quickstart(tmp_path: Path) -> None:
-    """Both comparisons and the training take the smaller recipe, in which the user's changes win."""
+    """Both comparisons and the training use the smaller recipe; the user's changes override it."""
     machine, recipe, changed = Machine(tmp_path, wheel=True), "scripts/recipes/quickstart.yaml", "training.max_steps=9"
     runs = {}
     for flags in ((), ("--fast",)):

@@ -42,6 +42,6 @@ def test_the_hosted_matrix_has_both_ends():
 @pytest.mark.slow
 @pytest.mark.parametrize("release", ["oldest", "newest"])
 def test_models_generation_and_training_on_both_ends(release):
-    torch_release = os.environ.get("TORCH", torch.__version__.partition("+")[0])  # no second build of torch
+    torch_release = os.environ.get("TORCH", torch.__version__.partition("+")[0])  # avoid a second build of torch
     environment = os.environ | {"TORCH": torch_release}
     subprocess.run(["bash", "scripts/test_releases.sh", release], cwd=ROOT, env=environment, check=True)

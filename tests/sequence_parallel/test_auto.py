@@ -84,7 +84,7 @@ def test_auto_is_one_of_the_strategies() -> None:
 
 
 def layouts() -> list[str]:
-    """What layout "auto" becomes: of a linear model, of a hybrid, of one that was read before, and after a cut."""
+    """Return what "auto" becomes: for a linear model, a hybrid, a context read before, and one that has sharded."""
     found = []
     for kind in ("linear_attention", "full_attention"):
         context = SequenceParallelContext(dist.group.WORLD)

@@ -133,7 +133,7 @@ ONES = torch.ones(1, 4, dtype=torch.long)
         ),
         (
             {"input_ids": ONES, "seq_idx": torch.tensor([[4, 4, 7, 7]]), "position_ids": torch.tensor([[0, 1, 2, 0]])},
-            r"seq_idx and position_ids .* edges \[0, 2, 4\], but positions that run on at token 2 of row 0",
+            r"seq_idx and position_ids .* edges \[0, 2, 4\], but positions that continue at token 2 of row 0",
         ),
         ({"input_ids": ONES, "seq_idx": ONES[:, :3]}, r"seq_idx must hold .* \[B, T\] = \(1, 4\), got torch.int64 .*3"),
         ({"input_ids": ONES, "token_type_ids": ONES}, r"cuts no other .*'token_type_ids' of shape \(1, 4\)"),
@@ -238,7 +238,7 @@ def test_recurrent_backend_is_for_one_device() -> None:
 
 
 def without_empty_documents(kind: str, layout: str) -> float:
-    """How far the output and the gradients are from those with edges that tell of no empty document."""
+    """Return the errors of output and gradients against edges without empty documents."""
     attention = {"linear": linear_attention, "softmax": softmax_attention}[kind]
     found = []
     for edges in ([0, 0, 3, 3, 9, 14, 14], [0, 3, 9, 14]):

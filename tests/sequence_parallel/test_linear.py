@@ -164,15 +164,15 @@ def test_recomputation_does_not_gather_again() -> None:
 
 
 def answered_late(strategy: str, layout: str) -> list[float]:
-    """Errors of attentions that are started before others are answered, and after one that never is."""
+    """Return errors of attentions started before others get their queries, and after one that never gets any."""
     case, where = Case(tokens=24, gate="channel"), {"group": dist.group.WORLD, "layout": layout}
     local = shards(case.inputs(), layout=layout)
-    del local["w"]  # of the loss
+    del local["w"]  # the weights of the loss
     expected = linear_attention(**local, strategy=strategy, **where)
     q, k, v = (local.pop(name) for name in "qkv")
     softmax = softmax_attention(q, k, v, strategy="ring", **where)
     start = functools.partial(start_linear_attention, v=v, strategy=strategy, **where, **local)
-    start(k)  # never answered, as after an error
+    start(k)  # never gets its queries, as after an error
     first, second = start(k), start(2 * k)
     outs = [(second(q), 2 * expected), (first(q), expected)]
     third = start(k)

@@ -43,7 +43,7 @@ def batches() -> list[dict[str, Tensor]]:
 
 
 def direct(model: nn.Module) -> list[dict[int, float]]:
-    """Of every document alone, token after token: tokens of context -> loss."""
+    """Return tokens of context -> losses, computed on each document alone, token by token."""
     first, second = batches()
     documents = [
         (ids, labels)
@@ -60,7 +60,7 @@ def direct(model: nn.Module) -> list[dict[int, float]]:
 
 
 def mean_of(documents: list[dict[int, float]]) -> dict[str, float]:
-    """The mean of all losses, and the standard error of a ratio of sums over documents."""
+    """Return the mean of all losses, and the standard error of a ratio of sums over documents."""
     documents = [losses for losses in documents if losses]
     tokens = sum(map(len, documents))
     mean = sum(sum(losses.values()) for losses in documents) / tokens
@@ -76,7 +76,7 @@ def llama() -> LlamaForCausalLM:
 
 
 def agree(got: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """To 1e-9; None, the error of a single document, is equal to None only."""
+    """Compare to 1e-9; None, the standard error of a single document, equals only None."""
     return got.keys() == expected.keys() and all(
         got[key] is None if value is None else got[key] == pytest.approx(value, rel=1e-9)
         for key, value in expected.items()
@@ -103,8 +103,10 @@ def test_losses_are_those_of_documents_alone(kind: str, monkeypatch: pytest.Monk
 
 
 def test_the_standard_error_is_the_spread_of_means_over_draws_of_documents() -> None:
-    """5,000 draws of 300 documents with tokens that depend on each other: the error of one is the spread of all. An
-    error that took tokens as independent would be a fifth of it."""
+    """In 5,000 draws of 300 documents with dependent tokens, the standard error of one draw is the spread of all.
+
+    A standard error that treats tokens as independent would be a fifth of that.
+    """
     source = torch.Generator().manual_seed(0)
 
     def draw() -> Tensor:

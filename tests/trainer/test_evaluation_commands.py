@@ -1,4 +1,4 @@
-"""`linear-llama3 evaluate` and `needle`: their numbers, on one process and two, and what they refuse."""
+"""`linear-llama3 evaluate` and `needle`: their numbers on one process and on two, and the arguments they refuse."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run(*arguments: Any) -> Any:
 
 
 def pieces(vocabulary: dict[str, int]) -> list[list[int]]:
-    """Documents of a letter a token, closed by "_" and laid end to end in rows: what a model reads together."""
+    """Return pieces of documents that a model reads together: a token per letter, "_" at the end, in packed rows."""
     rows: list[list[list[int]]] = [[]]
     for text in TEXTS:
         rest = [vocabulary.get(letter, vocabulary["."]) for letter in text + "_"]
@@ -67,7 +67,7 @@ def pieces(vocabulary: dict[str, int]) -> list[list[int]]:
 
 
 def mean_loss(model: nn.Module, documents: list[list[int]]) -> tuple[float, int]:
-    """By the loss of the model's own forward, a document at a time; and the number of targets."""
+    """Return the mean loss by the model's own forward pass, document by document, and the number of targets."""
     total = 0.0
     for document in documents:
         ids = torch.tensor([document])
@@ -95,11 +95,11 @@ def test_the_mean_loss_is_that_of_the_models_own_forward(kind: str, folder: Path
 
 
 def measured(folder: Path, output: Path, kind: str) -> None:
-    """Both commands on every rank, as `python -m` runs them under torchrun."""
+    """Run both commands on every rank, as `python -m` does under torchrun."""
     datasets.config.HF_DATASETS_CACHE = output / "cache"
     AcceleratorState._reset_state()
     evaluate(str(folder / kind), [str(folder / "1.txt")], length=LENGTH, output=output)
-    AcceleratorState._reset_state()  # each is a process of its own otherwise
+    AcceleratorState._reset_state()  # usually each command has its own process
     needle(str(folder / kind), [30, 61], [0.0, 1.0], samples=2, tokens=True, output=output)
 
 
@@ -139,7 +139,7 @@ def test_a_llama_is_not_spread_over_processes(folder: Path, tmp_path: Path) -> N
 
 
 def test_what_other_processes_are_given(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch of the same command: its own parser reads the line that it gets."""
+    """A launch runs the same command, whose own parser reads the command line it gets."""
     launched: list[tuple[str, list[str], int]] = []
 
     def launch(module: str, arguments: list[str], processes: int, *, gpu: bool) -> None:
@@ -195,7 +195,7 @@ def test_what_other_processes_are_given(folder: Path, tmp_path: Path, monkeypatc
         (["evaluate", "linear", "1.txt", "--length", "5000"], "error: the data must fill at least one row", 1),
         (["evaluate", "linear", "1.txt", "--length", "1"], "--length", 2),
         (["evaluate", "linear", "1.txt", "--rows", "0"], "--rows", 2),
-        (["evaluate", "linear", "1.txt", "--output", "1.txt"], "error: the output must be a folder that can be", 1),
+        (["evaluate", "linear", "1.txt", "--output", "1.txt"], "error: --output must be a folder that can be", 1),
         (["evaluate", "linear"], "Missing argument", 2),
         (["evaluate", "classifier", "1.txt"], "needs all of its weights, got 'classifier' without lm_head.weight", 1),
         (["evaluate", "bare", "1.txt"], "error: tokenizer must be a folder or a Hub name with a", 1),

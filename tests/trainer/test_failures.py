@@ -280,7 +280,7 @@ def test_what_is_said_when_the_store_has_ended_too(tmp_path: Path) -> None:
 
 
 def without_targets(folder: str, degree: int, average: bool, empty: list[int]) -> str:
-    """What a run says of a step of 4 rows, of which these have no target."""
+    """Return the error of a run whose step has 4 rows, of which these have no target."""
     reset_accelerate()
     data = rows(False)
     for row in empty:
@@ -301,7 +301,7 @@ def without_targets(folder: str, degree: int, average: bool, empty: list[int]) -
     [
         (2, True, [4, 5, 6, 7], "got none in this step's rows: all labels are -100"),
         (1, True, [4, 5, 6, 7], "got none in this step's rows: all labels are -100"),
-        (1, False, [5, 7], "got none in this step's rows of rank 1: all labels are -100"),  # each divides by its own
+        (1, False, [5, 7], "got none in this step's rows of rank 1: all labels are -100"),  # each divides by its count
         (1, True, [5, 7], "trained"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Local files: read by their exact names, only in the columns of the format, with every value as it is written."""
+"""Local files are read by their exact names, only the columns of the format, with values as written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from linear_llama3.trainer.recipe import DataRecipe
 from tests.trainer.test_recipe import write_tokenizer
 
 both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["stored", "stream"])
-NAMES = ["a[1]", "a*", "a?", "a::b", "file::b", "zip::b", "hf:", "a{b}", "a#b%20", "~a", "-", "'a b'"]  # a1 lies beside
+NAMES = ["a[1]", "a*", "a?", "a::b", "file::b", "zip::b", "hf:", "a{b}", "a#b%20", "~a", "-", "'a b'"]  # next to a1
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +62,9 @@ KINDS = [(".txt", as_text), (".jsonl", as_lines), (".parquet", as_parquet), (".j
 def test_a_name_is_neither_a_pattern_nor_a_url(
     suffix: str, content: Callable[[str], bytes], streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a file and as a folder, named relatively and absolutely."""
+    """Names of files and folders, relative and absolute."""
     monkeypatch.chdir(tmp_path)
-    for name in ("a1", "ab", "a", "b"):  # what patterns and URLs would mean
+    for name in ("a1", "ab", "a", "b"):  # files that patterns and URLs would match
         (tmp_path / f"{name}{suffix}").write_bytes(content("wrong"))
     for name in NAMES:
         (tmp_path / f"{name}{suffix}").write_bytes(content("right"))
@@ -78,7 +78,7 @@ def test_a_name_is_neither_a_pattern_nor_a_url(
 
 
 def test_a_dataset_that_is_a_folder_with_such_a_name(tmp_path: Path) -> None:
-    """`datasets` itself takes its name for a pattern: it would read the folder d1."""
+    """`datasets` itself reads the name as a pattern, and would read the folder d1."""
     for name in ("d[1]", "d1"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.jsonl").write_bytes(as_lines(name))
@@ -90,7 +90,7 @@ def test_a_dataset_that_is_a_folder_with_such_a_name(tmp_path: Path) -> None:
 
 @both_ways
 def test_hidden_files_are_no_documents(streaming: bool, tmp_path: Path) -> None:
-    """Unless a name or a pattern names them, also below a hidden folder."""
+    """Hidden files are skipped unless a name or a pattern names them, also below a hidden folder."""
     for name in ("a", ".gitignore", ".ipynb_checkpoints/a", "b/.cache/deep/a", ".data/a", ".data/.a"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -102,14 +102,14 @@ def test_hidden_files_are_no_documents(streaming: bool, tmp_path: Path) -> None:
     assert read("") == read("**") == ["a"]
     assert read(".data", ".gitignore", "b/.cache/deep/a") == [".data/a", ".gitignore", "b/.cache/deep/a"]
     assert read(".*/*") == [".data/a", ".ipynb_checkpoints/a"]
-    with pytest.raises(DataError, match=r"none found \(hidden files are found by their own names only\)"):
+    with pytest.raises(DataError, match=r"none found \(hidden files must be named\)"):
         read("b")
 
 
 @both_ways
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_other_columns_are_not_read(suffix: str, streaming: bool, tmp_path: Path) -> None:
-    """`closed_at` is null for more than a reader's first 10 MB, then a timestamp; `mixed` is now this and now that."""
+    """`closed_at` is null beyond the 10 MB that a reader inspects, then a timestamp; `mixed` has varying types."""
     mixed = [1, "a", {"b": [None]}, [1, "2"], 1e300]
     records: list[dict[str, Any]] = [
         {"text": f"text {n}", "closed_at": "2020-01-01T00:00:00Z" if n > 1200 else None, "body": "x" * 10_000}
@@ -134,7 +134,7 @@ def as_parquet_of(records: list[dict[str, Any]]) -> bytes:
 
 @both_ways
 def test_text_is_what_is_written(streaming: bool, tmp_path: Path) -> None:
-    """Dates, times and numbers in quotes are text. In chats every key stays with its own message."""
+    """Quoted dates, times and numbers are text. In chats, keys stay with their own message."""
     texts = ["2020-01-01", "2020-01-01T10:00:00Z", "17:00", "1e5", "null", "", "a\u2028b\r\n"]
     (tmp_path / "a.jsonl").write_bytes(b"".join(as_lines(text) + b"\n" for text in texts))
     found = load_documents(DataRecipe(files=str(tmp_path / "a.jsonl"), streaming=streaming))
@@ -162,7 +162,7 @@ def test_a_parquet_column_of_another_type(tmp_path: Path, tokenizer: PreTrainedT
 
 @both_ways
 def test_byte_order_marks_and_line_ends(streaming: bool, tmp_path: Path) -> None:
-    """A mark at the start of a file belongs to no document, one inside a text does."""
+    """A byte order mark at the start of a file belongs to no document; inside a text it is kept."""
     mark = b"\xef\xbb\xbf"
     (tmp_path / "a.txt").write_bytes(mark + b"a\r\nb\xef\xbb\xbf")
     (tmp_path / "b.jsonl").write_bytes(mark + as_lines("a") + b"\r\n" + mark + as_lines("\ufeffb") + b"\r\n")
@@ -187,7 +187,7 @@ def test_byte_order_marks_and_line_ends(streaming: bool, tmp_path: Path) -> None
 @both_ways
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
 def test_lone_surrogates(chat: bool, streaming: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refused with their place, or replaced; a pair is one character."""
+    """Lone surrogates are refused with their place, or replaced; a pair is one character."""
     key = "completion" if chat else "text"
     lines = [rf'{{"prompt": "a", "{key}": "{text}"}}' for text in ("ab", r"\ud83d\ude00", r"c\ud800d", "e")]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))

@@ -1,4 +1,4 @@
-"""Launched processes form one group, or nothing is trained; an error that all ranks find is printed once."""
+"""Launched processes form one group, or nothing trains. An error that all ranks find is printed once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.trainer.test_recipe import recipe_with, write_corpus, write_tokenizer
 
 
 class PlainTrainer(SequenceParallelMixin, Trainer):
-    """With transformers' own arguments, as TRL's trainers are used."""
+    """A Trainer with transformers' own arguments, as with TRL."""
 
 
 def trainer(kind: type[Trainer], folder: str, arguments: type[TrainingArguments], **changes: Any) -> Trainer:
@@ -38,7 +38,7 @@ def trainer(kind: type[Trainer], folder: str, arguments: type[TrainingArguments]
 
 
 def refusals(folder: str) -> None:
-    """Writes what each class says without GPUs, where accelerate joins processes only if it is asked to."""
+    """Write the error of each class without GPUs, where accelerate joins processes only on request."""
     os.environ.pop("ACCELERATE_USE_CPU")
     dist.init_process_group("gloo")  # as accelerate itself does here, without counting its processes
     attempts: dict[str, Callable[[], Any]] = {
@@ -74,7 +74,7 @@ def test_processes_that_accelerate_has_not_joined_are_refused(tmp_path: Path) ->
 
 
 def commands(folder: str, recipe: str) -> None:
-    """The commands ask accelerate to join the processes themselves."""
+    """Run the commands, which ask accelerate themselves to join the processes."""
     os.environ.pop("ACCELERATE_USE_CPU")
     program.main([recipe, f"training.output_dir={folder}/out"])
     dist.barrier()  # rank 0 saves
@@ -85,7 +85,7 @@ def commands(folder: str, recipe: str) -> None:
 
 
 def test_commands_join_the_processes_of_a_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes leave the losses of one, and print each table once."""
+    """Two processes have the losses of one, and print each table once."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     write_corpus(tmp_path / "corpus")
     write_tokenizer(tmp_path / "tokenizer")

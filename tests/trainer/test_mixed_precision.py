@@ -30,7 +30,7 @@ HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16)  # casts inputs, as by d
 
 
 class RecordingForCausalLM(LinearLlama3ForCausalLM):
-    """Remembers the counts of labels and the rotary tables that reach the model and its layers."""
+    """Record the label counts and the rotary tables that reach the model and its layers."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -78,7 +78,7 @@ def enabled(model: RecordingForCausalLM, **strategies: str) -> SequenceParallelC
 
 
 def loss_and_gradients() -> list[tuple[float, dict[str, Tensor]]]:
-    """Of FSDP2 with accelerate's policy, and of a bfloat16 copy on every rank whose gradients are summed in float32."""
+    """Return results of FSDP2 with accelerate's policy, and of bfloat16 copies with gradients summed in float32."""
     runs = []
     for sharded in (False, True):
         net = apply_fsdp(model(), accelerates_policy()) if sharded else model().bfloat16()
@@ -88,7 +88,7 @@ def loss_and_gradients() -> list[tuple[float, dict[str, Tensor]]]:
         loss.backward()
         gradients: dict[str, Any] = {name: p.grad for name, p in net.named_parameters()}
         if sharded:
-            gradients = {name: g.full_tensor() * dist.get_world_size() for name, g in gradients.items()}  # of a mean
+            gradients = {name: g.full_tensor() * dist.get_world_size() for name, g in gradients.items()}  # a mean
         else:
             gradients = {name: all_reduce(g.float(), dist.group.WORLD).wait() for name, g in gradients.items()}
         assert all(g.dtype == torch.float32 for g in gradients.values())
@@ -123,7 +123,7 @@ def test_rotary_tables_stay_float32_inside_layers(checkpointing: bool) -> None:
 
 
 def messages(policy: MixedPrecisionPolicy | None, checkpointing: bool) -> int:
-    """Between ranks, forward and backward, beside FSDP2's collectives."""
+    """Count exchanges between ranks, forward and backward, apart from FSDP2's collectives."""
     net = model().train()
     local = enabled(net, linear="lasp1", softmax="ring").shard_batch(batch())
     if policy is not None:
@@ -144,7 +144,7 @@ def test_a_recomputed_layer_exchanges_nothing_again(policy: MixedPrecisionPolicy
 
 
 def loss_of_many_labels(count: Any) -> float | str:
-    """In float16, which ends at 65,504."""
+    """The count in float16, whose largest value is 65,504."""
     net = apply_fsdp(model(), MixedPrecisionPolicy(param_dtype=torch.float16))
     local = enabled(net).shard_batch(batch())
     try:
@@ -154,7 +154,7 @@ def loss_of_many_labels(count: Any) -> float | str:
 
 
 def test_counts_of_labels_are_exact_or_refused() -> None:
-    """For those who call `fully_shard` themselves."""
+    """An error for users who call `fully_shard` themselves."""
     with torch.no_grad():
         expected = model()(**batch(), num_items_in_batch=131072).loss.item()
     for count in (131072, torch.tensor(131072)):
@@ -165,7 +165,7 @@ def test_counts_of_labels_are_exact_or_refused() -> None:
 
 
 def test_without_a_context_a_rounded_count_warns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So transformers' own Trainer stays usable."""
+    """Only a warning, so that transformers' own Trainer remains usable."""
     warnings: list[str] = []
     monkeypatch.setattr("linear_llama3.modeling.inputs.logger.warning_once", warnings.append)
     loss = model()(**batch(), num_items_in_batch=torch.tensor(512, dtype=torch.bfloat16)).loss
@@ -185,7 +185,7 @@ class HalfTrainer(SequentialTrainer, FsdpOnCpus):
 
 
 def train(degree: int, bf16: bool, folder: str, average: bool = True) -> dict[str, Any]:
-    """Two steps of two accumulated batches with 511 labels together."""
+    """Train two steps of two accumulated batches with 511 labels in total."""
     reset_accelerate()
     replicas = dist.get_world_size() // degree
     ids = torch.randint(23, (8, 129), generator=torch.Generator().manual_seed(1))
@@ -206,7 +206,7 @@ def train(degree: int, bf16: bool, folder: str, average: bool = True) -> dict[st
 
 
 def test_trainer(tmp_path: Path) -> None:
-    """Against one process with float32 alone, closer than the steps of a bfloat16 loss (1/64 at 3)."""
+    """Losses equal those of one float32 process to less than the spacing of bfloat16 (1/64 at 3)."""
     (one,) = run_distributed(train, 1, 1, False, str(tmp_path))
     for world, degree in ((2, 2), (2, 1), (4, 2)):
         for run in run_distributed(train, world, degree, True, str(tmp_path)):
@@ -233,7 +233,7 @@ def policy_of(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy | str:
 
 
 def test_policies() -> None:
-    """accelerate's is replaced, a caller's own is kept unless it rounds the loss."""
+    """accelerate's policy is replaced; a caller's own is kept unless it rounds the loss."""
     half = torch.bfloat16
     ours = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
     assert policy_of(MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=half)) == ours

@@ -1,4 +1,4 @@
-"""NEFTune on parts of sequences: noise of the right strength, of its own on every rank."""
+"""NEFTune on parts of sequences: noise of the right strength, different on every rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALPHA, LENGTH, ROWS = 5.0, 301, 2
 
 
 class MixedIn(SequenceParallelMixin, Trainer):
-    """With plain TrainingArguments, as TRL's."""
+    """A Trainer with plain TrainingArguments, as in TRL."""
 
 
 def rows(packed: bool, length: int) -> list[dict[str, Tensor]]:
@@ -32,7 +32,7 @@ def rows(packed: bool, length: int) -> list[dict[str, Tensor]]:
 
 
 def record(model: LinearLlama3ForCausalLM) -> list[np.ndarray]:
-    """What is added to the embeddings of every training pass `[B, C, D]`."""
+    """Record the noise that every training pass adds to the embeddings `[B, C, D]`."""
     noises: list[np.ndarray] = []
     tokens: list[Tensor] = []
     embedding = model.get_input_embeddings()
@@ -50,7 +50,7 @@ def record(model: LinearLlama3ForCausalLM) -> list[np.ndarray]:
 def train(
     cls: type, packed: bool, folder: str, profile: str | None = None, length: int = LENGTH
 ) -> tuple[list[np.ndarray], tuple[Any, int]]:
-    """Noise of the passes; the setting afterwards, and the hooks that are left."""
+    """Return the noise of all passes, and then the setting and the remaining hooks."""
     reset_accelerate()
     model = tiny_model("hybrid")
     noises = record(model)
@@ -72,7 +72,7 @@ def train(
 
 
 def assert_strength(noise: np.ndarray, length: int) -> None:
-    """Uniform, up to alpha / sqrt(L * D)."""
+    """Check that noise is uniform up to alpha / sqrt(L * D)."""
     bound = ALPHA / math.sqrt(length * noise.shape[-1])
     assert 0.98 * bound < abs(noise).max() < 1.001 * bound
     assert noise.std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
@@ -82,7 +82,7 @@ def assert_strength(noise: np.ndarray, length: int) -> None:
 @pytest.mark.parametrize("cls", [SequentialTrainer, MixedIn])
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 def test_strength(cls: type, packed: bool, tmp_path: Path) -> None:
-    """That of one process, whose rows have LENGTH tokens, packed or not."""
+    """The noise has the distribution of one process with rows of LENGTH tokens, packed or not."""
     for world in (1, 4):
         runs = run_distributed(train, world, cls, packed, str(tmp_path))
         for noises, left in runs:
@@ -95,7 +95,7 @@ def test_strength(cls: type, packed: bool, tmp_path: Path) -> None:
 
 
 def test_strength_in_adaptive_groups(tmp_path: Path) -> None:
-    """Rows of 30 tokens, of which two devices together hold one, in four chunks of 8."""
+    """Two devices share each row of 30 tokens, in four chunks of 8."""
     bound = ALPHA / math.sqrt(30 * 16)
     profile = profile_file(tmp_path, "hybrid", 2)
     for noises, left in run_distributed(train, 2, SequentialTrainer, False, str(tmp_path), profile, 30):

@@ -1,4 +1,4 @@
-"""What users override of a Trainer sees one rank's part of a batch: it is refused, or right."""
+"""Trainer methods that users override see one rank's part of a batch: they are refused, or correct."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.trainer.test_exactness import SequentialTrainer, arguments, outcome, 
 
 
 def shifted_cross_entropy(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """As transformers documents it."""
+    """An override as in transformers' documentation."""
     labels = inputs.pop("labels")
     outputs = model(**inputs)
     logits = outputs.logits[:, :-1]
@@ -51,7 +51,7 @@ class Declared(SequentialTrainer):
 
 
 class Heir(Declared):
-    """What it overrides itself it would have to declare itself."""
+    """A subclass must declare `handles_shards` for its own overrides."""
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return shifted_cross_entropy(model, inputs)[0]
@@ -70,7 +70,7 @@ class Smoothing(SequentialTrainer):
 
 
 class OwnLossFunction(SequentialTrainer):
-    """The remedy: the loss of one process, on shards too."""
+    """The remedy gives the loss of one process, on shards too."""
 
 
 CLASSES = (OwnLoss, OwnLossBelow, OwnInputs, Declared, Heir, OwnPrediction, Smoothing, OwnLossFunction)
@@ -84,7 +84,7 @@ def squared(logits: Tensor, labels: Tensor, *, num_items_in_batch: Any, shift_la
 
 
 def run(name: str, changes: dict[str, Any], replicas: int, folder: str) -> Any:
-    """The losses of two steps, or the error."""
+    """Return the losses of two steps, or the error."""
     reset_accelerate()
     [cls] = [cls for cls in CLASSES if cls.__name__ == name]
     model = tiny_model()
@@ -128,7 +128,7 @@ def test_refused_in_adaptive_groups(tmp_path: Path) -> None:
 
 
 def test_allowed_where_sequences_are_complete(tmp_path: Path) -> None:
-    """Data-parallel processes alone: transformers' documented way."""
+    """With data parallelism only, transformers' documented way works."""
     for losses in run_distributed(run, 2, "OwnLoss", {"sequence_parallel_size": 1}, 2, str(tmp_path)):
         assert isinstance(losses, list) and len(losses) == 2
 

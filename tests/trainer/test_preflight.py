@@ -1,4 +1,4 @@
-"""What is found before anything starts, and which runs may write to a folder that holds another one."""
+"""Errors found before anything starts, and runs that may write to a folder with another run."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ MODEL_THERE = "must not hold another run, .* with a model .adapter_model.safeten
         ({"model": True}, {}, MODEL_THERE),
         ({"model": True}, {"overwrite_output_dir": True}, FREE),
         ({"steps": (2,)}, {"overwrite_output_dir": True}, FREE),
-        ({"steps": (2,)}, {"overwrite_output_dir": True, **LATEST}, "begins anew and .* continues, got both"),
+        ({"steps": (2,)}, {"overwrite_output_dir": True, **LATEST}, "starts a new run and .* continues one, got both"),
         ({"steps": (2, 4)}, {}, "checkpoints up to step 4; .*resume_from_checkpoint: latest to continue"),
         ({"steps": (2,), "model": True}, {}, r"a model \(.*\) and checkpoints up to step 2; "),
         ({"steps": (2,)}, LATEST, FREE),
@@ -139,7 +139,7 @@ def content(folder: Path) -> dict[str, tuple[bytes, int]]:
 def test_runs_into_one_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Begun, refused, finished, prolonged, of another size, replaced: and files change only where they should."""
+    """Start, refuse, finish, prolong, change the size of and replace a run: files change only when they should."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     write_corpus(tmp_path / "corpus")
     write_tokenizer(tmp_path / "tokenizer")
@@ -197,6 +197,6 @@ def impossible_folder() -> str:
 
 
 def test_a_trainer_refuses_an_impossible_folder_on_all_ranks() -> None:
-    """transformers fails on rank 0 alone; the others would wait for it."""
+    """transformers would fail on rank 0 only, and the others would wait for it."""
     for said in run_distributed(impossible_folder, 2):
         assert "output_dir must be a folder that can be written to, got /proc/nope" in said

@@ -81,7 +81,7 @@ TRUE, FALSE = ("yes", "on", "True", "true"), ("no", "off", "Off", "false")
 
 @pytest.mark.parametrize(("words", "value"), [(TRUE, True), (FALSE, False)], ids=["true", "false"])
 def test_words_of_yaml(words: tuple[str, ...], value: bool, tmp_path: Path) -> None:
-    """`no` is text where a field has text, and a boolean where it has booleans or says nothing of its values."""
+    """`no` is text in a text field, and a boolean in a boolean or untyped field."""
     path = recipe_with(tmp_path)
     for word in words:
         recipe = load_recipe(
@@ -322,7 +322,7 @@ def test_a_run_through_accelerate(tmp_path: Path) -> None:
 
 
 def test_a_run_warns_of_a_template_that_never_stops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Once, by the name of the template; not of the recipes' own, and not where another token ends generation."""
+    """One warning, with the name of the template; none for the recipes' own, or if another token ends generation."""
     write_tokenizer(tmp_path / "tokenizer")
     (tmp_path / "a.jsonl").write_text(
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'

@@ -1,4 +1,4 @@
-"""Every row of the data once, although several ranks hold it: `gather_for_metrics`, learning rates."""
+"""Every row counts once, although several ranks hold it: `gather_for_metrics`, learning rates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GRIDS = [(1, 1), (2, 2), (2, 1), (4, 2), (4, 4)]  # (processes, sequence-paralle
 
 
 def gathered(degree: int, rows: int, batch_size: int) -> list[Any]:
-    """An epoch of rows 0, 1, ... in every form that can be gathered."""
+    """Gather an epoch of rows 0, 1, ... in every possible form."""
     reset_accelerate()
     accelerator = SequenceParallelAccelerator(cpu=True, sequence_parallel_size=degree)
     loader = accelerator.prepare(DataLoader(torch.arange(rows), batch_size=batch_size))
@@ -34,7 +34,7 @@ def gathered(degree: int, rows: int, batch_size: int) -> list[Any]:
 
 @pytest.mark.parametrize(("world", "degree"), GRIDS)
 def test_every_row_once(world: int, degree: int) -> None:
-    """Also in a last batch that is not full, and in one that accelerate fills with rows of the first."""
+    """Also with an incomplete last batch, and one that accelerate fills with rows of the first."""
     for rows in (7, 8, 5):
         for integers, floats, strings, objects, ones in run_distributed(gathered, world, degree, rows, 2):
             assert integers == floats == objects == list(range(rows)), (rows, integers)
@@ -61,7 +61,7 @@ def test_parts_of_sequences_are_refused() -> None:
 
 
 def learning_rates(degree: int, accumulate: int, kind: str) -> list[float]:
-    """Of every batch of an epoch, by a schedule over the batches of one process."""
+    """Return the learning rates of every batch of an epoch, by a schedule over the batches of one process."""
     reset_accelerate()
     accelerator = SequenceParallelAccelerator(
         cpu=True, sequence_parallel_size=degree, gradient_accumulation_steps=accumulate
@@ -89,7 +89,7 @@ def learning_rates(degree: int, accumulate: int, kind: str) -> list[float]:
 @pytest.mark.parametrize("kind", ["linear", "one cycle"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_schedule_advances_with_the_batches(accumulate: int, kind: str) -> None:
-    """As on one process for each replica, with sequences of its own."""
+    """Learning rates equal those of one process per replica, without sequence parallelism."""
     for world, degree in ((2, 2), (4, 2)):
         replicas = world // degree
         expected = run_distributed(learning_rates, replicas, 1, accumulate, kind)[0]

@@ -1,4 +1,4 @@
-"""What does not belong on the terminal: lines of profilers, warnings about other packages, one report per process."""
+"""Noise kept off the terminal: profiler lines, warnings about other packages, one report per process."""
 
 from __future__ import annotations
 

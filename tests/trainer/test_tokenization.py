@@ -184,7 +184,7 @@ def test_texts_that_are_refused(letters: PreTrainedTokenizerBase) -> None:
 
 
 def marked(end: str) -> str:
-    """A template that ends an assistant's turn in this way."""
+    """Return a template that ends an assistant's turn in this way."""
     answer = f"{{% generation %}}{{{{ m.content }}}}{end}"
     return f"{{% for m in messages %}}{{% if m.role == 'user' %}}u{{% else %}}{answer}{{% endif %}}{{% endfor %}}"
 
@@ -215,7 +215,7 @@ def test_whether_the_end_of_a_turn_is_learnt(
 
 @pytest.mark.parametrize("stops", [{5}, set()], ids=["another", "none"])
 def test_an_end_at_which_generation_does_not_stop(stops: set[int], letters: PreTrainedTokenizerBase) -> None:
-    """The end is learnt, but the model's generation ends at another token, or at none."""
+    """The end of a turn is learnt, but generation ends at another token, or at none."""
     letters.chat_template = CHAT
     assert str(unlearnt_stop({"messages": TURNS}, letters, stops)).endswith("ends in 'answer_'")
     assert str(unlearnt_stop({"prompt": "a", "completion": "b"}, letters, stops)).endswith("eos_token, '_'")

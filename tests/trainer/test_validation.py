@@ -1,4 +1,4 @@
-"""The validation loss: the mean over all targets, however rows lie on processes and in batches."""
+"""The validation loss is the mean over all targets, however rows are distributed over processes and batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.trainer.test_recipe import launch, recipe_with, write_corpus, write_t
 
 
 def mean_over_targets(model: LinearLlama3ForCausalLM, data: list[dict[str, Tensor]]) -> float:
-    """Row by row from the logits, in float64."""
+    """Compute the loss row by row from the logits, in float64."""
     losses, targets = 0.0, 0
     for row in data:
         ids, labels = row["input_ids"][None], row["labels"]
@@ -69,7 +69,7 @@ def test_the_mean_over_all_targets(processes: int, degree: int, packed: bool, tm
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_recipe_with_validation_data(processes: int, tmp_path: Path) -> None:
-    """By default it validates ten times, here in each of two steps; the last loss is that of the saved model."""
+    """By default a run validates ten times, here in each of two steps; the last loss is that of the saved model."""
     write_corpus(tmp_path / "corpus")
     write_tokenizer(tmp_path / "tokenizer")
     (tmp_path / "held_out.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("ab", "cdefghi", "j")))
@@ -89,12 +89,12 @@ def test_a_recipe_with_validation_data(processes: int, tmp_path: Path) -> None:
     assert logged[-1]["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
     card = ModelCard.load(out / "README.md").text
     assert "| validation data | held_out.jsonl |" in card
-    assert f"| validation loss | {expected:.4f} (perplexity {math.exp(expected):.4g}) at step 2; least" in card
+    assert f"| validation loss | {expected:.4f} (perplexity {math.exp(expected):.4g}) at step 2; lowest" in card
     assert "Not evaluated beyond the validation loss" in card
 
 
 def test_a_share_of_the_rows() -> None:
-    """The same rows for the same seed, each in one of both parts, in their order."""
+    """The same seed gives the same rows, each in one of the two parts, in their order."""
     data = Dataset.from_dict({"row": list(range(50))})
     parts = [without_share(data, share, seed) for share, seed in ((0.1, 0), (0.1, 0), (0.1, 1), (0.001, 0))]
     kept, held_out = [[list(part["row"]) for part in pair] for pair in zip(*parts, strict=True)]
@@ -109,8 +109,8 @@ def test_a_share_of_the_rows() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"validation": {}}, "validation needs share, files or dataset, one of them, got none"),
-        ({"validation": {"share": 0.1, "files": "a"}}, "one of them, got share, files"),
+        ({"validation": {}}, "validation needs exactly one of share, files and dataset, got none"),
+        ({"validation": {"share": 0.1, "files": "a"}}, "exactly one of .*, got share, files"),
         ({"validation": {"share": 1.0}}, "validation.share must lie between 0 and 1, got 1.0"),
         ({"validation": {"share": "half"}}, "share in validation must be a number or null, got 'half'"),
         ({"validation": {"file": "a"}}, "unknown key 'file' in validation; did you mean 'files'"),

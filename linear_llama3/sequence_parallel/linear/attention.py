@@ -117,8 +117,8 @@ def start_linear_attention(
 ) -> StartedAttention:
     """The first half of `linear_attention`, which needs no queries: the states of this rank are sent.
 
-    The result is called with them, `started(q, scale=None) -> out`. What is computed in between, their projection for
-    one, hides the exchange. Another attention in this group first waits for the exchange of this one.
+    Call the result with the queries: `started(q, scale=None) -> out`. Work done in between, such as projecting the
+    queries, overlaps with the exchange. Another attention in this group first waits for this exchange to finish.
 
     With `output_final_state`, `started.final_state` is then the state behind this rank's last chunk,
     `[B, H_kv, D_k, D_v]` (+ 1 column with `normalize`); that of the whole sequence is on the rank that holds its end

@@ -60,9 +60,9 @@ _under_way: dict[dist.ProcessGroup, Callable[[], Tensor]] = {}
 
 
 def finish_started(group: dist.ProcessGroup) -> None:
-    """Complete the exchange that was started last in `group`, if it still waits for queries.
+    """Complete the last exchange that was started in `group`, if its queries have not arrived yet.
 
-    Messages between two ranks are told apart by their order only, and after an error the queries may never come.
+    Messages between two ranks are matched by their order only, and after an error the queries may never arrive.
     """
     if (wait := _under_way.pop(group, None)) is not None:
         wait()
