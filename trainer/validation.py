@@ -111,7 +111,7 @@ class TokenMeanMixin:
 
 
 def _sums_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the summed loss and the number of targets, float64 `[2]`, of `logits` `[B, T, V]` and `labels` `[B, T]`."""
+    """Return the summed loss and the number of targets as float64 `[2]`: `logits` `[B, T, V]`, `labels` `[B, T]`."""
     options: dict[str, Any] = {"ignore_index": IGNORE_INDEX, "reduction": "sum"}
     rows = [F.cross_entropy(x[:-1].to(working_dtype(x)), y[1:], **options) for x, y in zip(logits, labels, strict=True)]
     return torch.stack([torch.stack(rows).double().sum(), (labels[:, 1:] != IGNORE_INDEX).sum().double()])
