@@ -23,7 +23,7 @@ def compiled_linear_attention(
 
 
 # where documents end is told from the host: torch.compile keeps both out of CUDA graphs
-@torch.library.custom_op("linear_llama3::chunked", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("linear_llama3::chunked", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, boundaries: list[int],
     scale: float,
@@ -47,7 +47,7 @@ def _(
     return out, final, q.new_empty(blocks, batch, *state, dtype=dtype)
 
 
-@torch.library.custom_op("linear_llama3::chunked_backward", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("linear_llama3::chunked_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, edges: Tensor,
     d_out: Tensor | None, d_final: Tensor | None, boundaries: list[int], scale: float, gate: bool, initial: bool,

@@ -55,7 +55,7 @@ def _(
 
 
 # their tables come from the host: torch.compile keeps both out of CUDA graphs
-@torch.library.custom_op("linear_llama3::linear_attention", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("linear_llama3::linear_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     scale: float, output_final_state: bool, dtype: torch.dtype,
@@ -88,7 +88,9 @@ def _(
     return out, k.new_empty(final, dtype=torch.float32), k.new_empty(entering, dtype=torch.float32)
 
 
-@torch.library.custom_op("linear_llama3::linear_attention_backward", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op(
+    "linear_llama3::linear_attention_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, entering: Tensor,
     d_out: Tensor, d_final: Tensor | None, scale: float, gate: bool, initial: bool,
