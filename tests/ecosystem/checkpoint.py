@@ -57,21 +57,26 @@ def loss_alone(model: torch.nn.Module, rows: list[Tensor]) -> Tensor:
 def assert_documents_alone(
     runs: list[dict[str, Any]], model: torch.nn.Module, rows: list[Tensor], learning_rate: float
 ) -> None:
-    """Every rank's losses, gradient norms and parameters are those of gradient descent on `loss_alone` from `model`,
-    which is taken along."""
+    """Every rank's losses, gradient norms and parameters, all in float32, are those of gradient descent on `loss_alone`
+    in float64 from `model`, which is taken along. Parameters may be off by half a unit in the last place for each step:
+    a decay's bias near -3 is updated by as little as 2,000 such units. The norm of the second gradient follows from
+    rounded parameters."""
+    model.double()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    for step in range(len(runs[0]["history"])):
+    steps = len(runs[0]["history"])
+    for step in range(steps):
         loss = loss_alone(model, rows)
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
         for run in runs:
-            assert run["history"][step] == pytest.approx((loss.item(), norm.item()), rel=1e-5)
+            assert run["history"][step] == pytest.approx((loss.item(), norm.item()), rel=2e-5)
         with torch.no_grad():
             for parameter, gradient in zip(parameters.values(), gradients, strict=True):
                 parameter -= learning_rate * gradient
     for name, parameter in parameters.items():
         update = parameter.detach() - before[name]
+        rounding = steps * torch.finfo(torch.float32).eps / 2 * parameter.detach().norm()
         for run in runs:
             error = torch.from_numpy(run["parameters"][name]) - parameter.detach()
-            assert error.norm() <= 1e-4 * update.norm(), (name, error.norm() / update.norm())
+            assert error.norm() <= 1e-4 * update.norm() + rounding, (name, error.norm() / update.norm())
