@@ -110,7 +110,7 @@ def run(name: str, changes: dict[str, Any], replicas: int, folder: str) -> Any:
         ("OwnLoss", "compute_loss must know that a rank holds a part of every sequence, got OwnLoss's own"),
         ("OwnLossBelow", "compute_loss must know that a rank holds a part of every sequence, got Below's own"),
         ("OwnInputs", "_prepare_inputs must know that a rank holds a part of every sequence, got OwnInputs's own"),
-        ("Heir", "got Heir's own; change the loss by model.loss_function"),
+        ("Heir", "got Heir's own; set model.loss_function instead"),
         ("OwnPrediction", "call context.shard_batch"),
         ("Smoothing", "label_smoother is not possible under sequence parallelism"),
     ],
