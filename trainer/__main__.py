@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     describe(trainer, recipe)
     try:
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    except ResumeError as error:
+    except (ResumeError, DataError) as error:  # data that a stream reaches only now
         fail(error)
     if trainer.is_world_process_zero():
         write_report(trainer, recipe)  # before the save, which may upload the folder

@@ -200,7 +200,7 @@ def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     try:
         content = read_yaml(path.read_text(encoding="utf-8-sig"))
     except yaml.YAMLError as error:
-        raise ValueError(f"a recipe must be YAML, {path} is not: {error}") from error
+        raise ValueError(f"a recipe must be YAML, {path} is not: {' '.join(str(error).split())}") from error
     for change in changes:
         _apply(change, content)
     values = checked(Recipe, content, f"recipe {path}", sections=("model", "training", "lora"))
@@ -225,7 +225,8 @@ def _apply(change: str, content: Any) -> None:
     try:
         content[key] = read_yaml(value)
     except yaml.YAMLError as error:
-        raise ValueError(f"a change's value must be YAML, {change!r} is not: {error}") from error
+        text = " ".join(str(error).split())
+        raise ValueError(f"a change's value must be YAML, {change!r} is not: {text}; quote it as one word") from error
 
 
 def _check_values(recipe: Recipe) -> None:

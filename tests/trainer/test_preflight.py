@@ -184,6 +184,26 @@ def test_runs_into_one_folder(
     assert checkpoints.steps(out) == [], "a resume would take them"
 
 
+def test_data_that_a_stream_reaches_late(tmp_path: Path) -> None:
+    """As all mistakes in data, a message and no traceback."""
+    write_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "a.jsonl").write_text('{"text": "abcdefgh"}\n' * 100 + "{")  # behind the first documents tokenized
+    file = str(recipe_with(tmp_path, sequence_length=9))
+    reset_accelerate()
+    with pytest.raises(SystemExit, match=r"^error: .*a\.jsonl, line 101 is not JSON: [^\n]*; correct or remove it$"):
+        main([file, f"data.files={tmp_path}/a.jsonl", "data.streaming=true", "training.max_steps=999"])
+
+
+@pytest.mark.parametrize("text", ["{a: [1", "data: {files: a, : b"])
+def test_yaml_that_cannot_be_read_is_said_in_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"^a recipe must be YAML, .*recipe.yaml is not: [^\n]*line \d[^\n]*$"):
+        load_recipe(tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text("model: {}")
+    with pytest.raises(ValueError, match=r"^a change's value must be YAML, [^\n]*; quote it as one word$"):
+        load_recipe(tmp_path / "recipe.yaml", ["model={a:"])
+
+
 def impossible_folder() -> str:
     reset_accelerate()
     try:
