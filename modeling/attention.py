@@ -67,7 +67,7 @@ class LinearLlama3Attention(LlamaAttention):
         # by hand: Liger puts a function for [B, H, T, D] in the place of transformers' apply_rotary_pos_emb
         cos, sin = (table.unsqueeze(2) for table in position_embeddings)
         q, k = (x * cos + rotate_half(x) * sin for x in (q, k))
-        q, k = q.to(v.dtype), k.to(v.dtype)  # the tables are float32
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
         kind: dict[str, Any] = {"scale": self.scaling, "cu_seqlens": cu_seq_lens_q, "causal": self.is_causal}

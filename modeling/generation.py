@@ -13,7 +13,7 @@ from ..sequence_parallel.packing import check_mask
 from .cache import CountingCache, new_cache
 from .configuration import LinearLlama3Config
 from .inputs import SWITCH_OFF, Masks, layer_masks
-from .releases import CACHE_NAME, cache_keyword
+from .releases import CACHE_NAME, CHUNKS_CACHED_TOKENS, cache_keyword, version
 
 
 class LinearLlama3GenerationMixin(GenerationMixin):
@@ -73,6 +73,12 @@ class LinearLlama3GenerationMixin(GenerationMixin):
             raise ValueError(
                 "generate() asks for the logits of the prompt's last token, which must not be in the cache yet, got a "
                 f"cache of {seen} tokens for a prompt of {input_ids.shape[1]}; make it of input_ids[:, :-1]"
+            )
+        if seen and generation_config.prefill_chunk_size is not None and CHUNKS_CACHED_TOKENS:
+            raise ValueError(
+                f"a chunked prefill of transformers {version} counts cached tokens twice, got prefill_chunk_size="
+                f"{generation_config.prefill_chunk_size} with a cache of {seen} tokens; leave prefill_chunk_size out, "
+                "or install a newer release of transformers"
             )
         return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
 

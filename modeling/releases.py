@@ -107,9 +107,10 @@ def check_hooks(owner: type, hooks: Mapping[str, tuple[str, ...]], attributes: I
             continue
         method = method.__func__ if isinstance(method, staticmethod | classmethod) else method
         parameters = list(inspect.signature(method).parameters.values())
-        names = tuple(p.name for p in parameters if p.name not in ("self", "cls"))
-        takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-        if names[: len(expected)] != expected and not takes_any:
+        any_kind = {p.kind for p in parameters} & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+        names = tuple(p.name for p in parameters if p.name not in ("self", "cls") and p.kind not in any_kind)
+        first = expected[: len(names)] if any_kind else expected  # *args or **kwargs take the others
+        if names[: len(first)] != first:
             problems.append(f"{name}({', '.join(names)}) in place of {name}({', '.join(expected)}, ...)")
     methods = [inspect.unwrap(x) for x in vars(owner).values() if inspect.isroutine(x)]
     mentioned = {name for method in methods if inspect.isfunction(method) for name in _names(method.__code__)}
@@ -152,3 +153,6 @@ check_hooks(
     ("has_previous_state", "is_recurrent_states_initialized", "recurrent_states"),
 )
 warn_untested("transformers", "torch")
+
+CHUNKS_CACHED_TOKENS = "prefill_ids" not in inspect.unwrap(GenerationMixin._prefill).__code__.co_varnames
+"""Whether the release's chunked prefill computes cached tokens again, as 5.17 does: it cuts them off in no chunk."""

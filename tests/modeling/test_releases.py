@@ -12,7 +12,7 @@ from transformers.masking_utils import create_causal_mask
 import linear_llama3.modeling as modeling
 from linear_llama3.modeling import releases
 from linear_llama3.modeling.cache import new_cache
-from linear_llama3.modeling.releases import CACHE_NAME, check_hooks, warn_untested
+from linear_llama3.modeling.releases import CACHE_NAME, CHUNKS_CACHED_TOKENS, check_hooks, warn_untested
 from linear_llama3.trainer import LinearLlama3Trainer
 from linear_llama3.trainer.hooks import TRAINER_HOOKS, check_trainer
 
@@ -85,6 +85,19 @@ def test_a_continued_prompt_of_linear_layers_is_counted_once():
     assert again.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("interval", [2, 0, 1], ids=["hybrid", "linear", "softmax"])
+@torch.no_grad()
+def test_a_chunked_prefill_behind_a_cache_is_right_or_refused(interval):
+    model = tiny_model(full_attention_interval=interval)
+    expected = model.generate(PROMPT, use_cache=False, max_new_tokens=8, do_sample=False)
+    options = {CACHE_NAME: model(PROMPT[:, :5], use_cache=True)[CACHE_NAME], "prefill_chunk_size": 2}
+    if CHUNKS_CACHED_TOKENS:
+        with pytest.raises(ValueError, match="counts cached tokens twice, got prefill_chunk_size=2 with a cache of 5"):
+            model.generate(PROMPT, max_new_tokens=8, **options)
+    else:
+        assert model.generate(PROMPT, max_new_tokens=8, do_sample=False, **options).tolist() == expected.tolist()
+
+
 class _Base:
     def hook(self, inputs, count): ...
 
@@ -118,6 +131,24 @@ def test_a_trainer_with_another_hook_is_refused():
 
     check_trainer(LinearLlama3Trainer)
     with pytest.raises(ImportError, match=r"_prepare_context_parallel_inputs\(batch\)"):
+        check_trainer(Mine)
+
+
+def test_a_trainer_that_passes_keywords_on_is_taken():
+    trainer = LinearLlama3Trainer.__mro__[-2]
+
+    class Users(trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            return super().compute_loss(model, inputs, **kwargs)
+
+        def log(self, logs, *args, **kwargs):
+            super().log(logs, *args, **kwargs)
+
+    class Mine(*LinearLlama3Trainer.__mro__[1:-2], Users): ...
+
+    check_trainer(Mine)
+    Users._track_num_input_tokens = lambda self, batch, **kwargs: None
+    with pytest.raises(ImportError, match=r"_track_num_input_tokens\(batch\)"):
         check_trainer(Mine)
 
 
