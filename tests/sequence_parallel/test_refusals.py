@@ -118,7 +118,7 @@ REFUSED: list[tuple[str, Callable[[], None], str]] = [  # (the README's words, w
     ("dropout inside attention", dropout, "attention_dropout must be 0 in sequence-parallel training, got 0.1"),
     ("padding on the left", left_padding, "takes padding on the right only"),
     ("other entries of a batch with a value for every token", unknown_entry, "got 'token_type_ids' of shape"),
-    ("generation and caches", generation, "there is no cache, got past_key_values or use_cache=True"),
+    ("generation and caches", generation, "there is no cache, got a cache or use_cache=True"),
     ("attention weights as output", weights, "no rank holds the attention weights"),
     ("rotary embeddings that depend on the length (`dynamic`, `longrope`)", rope, "'dynamic' depends on the length"),
     ("label smoothing", smoothing, "label_smoothing_factor must be 0"),
