@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests of models, generation, training and the ecosystem on the oldest and the newest releases that
-# pyproject.toml admits, each in an environment of its own below .venv-releases/.
+# pyproject.toml admits, each in a separate environment in .venv-releases/.
 #
 #   bash scripts/test_releases.sh                         # both
 #   bash scripts/test_releases.sh oldest tests/modeling   # one of them; further arguments go to pytest

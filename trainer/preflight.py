@@ -89,12 +89,12 @@ def _check_resume(training: Mapping[str, Any]) -> None:
 def _check_template(file: str, tokenizer: PreTrainedTokenizerBase) -> None:
     try:
         render_jinja_template([[{"role": "user", "content": ""}]], chat_template=tokenizer.get_chat_template())
-    except TemplateSyntaxError as error:
+    except TemplateError as error:
+        if not isinstance(error, TemplateSyntaxError):
+            return  # a valid template may refuse this conversation
         raise ValueError(
             f"data.chat_template must be a Jinja template, got {file!r}, line {error.lineno}: {error.message}; fix it"
         ) from error
-    except TemplateError:
-        pass  # a template may refuse this conversation
 
 
 def check_trackers(training: Mapping[str, Any]) -> None:
@@ -129,8 +129,7 @@ def check_output_dir(training: Mapping[str, Any]) -> None:
     resume = training.get("resume_from_checkpoint") or None
     checkpoints.make_folder(folder)
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(checkpoints.not_writable(folder, error)) from error
     if training.get("overwrite_output_dir", False):

@@ -60,7 +60,7 @@ def _all_tensors(data: Any) -> bool:
 
 
 class ReplicaScheduler(AcceleratedScheduler):
-    """Advances once per replica; accelerate's scheduler assumes that every process has a batch of its own."""
+    """Scheduler that advances once per replica. accelerate's own assumes a different batch on every process."""
 
     def __init__(self, prepared: AcceleratedScheduler, replicas: int) -> None:
         super().__init__(

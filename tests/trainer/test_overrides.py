@@ -33,7 +33,7 @@ class OwnLoss(SequentialTrainer):
 
 
 class OwnLossBelow(SequenceParallelMixin, type("Below", (Trainer,), {"compute_loss": OwnLoss.compute_loss})):  # type: ignore[misc]
-    pass
+    """A loss of its own in a base class below the mixin."""
 
 
 class OwnInputs(SequentialTrainer):
