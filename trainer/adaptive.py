@@ -27,12 +27,11 @@ from ..sequence_parallel import LAYOUTS, enable_sequence_parallel
 from ..sequence_parallel.planner import (
     Cluster,
     Model,
-    Profile,
-    aligned_groups,
     fewest_groups,
     load_profile,
     model_costs,
 )
+from .adaptive_checks import check_arguments, check_profile, check_training
 from .data_order import DataOrder, content_hash
 from .failures import on_every_rank, reading
 from .flops import attention_pairs, count_flops
@@ -85,7 +84,7 @@ class AdaptiveMixin(_Trainer):
         args: Any = self.args
         self.adapts = getattr(args, "sequence_parallel_size", None) == ADAPTIVE
         if self.adapts:
-            _check_arguments(args)
+            check_arguments(args)
         super().create_accelerator_and_postprocess()
         if self.adapts:
             self._check_accelerator()
@@ -148,7 +147,7 @@ class AdaptiveMixin(_Trainer):
             linear=args.linear_strategy,
             softmax=args.softmax_strategy,
         )
-        _check_training(profile, args, again, fsdp=self.is_fsdp_enabled)
+        check_training(profile, args, again, fsdp=self.is_fsdp_enabled)
         if args.sequence_layout != "auto":
             self.costs = replace(self.costs, chunks_per_rank=LAYOUTS[args.sequence_layout].chunks_per_rank)
         self._cluster = Cluster(devices=args.world_size, memory=profile.bytes.device)
@@ -306,61 +305,3 @@ def _unlike_first(facts: Sequence[object]) -> str:
     """The ranks whose fact is not that of rank 0, for a message."""
     others = [str(rank) for rank, fact in enumerate(facts) if fact != facts[0]]
     return f"rank{'s' * (len(others) > 1)} {', '.join(others[:8])}{', ...' * (len(others) > 8)}" if others else ""
-
-
-def check_profile(profile: Profile, name: str, processes: int) -> str:
-    """Links and memory of a device are those of one launch, and on others these groups might not even be known.
-
-    Returns:
-        How to make a fitting profile.
-    """
-    again = f"measure again, on {processes}: linear-llama3 profile RECIPE.yaml FILE.json processes={processes}"
-    if profile.origin == "measured" and profile.processes != processes:
-        raise ValueError(
-            f"a measured profile must be of as many processes as the launch has, {processes}, got one of "
-            f"{profile.processes} in {name}; {again}"
-        )
-    missing = sorted({degree for degree, _ in aligned_groups(processes)} - profile.links.keys())
-    if missing:
-        raise ValueError(
-            f"a profile must have links of all groups that {processes} processes can form, got none of "
-            f"{' and '.join(map(str, missing))} in {name}; {again}"
-        )
-    return again
-
-
-def _check_training(profile: Profile, args: Any, again: str, *, fsdp: bool) -> None:
-    """Time and memory are those of one way of training."""
-    name = args.planner_profile
-    recomputes = bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", False))
-    if profile.gradient_checkpointing not in (None, recomputes):
-        raise ValueError(
-            f"a profile must be of training with gradient_checkpointing={recomputes}, as the run has it, got "
-            f"{profile.gradient_checkpointing} in {name}; {again}"
-        )
-    if profile.bytes.sharded and not fsdp:
-        raise ValueError(
-            f"a profile whose states are sharded is of training with FSDP, got it in {name} for a run without; "
-            f"switch fsdp on, or {again}"
-        )
-
-
-def _check_arguments(args: Any) -> None:
-    """What a run in adaptive groups would not do as configured."""
-    if args.planner_profile is None:
-        raise ValueError(
-            "adaptive groups need planner_profile (sequence_parallel.profile of a recipe): a profile's name or file, "
-            "as `linear-llama3 profile` writes it; got None"
-        )
-    required = {
-        "gradient_accumulation_steps": (1, "plans choose the number of micro-batches"),
-        "label_smoothing_factor": (0, "the smoother would shift labels inside a part of a sequence"),
-        "dataloader_num_workers": (0, "a thread reads and plans the next step"),
-        "average_tokens_across_devices": (True, "ranks have unequal numbers of targets"),
-        "auto_find_batch_size": (False, "a plan keeps to the profile's memory"),
-    }
-    for name, (value, why) in required.items():
-        if getattr(args, name) != value:
-            raise ValueError(f"{name} must be {value} with adaptive groups ({why}), got {getattr(args, name)}")
-    if args.accelerator_config.dispatch_batches or args.accelerator_config.split_batches:
-        raise ValueError("adaptive groups have their own loader; leave dispatch_batches and split_batches out")

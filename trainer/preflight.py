@@ -25,7 +25,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..sequence_parallel.planner.profile import load_profile
 from . import checkpoints
-from .adaptive import check_profile
+from .adaptive_checks import check_profile
 from .build import build_config, load_tokenizer
 from .documents import load_documents
 from .files import DataError

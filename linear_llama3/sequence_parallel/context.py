@@ -128,9 +128,9 @@ class SequenceParallelContext:
 
         Args:
             batch: `input_ids` `[B, T]` or `inputs_embeds` `[B, T, D]`, and any of `labels`, `shift_labels`,
-                `position_ids` (or `[1, T]`), `attention_mask` `[B, T]` (right padding only; for bidirectional models it
-                becomes documents of its own), `cu_seq_lens_q/k` `[N + 1]`, `seq_idx` `[B, T]`. Entries that are not cut
-                (numbers, `num_items_in_batch`) pass through.
+                `position_ids` (or `[1, T]`), `attention_mask` `[B, T]` (right padding only; in bidirectional models
+                padding forms separate documents), `cu_seq_lens_q/k` `[N + 1]`, `seq_idx` `[B, T]`. Entries that are not
+                cut (numbers, `num_items_in_batch`) pass through.
 
         Returns:
             The same keys, sharded, without `attention_mask` and `seq_idx`, with `position_ids` and, if there are

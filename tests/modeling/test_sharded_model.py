@@ -165,8 +165,8 @@ def copies(mixer: str) -> list[str]:
         twin.zero_grad()
         out = twin(**local)
         out.loss.backward()
-        whole = unshard(out.logits, group=context.group, length=LENGTH, layout=context.layout)
-        if not torch.allclose(whole, expected, rtol=1e-10, atol=1e-10):
+        logits = unshard(out.logits, group=context.group, length=LENGTH, layout=context.layout)
+        if not torch.allclose(logits, expected, rtol=1e-10, atol=1e-10):
             problems.append(f"{name}: logits")
         module = twin.module if name == "AveragedModel" else twin
         if any(not torch.equal(g, gradients(model)[key]) for key, g in gradients(module).items()):

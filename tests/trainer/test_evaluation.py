@@ -137,12 +137,12 @@ def sharded_results(layout: str) -> tuple[dict[str, Any], list[dict[str, float]]
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_sharded_is_whole(ranks: int, layout: str) -> None:
     model = tiny_model("gla").double()
-    whole = measure_loss(model, batches())
+    unsharded = measure_loss(model, batches())
     cells = needle_accuracy(model, token_haystack(VOCAB, answer=3), lengths=[10, 21], depths=[0.0, 1.0], samples=2)
     for ours, needles in run_distributed(sharded_results, ranks, layout):
-        for got, expected in zip([*ours.pop("by_context"), *needles], [*whole["by_context"], *cells], strict=True):
+        for got, expected in zip([*ours.pop("by_context"), *needles], [*unsharded["by_context"], *cells], strict=True):
             assert agree(got, expected)
-        assert agree(ours, {key: value for key, value in whole.items() if key != "by_context"})
+        assert agree(ours, {key: value for key, value in unsharded.items() if key != "by_context"})
 
 
 def different_rows() -> None:
