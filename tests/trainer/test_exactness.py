@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,15 +12,13 @@ import torch
 import torch.distributed as dist
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
-from linear_llama3.sequence_parallel import LAYOUTS, SequenceParallelConfig
-from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments, SequenceParallelAccelerator
-from linear_llama3.trainer.parallelism import attach, resolve_parallelism
+from linear_llama3.sequence_parallel import LAYOUTS
+from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
 from tests.distributed import run_distributed
 
 LENGTH = 13  # no multiple of any number of ranks
@@ -249,132 +246,3 @@ def test_without_a_global_count_the_degree_changes_nothing(tmp_path: Path) -> No
     one, _ = run_distributed(train_as, 2, "local count", 1, str(tmp_path))
     for run in run_distributed(train_as, 4, "local count", 2, str(tmp_path)):
         assert_same(run, one, "local count")
-
-
-def own_loop(degree: int, accumulate: int) -> tuple[list[float], Tensor]:
-    """The loop of SequenceParallelAccelerator's docstring: loss per step of 2 * `accumulate` rows, parameters."""
-    reset_accelerate()
-    accelerator = SequenceParallelAccelerator(
-        cpu=True, sequence_parallel_size=degree, gradient_accumulation_steps=accumulate
-    )
-    model = tiny_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    replicas = accelerator.num_processes // degree
-    loader = torch.utils.data.DataLoader(rows(False), batch_size=2 // replicas)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    losses, batches = [], list(loader)
-    for i in range(0, len(batches), accumulate):
-        step = batches[i : i + accumulate]
-        count = accelerator.num_items(*step)
-        losses.append(0.0)
-        for batch in step:
-            with accelerator.accumulate(model):
-                loss = model(**accelerator.shard_batch(batch), num_items_in_batch=count).loss
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            losses[-1] += accelerator.reduce(loss.detach(), "mean").item() / accumulate
-    parameters = nn.utils.parameters_to_vector(accelerator.unwrap_model(model).parameters()).detach()
-    reset_accelerate()
-    return losses, parameters.numpy()
-
-
-def plain_loop(rows_in_a_step: int) -> tuple[list[float], Tensor]:
-    """What `own_loop` has to equal: one model, whole rows, the loss that transformers computes from labels."""
-    model = tiny_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    losses = []
-    for batch in torch.utils.data.DataLoader(rows(False), batch_size=rows_in_a_step):
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_own_loop_equals_a_plain_one(accumulate: int) -> None:
-    losses, parameters = plain_loop(2 * accumulate)
-    for world, degree in ((1, 1), (2, 2), (4, 2), (2, 1)):
-        for got_losses, got_parameters in run_distributed(own_loop, world, degree, accumulate):
-            assert got_losses == pytest.approx(losses, rel=1e-4), (world, degree)
-            assert abs(got_parameters - parameters).max() < 1e-4, (world, degree)
-
-
-def degree_of(setting: str, size: int | str) -> int | str:
-    """The degree that a launch of 4 processes gets, or the error."""
-    given = None
-    if setting.startswith("env"):
-        os.environ["PARALLELISM_CONFIG_CP_SIZE"] = setting[3:]
-    elif setting:
-        given = ParallelismConfig(cp_size=int(setting))
-    try:
-        grid = resolve_parallelism(given, size, dist.get_world_size())
-        return 1 if grid is None else grid.cp_size
-    except ValueError as error:
-        return str(error)
-    finally:
-        os.environ.pop("PARALLELISM_CONFIG_CP_SIZE", None)
-
-
-@pytest.mark.parametrize(
-    ("setting", "size", "expected"),
-    [
-        ("", "auto", 4),
-        ("", 2, 2),
-        ("", 1, 1),
-        ("env2", "auto", 2),
-        ("env1", "auto", 1),
-        ("2", 4, 2),
-        ("", 3, "must divide the number of processes, got 3 for 4"),
-        ("env3", "auto", "must divide the number of processes, got 3 for 4"),
-        ("", "all", "must be 'auto' or a positive integer, got 'all'"),
-        ("", 0, "must be 'auto' or a positive integer, got 0"),
-    ],
-)
-def test_degree(setting: str, size: int | str, expected: int | str) -> None:
-    for got in run_distributed(degree_of, 4, setting, size):
-        assert got == expected or (isinstance(expected, str) and isinstance(got, str) and expected in got)
-
-
-def refused(changes: dict[str, Any], folder: str) -> str:
-    reset_accelerate()
-    data = changes.pop("data", None) or rows(False)
-    if changes.pop("other_rows", False):
-        data = data[dist.get_rank() :]
-    keywords = {"compute_loss_func": changes.pop("compute_loss_func")} if "compute_loss_func" in changes else {}
-    args = LinearLlama3TrainingArguments(
-        output_dir=folder, use_cpu=True, max_steps=1, report_to=[], disable_tqdm=True, save_strategy="no", **changes
-    )
-    try:
-        SequentialTrainer(model=tiny_model(), args=args, train_dataset=data, **keywords).train()
-    except ValueError as error:
-        return str(error)
-    finally:
-        reset_accelerate()
-    return ""
-
-
-def some_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
-    return outputs.logits.sum()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
-        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches must be False"),
-        ({"compute_loss_func": some_loss}, "compute_loss_func is not possible"),
-        ({"linear_strategy": "mail"}, "got 'mail'"),
-        ({"other_rows": True}, "must load the same batch"),
-    ],
-)
-def test_refusals(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    assert all(message in text for text in run_distributed(refused, 2, changes, str(tmp_path)))
-
-
-def test_engines_that_are_refused() -> None:
-    accelerator = SimpleNamespace(state=SimpleNamespace(distributed_type=DistributedType.DEEPSPEED))
-    with pytest.raises(ValueError, match="goes with DDP and FSDP2, got DEEPSPEED"):
-        attach(accelerator, ParallelismConfig(cp_size=2), SequenceParallelConfig())
