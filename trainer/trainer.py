@@ -126,9 +126,9 @@ class SequenceParallelMixin(ReliabilityMixin):
         self._check_peers(context, inputs)
         self._batch_is_whole = False
         self._prepare_noise(model, inputs)
-        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
-        mask = inputs.get("attention_mask")
-        self._batch_tokens = torch.tensor(tokens.shape[:2].numel()) if mask is None else mask.sum()  # type: ignore[union-attr]
+        if hasattr(self, "_total_train_tokens"):  # SFTTrainer's
+            tokens, mask = inputs.get("input_ids", inputs.get("inputs_embeds")), inputs.get("attention_mask")
+            self._batch_tokens = torch.tensor(tokens.shape[:2].numel()) if mask is None else mask.sum()  # type: ignore[union-attr]
         return contextlib.nullcontext, context.shard_batch(inputs)
 
     def _check_loss_functions(self) -> None:
