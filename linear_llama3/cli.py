@@ -15,21 +15,21 @@ import torch
 import typer
 
 from . import __version__
+from .commands.command_line import user_errors
+from .commands.evaluation import check_evaluation, evaluate
 from .commands.generation import chat, generate
+from .commands.needle import check_needle, needle
 from .commands.serving import serve
 from .sequence_parallel.planner.checks import check_output
 from .sequence_parallel.planner.profile import SUFFIXES
 from .sequence_parallel.planner.report import report
-from .trainer.command_line import user_errors
-from .trainer.evaluation import check_evaluation, evaluate
 from .trainer.launched import forget_launch, launched_processes
-from .trainer.needle import check_needle, needle
 
 if TYPE_CHECKING:
-    from .trainer.recipe import Recipe
+    from .trainer.recipes.recipe import Recipe
 
-TRAINER, PROFILER = "linear_llama3.trainer", "linear_llama3.trainer.profiling"
-EVALUATION, NEEDLE = "linear_llama3.trainer.evaluation", "linear_llama3.trainer.needle"
+TRAINER, PROFILER = "linear_llama3.trainer", "linear_llama3.trainer.adaptive.profiling"
+EVALUATION, NEEDLE = "linear_llama3.commands.evaluation", "linear_llama3.commands.needle"
 SHUTDOWN_SECONDS = 300  # for a checkpoint after SIGTERM; torch would kill the processes after 30
 
 Processes = Annotated[
@@ -66,7 +66,7 @@ def options(
 
 @app.command(no_args_is_help=True)
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="See scripts/recipes and trainer/recipe.py.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="See trainer/recipes/recipe.py.")],
     changes: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="In place of the recipe's: training.max_steps=10")
     ] = None,
@@ -75,12 +75,12 @@ def train(
     ] = False,
 ) -> None:
     """Train a recipe, on all visible GPUs or as many processes as it says."""
-    from .trainer.recipe import load_recipe
+    from .trainer.recipes.recipe import load_recipe
 
     if not dry_run:
         start(TRAINER, recipe, [str(recipe), *(changes or [])], changes)
     try:
-        from .trainer.dry_run import dry_run as described
+        from .trainer.recipes.dry_run import dry_run as described
 
         loaded = load_recipe(recipe, changes or [])
         gpu, processes = number_of_processes(loaded, planned=True)
@@ -163,8 +163,8 @@ def command_line(command: Callable[..., None], arguments: dict[str, Any]) -> lis
 
 def start(module: str, recipe: Path, arguments: list[str], changes: list[str] | None) -> NoReturn:
     """Goes on as the processes of a module that takes these arguments, as many as the recipe says."""
-    from .trainer.preflight import NothingLeft, check_before_launch
-    from .trainer.recipe import load_recipe
+    from .trainer.recipes.preflight import NothingLeft, check_before_launch
+    from .trainer.recipes.recipe import load_recipe
 
     try:
         if launched_processes() > 1:  # torchrun, accelerate or MPI has started several processes

@@ -30,10 +30,11 @@ from transformers import TrainerCallback, default_data_collator
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.sequence_parallel.planner import Costs, load_profile
 from linear_llama3.sequence_parallel.planner.lengths import read_lengths
-from linear_llama3.trainer import LinearLlama3Trainer, packing
-from linear_llama3.trainer.build import build_config, load_tokenizer
-from linear_llama3.trainer.profiling import hardware
-from linear_llama3.trainer.recipe import Recipe, load_recipe
+from linear_llama3.trainer import LinearLlama3Trainer
+from linear_llama3.trainer.adaptive.profiling import hardware
+from linear_llama3.trainer.data import packing
+from linear_llama3.trainer.recipes.build import build_config, load_tokenizer
+from linear_llama3.trainer.recipes.recipe import Recipe, load_recipe
 
 WAYS = ("adaptive", "static", "rows")
 

@@ -4,7 +4,7 @@
 
 Linear-Llama3-1B, purely linear and with every fourth layer softmax, in bfloat16 with AdamW, a row of one document. On a
 GPU the lengths are found by bisection on real steps; elsewhere they are computed, from the accounts
-(`linear_llama3.trainer.memory_account`) of the goal and of half of it: bytes grow evenly with tokens. A small model's
+(`linear_llama3.trainer.memory.account`) of the goal and of half of it: bytes grow evenly with tokens. A small model's
 steps are then measured here beside their account, and the loss alone with and without logits.
 """
 
@@ -28,8 +28,8 @@ from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
 from linear_llama3.modeling import enable_sequence_tiling
 from linear_llama3.ops import tiles
 from linear_llama3.ops.cross_entropy import chunked_cross_entropy
-from linear_llama3.trainer.memory import allocated_peak
-from linear_llama3.trainer.memory_account import MemoryAccount, memory_account
+from linear_llama3.trainer.memory.account import MemoryAccount, memory_account
+from linear_llama3.trainer.memory.peak import allocated_peak
 
 MODELS = ("linear-llama3-1b-basic-pure", "linear-llama3-1b-basic-hybrid-1-4")
 MEASURES: dict[str, dict[str, bool]] = {  # each beside those before it

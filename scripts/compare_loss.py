@@ -16,10 +16,10 @@ from transformers import default_data_collator, set_seed
 
 from linear_llama3.trainer import SequenceParallelAccelerator
 from linear_llama3.trainer.__main__ import leave
-from linear_llama3.trainer.build import build_model, load_tokenizer
-from linear_llama3.trainer.data import training_rows
+from linear_llama3.trainer.data.training_rows import training_rows
 from linear_llama3.trainer.launched import join_on_cpus
-from linear_llama3.trainer.recipe import load_recipe
+from linear_llama3.trainer.recipes.build import build_model, load_tokenizer
+from linear_llama3.trainer.recipes.recipe import load_recipe
 
 
 def main() -> None:

@@ -23,8 +23,9 @@ from typer.testing import CliRunner
 
 import linear_llama3
 from linear_llama3 import cli
-from linear_llama3.trainer import launched, profiling
-from linear_llama3.trainer.recipe import load_recipe
+from linear_llama3.trainer import launched
+from linear_llama3.trainer.adaptive import profiling
+from linear_llama3.trainer.recipes.recipe import load_recipe
 from tests.trainer.test_recipe import recipe_with, write_corpus, write_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +126,7 @@ def test_under_torchrun_it_is_the_trainer(
     assert isinstance(run("profile", "any.yaml", "any.json", "processes=2").exception, Replaced)
     assert started == [
         ["-m", "linear_llama3.trainer", "any.yaml", "processes=2"],
-        ["-m", "linear_llama3.trainer.profiling", "any.yaml", "any.json", "processes=2"],
+        ["-m", "linear_llama3.trainer.adaptive.profiling", "any.yaml", "any.json", "processes=2"],
     ]
 
 

@@ -14,20 +14,20 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, default_data_collator, set_seed
 
 from ..modeling.hub import CARD_NAME
-from . import checkpoints
-from .build import build_model, load_tokenizer
-from .checkpoints import ResumeError
-from .data import training_rows, without_share
-from .documents import load_documents
+from .checkpoints import manifest
+from .checkpoints.manifest import ResumeError
+from .data.documents import load_documents
+from .data.files import DataError
+from .data.packing import collate_whole
+from .data.tokenization import unlearnt_stop
+from .data.training_rows import training_rows, without_share
 from .failures import on_every_rank
-from .files import DataError
 from .launched import fail, join_on_cpus
-from .packing import collate_whole
 from .parallelism import describe_grid, local_tokens
-from .preflight import NothingLeft, check_output_dir, check_trackers
-from .recipe import Recipe, load_recipe
-from .report import PLOT_NAME, plot_loss, write_model_card
-from .tokenization import unlearnt_stop
+from .recipes.build import build_model, load_tokenizer
+from .recipes.preflight import NothingLeft, check_output_dir, check_trackers
+from .recipes.recipe import Recipe, load_recipe
+from .recipes.report import PLOT_NAME, plot_loss, write_model_card
 from .trainer import LinearLlama3Trainer
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
     if trainer.sequence_parallel_context is not None:
         trainer.sequence_parallel_context.settle(trainer.model)
     if args.overwrite_output_dir and trainer.is_world_process_zero():
-        checkpoints.clear(Path(args.output_dir))
+        manifest.clear(Path(args.output_dir))
     if recipe.data.format == "chat" and trainer.is_world_process_zero():
         warn_of_missing_stop(trainer, recipe)
     return trainer

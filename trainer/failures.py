@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
-from . import checkpoints
+from .checkpoints import manifest
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def explained(trainer: Any) -> Iterator[None]:
             text = f"{where(trainer)}: out of memory. {_less_memory(trainer)} {how_to_resume(trainer)}"
             words.leave(text)
             raise torch.OutOfMemoryError(text) from error
-        if isinstance(error, (TrainingFailure, checkpoints.ResumeError)):
+        if isinstance(error, (TrainingFailure, manifest.ResumeError)):
             words.leave(str(error))
             raise
         words.leave(f"{where(trainer)}: {type(error).__name__}: {error}")
@@ -148,7 +148,7 @@ def rank(trainer: Any) -> str:
 
 
 def how_to_resume(trainer: Any) -> str:
-    newest = checkpoints.newest(Path(trainer.args.output_dir))
+    newest = manifest.newest(Path(trainer.args.output_dir))
     if newest is None:
         return "There is no whole checkpoint to resume from."
     return f"{newest} is whole: resume_from_checkpoint=True goes on from there."

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 
-from .flops import peak_flops
+from ..modeling.flops import peak_flops
 
 
 class SpeedMeter(TrainerCallback):

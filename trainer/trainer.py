@@ -23,15 +23,16 @@ from ..modeling import (
     LinearLlama3PreTrainedModel,
     enable_sequence_tiling,
 )
+from ..modeling.flops import batch_flops
 from ..modeling.hub import write_shim
 from ..modeling.model_card import add_card
 from ..sequence_parallel import SequenceParallelContext, enable_sequence_parallel, unshard
 from ..sequence_parallel.collectives import all_reduce
-from .adaptive import AdaptiveMixin
+from .adaptive.trainer import AdaptiveMixin
 from .arguments import sequence_parallel_config
-from .flops import batch_flops
+from .checkpoints.reliability import ReliabilityMixin
 from .launched import check_launch
-from .memory import peak_memory
+from .memory.peak import peak_memory
 from .noise import EmbeddingNoise
 from .parallelism import (
     PeerCheck,
@@ -45,7 +46,6 @@ from .parallelism import (
     uses_fsdp,
 )
 from .progress import ProgressBar, SpeedMeter
-from .reliability import ReliabilityMixin
 from .validation import TokenMeanMixin
 
 logger = logging.get_logger(__name__)

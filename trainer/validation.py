@@ -18,7 +18,7 @@ from ..ops.precision import working_dtype
 from ..sequence_parallel import SequenceParallelContext
 from ..sequence_parallel.collectives import all_reduce
 from ..sequence_parallel.context import IGNORE_INDEX
-from .data_order import without_labels
+from .data.order import without_labels
 
 
 class TokenMeanMixin:

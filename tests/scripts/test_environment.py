@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from linear_llama3.trainer.recipe import load_recipe
+from linear_llama3.trainer.recipes.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 LOCAL, PLAIN, CPU = "--no-index --no-deps torch", "constraints.txt torch", "uv pip install --torch-backend cpu"

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.trainer.__main__ import build_trainer, main
-from linear_llama3.trainer.profiling import measure_profile
-from linear_llama3.trainer.recipe import load_recipe
+from linear_llama3.trainer.adaptive.profiling import measure_profile
+from linear_llama3.trainer.recipes.recipe import load_recipe
 from tests.distributed import run_distributed
 from tests.test_cli import command
 from tests.trainer.test_exactness import reset_accelerate
@@ -174,7 +174,7 @@ def test_pretrain(folder: Path) -> None:
 
 
 def profile(folder: str, *changes: str) -> None:
-    """As `python -m linear_llama3.trainer.profiling` in `folder`."""
+    """As `python -m linear_llama3.trainer.adaptive.profiling` in `folder`."""
     before = os.getcwd()
     os.chdir(folder)
     try:

@@ -28,9 +28,9 @@ from linear_llama3.sequence_parallel.planner import (
 )
 from linear_llama3.sequence_parallel.planner.profile import Bytes, Seconds
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
-from linear_llama3.trainer.adaptive import planner_model
-from linear_llama3.trainer.packing import collate_whole
-from linear_llama3.trainer.planned_steps import StepPlanner, group_contexts
+from linear_llama3.trainer.adaptive.planned_steps import StepPlanner, group_contexts
+from linear_llama3.trainer.adaptive.trainer import planner_model
+from linear_llama3.trainer.data.packing import collate_whole
 from tests.distributed import run_distributed
 from tests.trainer.test_exactness import arguments, outcome, reset_accelerate, tiny_config
 from tests.trainer.test_fsdp import shard_on_cpus

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from linear_llama3.trainer import checkpoints
+from linear_llama3.trainer.checkpoints import manifest as checkpoints
 
 
 def write(folder: Path, *, plain: bool = False, age: int = 0) -> Path:

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from linear_llama3.trainer import data as rows_of
-from linear_llama3.trainer.data import training_rows
-from linear_llama3.trainer.documents import DataError, load_documents
-from linear_llama3.trainer.recipe import DataRecipe
+from linear_llama3.trainer.data import training_rows as rows_of
+from linear_llama3.trainer.data.documents import DataError, load_documents
+from linear_llama3.trainer.data.training_rows import training_rows
+from linear_llama3.trainer.recipes.recipe import DataRecipe
 from tests.trainer.test_recipe import write_tokenizer
 
 TEXTS = ["abcdef", "g", "", "hijklmnopqrst", "uv", "wxyz"]

@@ -10,9 +10,9 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from linear_llama3.trainer.data import training_rows
-from linear_llama3.trainer.data_order import WholeSteps, content_hash
-from linear_llama3.trainer.recipe import DataRecipe
+from linear_llama3.trainer.data.order import WholeSteps, content_hash
+from linear_llama3.trainer.data.training_rows import training_rows
+from linear_llama3.trainer.recipes.recipe import DataRecipe
 from tests.trainer.test_recipe import write_corpus, write_tokenizer
 
 

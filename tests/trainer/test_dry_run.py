@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from linear_llama3.modeling.flops import batch_flops
 from linear_llama3.sequence_parallel import SequenceParallelContext, enable_sequence_parallel
 from linear_llama3.sequence_parallel.traffic import Traffic
-from linear_llama3.trainer import dry_run as module
-from linear_llama3.trainer.build import build_model, load_tokenizer
-from linear_llama3.trainer.dry_run import dry_run
-from linear_llama3.trainer.flops import batch_flops
-from linear_llama3.trainer.memory_account import memory_account
-from linear_llama3.trainer.recipe import load_recipe
+from linear_llama3.trainer.memory.account import memory_account
+from linear_llama3.trainer.recipes import dry_run as module
+from linear_llama3.trainer.recipes.build import build_model, load_tokenizer
+from linear_llama3.trainer.recipes.dry_run import dry_run
+from linear_llama3.trainer.recipes.recipe import load_recipe
 from tests.distributed import run_distributed
 from tests.trainer.test_recipe import MODEL, recipe_with, write_tokenizer
 

@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM, LinearLlama3ForSequenceClassification, cli
-from linear_llama3.trainer.evaluation import evaluate
-from linear_llama3.trainer.needle import needle
+from linear_llama3.commands.evaluation import evaluate
+from linear_llama3.commands.needle import needle
 from tests.distributed import run_distributed
 from tests.modeling.tiny import SIZES, tiny_model
 from tests.trainer.test_recipe import write_tokenizer
@@ -166,7 +166,7 @@ def test_what_other_processes_are_given(folder: Path, tmp_path: Path, monkeypatc
         out,
     )
     (first, evaluated, two), (second, sought, three) = launched
-    assert (first, two) == ("linear_llama3.trainer.evaluation", 2)
+    assert (first, two) == ("linear_llama3.commands.evaluation", 2)
     assert evaluated == [
         "--length",
         "50",
@@ -178,7 +178,7 @@ def test_what_other_processes_are_given(folder: Path, tmp_path: Path, monkeypatc
         str(folder / "linear"),
         str(book),
     ]
-    assert (second, three) == ("linear_llama3.trainer.needle", 3)
+    assert (second, three) == ("linear_llama3.commands.needle", 3)
     line = "--length 40 --length 400 --depth 0.0 --samples 8 --tokens --seed 0"
     assert sought == [*line.split(), "--output", str(out), "--", str(folder / "linear")]
     for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():  # torchrun has started this process already

@@ -17,7 +17,8 @@ import torch.distributed as dist
 import transformers
 from transformers import TrainerCallback
 
-from linear_llama3.trainer import LinearLlama3TrainingArguments, checkpoints
+from linear_llama3.trainer import LinearLlama3TrainingArguments
+from linear_llama3.trainer.checkpoints import manifest as checkpoints
 from linear_llama3.trainer.failures import TrainingFailure, _less_memory, _lost
 from tests.distributed import run_distributed
 from tests.launching import launch

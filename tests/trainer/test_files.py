@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from linear_llama3.trainer.data import training_rows
-from linear_llama3.trainer.documents import find_files, load_documents
-from linear_llama3.trainer.files import DataError
-from linear_llama3.trainer.recipe import DataRecipe
+from linear_llama3.trainer.data.documents import find_files, load_documents
+from linear_llama3.trainer.data.files import DataError
+from linear_llama3.trainer.data.training_rows import training_rows
+from linear_llama3.trainer.recipes.recipe import DataRecipe
 from tests.trainer.test_recipe import write_tokenizer
 
 both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["stored", "stream"])

@@ -10,9 +10,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM
-from linear_llama3.modeling import mixers
-from linear_llama3.trainer import flops
-from linear_llama3.trainer.flops import attention_pairs, batch_flops, count_flops, known_peak, measured_peak, peak_flops
+from linear_llama3.modeling import flops, mixers
+from linear_llama3.modeling.flops import (
+    attention_pairs,
+    batch_flops,
+    count_flops,
+    known_peak,
+    measured_peak,
+    peak_flops,
+)
 from tests.modeling.tiny import MIXER_NAMES, tiny_config, tiny_model, tokens
 
 BATCH, LENGTH = 2, 24

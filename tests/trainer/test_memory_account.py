@@ -17,8 +17,8 @@ from linear_llama3.sequence_parallel import (
     SequenceParallelContext,
     enable_sequence_parallel,
 )
-from linear_llama3.trainer.memory import allocated_peak
-from linear_llama3.trainer.memory_account import MemoryAccount, memory_account
+from linear_llama3.trainer.memory.account import MemoryAccount, memory_account
+from linear_llama3.trainer.memory.peak import allocated_peak
 from tests.distributed import run_distributed
 
 TOKENS, TILE = 1024, 2**17

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from linear_llama3.trainer import packing
-from linear_llama3.trainer.packing import best_fit, collate_whole, pack
+from linear_llama3.trainer.data import packing
+from linear_llama3.trainer.data.packing import best_fit, collate_whole, pack
 
 PADDING = 0
 ODD_SIZES = [0, 1, 8, 3, 0, 1, 1, 20, 7, 2, 16, 8, 5]  # empty, one token, exactly a row, several rows

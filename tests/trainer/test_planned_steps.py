@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 
-from linear_llama3.trainer.planned_steps import row_lengths
+from linear_llama3.trainer.adaptive.planned_steps import row_lengths
 
 ROWS = [{"input_ids": [*range(n)], "labels": [*range(n)]} for n in (5, 0, 3, 8, 1, 2, 9, 4)]
 STORED = datasets.Dataset.from_list(ROWS)

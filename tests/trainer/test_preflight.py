@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments, checkpoints
+from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
 from linear_llama3.trainer.__main__ import main
-from linear_llama3.trainer.preflight import NothingLeft, check_before_launch, check_output_dir, check_trackers
-from linear_llama3.trainer.recipe import load_recipe
+from linear_llama3.trainer.checkpoints import manifest as checkpoints
+from linear_llama3.trainer.recipes.preflight import NothingLeft, check_before_launch, check_output_dir, check_trackers
+from linear_llama3.trainer.recipes.recipe import load_recipe
 from tests.distributed import run_distributed
 from tests.trainer.test_exactness import arguments, reset_accelerate, rows, tiny_model
 from tests.trainer.test_recipe import MODEL, recipe_with, write_corpus, write_tokenizer

@@ -17,10 +17,8 @@ from linear_llama3.modeling import LinearLlama3Config
 from linear_llama3.sequence_parallel.collectives import all_gather
 from linear_llama3.sequence_parallel.costs import LinkSpeed
 from linear_llama3.sequence_parallel.planner import Cluster, Profile, load_profile, model_costs, plan
-from linear_llama3.trainer import profiling
-from linear_llama3.trainer.adaptive import planner_model
-from linear_llama3.trainer.build import build_config, build_model, load_tokenizer
-from linear_llama3.trainer.profiling import (
+from linear_llama3.trainer.adaptive import profiling
+from linear_llama3.trainer.adaptive.profiling import (
     Bench,
     Sample,
     fit_bytes,
@@ -29,7 +27,9 @@ from linear_llama3.trainer.profiling import (
     measure_profile,
     non_negative_fit,
 )
-from linear_llama3.trainer.recipe import load_recipe
+from linear_llama3.trainer.adaptive.trainer import planner_model
+from linear_llama3.trainer.recipes.build import build_config, build_model, load_tokenizer
+from linear_llama3.trainer.recipes.recipe import load_recipe
 from tests.distributed import run_distributed
 from tests.trainer.test_recipe import MODEL, recipe_with, write_tokenizer
 

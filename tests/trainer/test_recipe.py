@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from linear_llama3.sequence_parallel import SequenceParallelConfig
 from linear_llama3.trainer.__main__ import build_trainer, save
-from linear_llama3.trainer.build import build_model
-from linear_llama3.trainer.recipe import load_recipe
+from linear_llama3.trainer.recipes.build import build_model
+from linear_llama3.trainer.recipes.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = {

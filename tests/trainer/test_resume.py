@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments, reliability
+from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
+from linear_llama3.trainer.checkpoints import reliability
 from tests.distributed import run_distributed
 from tests.trainer.test_exactness import arguments, outcome, reset_accelerate, rows, tiny_model
 

@@ -14,8 +14,8 @@ import pytest
 import transformers
 from safetensors.torch import load_file, save_file
 
-from linear_llama3.trainer.build import build_model
-from linear_llama3.trainer.recipe import load_recipe
+from linear_llama3.trainer.recipes.build import build_model
+from linear_llama3.trainer.recipes.recipe import load_recipe
 from tests.trainer.test_recipe import recipe_with, write_tokenizer
 
 LOADING = logging.getLogger("transformers.modeling_utils")
@@ -31,7 +31,7 @@ def transformers_settings() -> Iterator[None]:
 def test_measuring_memory_prints_nothing() -> None:
     code = """
 import torch
-from linear_llama3.trainer.memory import allocated_peak
+from linear_llama3.trainer.memory.peak import allocated_peak
 for _ in range(2):
     print(allocated_peak(lambda: torch.zeros(2**20)))
 """

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from linear_llama3.trainer.files import DocumentError
-from linear_llama3.trainer.tokenization import tokenize, unlearnt_stop
+from linear_llama3.trainer.data.files import DocumentError
+from linear_llama3.trainer.data.tokenization import tokenize, unlearnt_stop
 from tests.trainer.test_recipe import write_tokenizer
 
 ROOT = Path(__file__).parents[2]

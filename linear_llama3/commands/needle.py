@@ -4,7 +4,7 @@ A number hidden at some depth of generated text is asked for at its end. The ans
 highest logit behind the ones before it, which is to say, if greedy generation gives it.
 
     linear-llama3 needle MODEL --length 4096 --length 131072 --output runs/evaluation
-    torchrun --nproc_per_node 8 -m linear_llama3.trainer.needle MODEL --length 4096 --length 131072
+    torchrun --nproc_per_node 8 -m linear_llama3.commands.needle MODEL --length 4096 --length 131072
 """
 
 from __future__ import annotations

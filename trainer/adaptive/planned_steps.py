@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext
-from ..sequence_parallel.collectives import all_reduce
-from ..sequence_parallel.context import IGNORE_INDEX
-from ..sequence_parallel.packing import check_mask
-from ..sequence_parallel.planner import Cluster, Costs, StepPlan, aligned_groups, plan
+from ...sequence_parallel import SequenceParallelConfig, SequenceParallelContext
+from ...sequence_parallel.collectives import all_reduce
+from ...sequence_parallel.context import IGNORE_INDEX
+from ...sequence_parallel.packing import check_mask
+from ...sequence_parallel.planner import Cluster, Costs, StepPlan, aligned_groups, plan
 
 GroupKey = tuple[int, int]  # degree, first rank
 KEYS = ("input_ids", "labels", "position_ids", "attention_mask")

@@ -27,18 +27,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from ..modeling import LinearLlama3Config, LinearLlama3ForCausalLM, enable_sequence_tiling
-from ..sequence_parallel.collectives import all_gather
-from ..sequence_parallel.costs import LinkSpeed
-from ..sequence_parallel.planner import Profile, aligned_groups
-from ..sequence_parallel.planner.checks import check_output
-from ..sequence_parallel.planner.profile import SUFFIXES, Bytes, Seconds
-from .adaptive import planner_model
-from .build import build_config, load_tokenizer
-from .launched import fail, launched_processes
-from .memory import allocated_peak
-from .memory_account import memory_account
-from .recipe import Recipe, load_recipe
+from ...modeling import LinearLlama3Config, LinearLlama3ForCausalLM, enable_sequence_tiling
+from ...sequence_parallel.collectives import all_gather
+from ...sequence_parallel.costs import LinkSpeed
+from ...sequence_parallel.planner import Profile, aligned_groups
+from ...sequence_parallel.planner.checks import check_output
+from ...sequence_parallel.planner.profile import SUFFIXES, Bytes, Seconds
+from ..launched import fail, launched_processes
+from ..memory.account import memory_account
+from ..memory.peak import allocated_peak
+from ..recipes.build import build_config, load_tokenizer
+from ..recipes.recipe import Recipe, load_recipe
+from .trainer import planner_model
 
 DEPTHS = (1, 3)
 SHORTEST = 64  # tokens of a micro-batch
@@ -278,7 +278,9 @@ def _cpu_info() -> list[str]:
 
 def main(arguments: list[str]) -> None:
     if len(arguments) < 2:
-        raise SystemExit("usage: python -m linear_llama3.trainer.profiling RECIPE.yaml FILE.json [KEY=VALUE …]")
+        raise SystemExit(
+            "usage: python -m linear_llama3.trainer.adaptive.profiling RECIPE.yaml FILE.json [KEY=VALUE …]"
+        )
     recipe_file, output, *changes = arguments
     try:
         check_output(Path(output), SUFFIXES)

@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerState, set_seed
 from transformers.utils import logging
 
-from ..modeling import LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM
-from . import checkpoints
-from .checkpoints import LATEST
-from .data_order import DataOrder, WholeSteps, content_hash, repeated_rows, without_labels
-from .failures import FiniteCheck, explained, reading, saving
-from .hooks import check_trainer
-from .parallelism import set_timeout
+from ...modeling import LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM
+from ..data.order import DataOrder, WholeSteps, content_hash, repeated_rows, without_labels
+from ..failures import FiniteCheck, explained, reading, saving
+from ..hooks import check_trainer
+from ..parallelism import set_timeout
+from . import manifest
+from .manifest import LATEST
 from .preemption import EXIT_CODE, SaveOnSigterm, outlive_sigterm
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class ReliabilityMixin(_Trainer):
         """Trainer's hook, here to keep transformers' own signal handler from being installed."""
         self._jit_checkpoint, self.args.enable_jit_checkpoint = self.args.enable_jit_checkpoint, False
         super().create_accelerator_and_postprocess()
-        checkpoints.make_folder(Path(self.args.output_dir))
+        manifest.make_folder(Path(self.args.output_dir))
 
     @property
     def _saves_on_sigterm(self) -> bool:
@@ -95,22 +95,20 @@ class ReliabilityMixin(_Trainer):
             return None
         if wanted is not True and wanted != LATEST:
             if (trouble := self._trouble(Path(wanted))) is not None:
-                newest = checkpoints.newest(Path(wanted).parent)
+                newest = manifest.newest(Path(wanted).parent)
                 remedy = f"{newest} is" if newest else f"none in {Path(wanted).parent} is"
-                raise checkpoints.ResumeError(
-                    f"resume_from_checkpoint must be whole, got {wanted}: {trouble}; {remedy}"
-                )
+                raise manifest.ResumeError(f"resume_from_checkpoint must be whole, got {wanted}: {trouble}; {remedy}")
             return self._with_optimizer(Path(wanted))
         output_dir = Path(self.args.output_dir)
-        steps = sorted(set(itertools.chain(*gather_object([checkpoints.steps(output_dir)]))), reverse=True)
+        steps = sorted(set(itertools.chain(*gather_object([manifest.steps(output_dir)]))), reverse=True)
         for step in steps:
-            folder = checkpoints.folder_of(output_dir, step)
+            folder = manifest.folder_of(output_dir, step)
             if (trouble := self._trouble(folder)) is None:
                 return self._with_optimizer(folder)
             self._warn(f"{folder} is not whole: {trouble}; the one before it is tried")
         if wanted == LATEST:
             return None
-        raise checkpoints.ResumeError(
+        raise manifest.ResumeError(
             f"resume_from_checkpoint=True needs a whole checkpoint in output_dir, got {output_dir} with none; "
             f'"{LATEST}" starts anew in that case'
         )
@@ -118,7 +116,7 @@ class ReliabilityMixin(_Trainer):
     @staticmethod
     def _with_optimizer(folder: Path) -> str:
         if not any(folder.glob("optimizer*")):  # Trainer would begin with a new one
-            raise checkpoints.ResumeError(
+            raise manifest.ResumeError(
                 f"a resumed run needs the optimizer's state, got {folder} without it (save_only_model=True); load its "
                 "weights as those of a new run"
             )
@@ -126,7 +124,7 @@ class ReliabilityMixin(_Trainer):
 
     def _trouble(self, folder: Path) -> str | None:
         """What any machine finds wrong with a checkpoint; the same on all processes."""
-        own = checkpoints.problem(folder, contents=True) if self.args.local_process_index == 0 else None
+        own = manifest.problem(folder, contents=True) if self.args.local_process_index == 0 else None
         return next((trouble for trouble in gather_object([own]) if trouble is not None), None)
 
     def _warn(self, message: str) -> None:
@@ -143,7 +141,7 @@ class ReliabilityMixin(_Trainer):
         if self.state.global_step >= max_steps:  # Trainer would take one more step
             self._warn(f"nothing is left to train: step {self.state.global_step} of {max_steps} is reached")
             return epochs, 0
-        facts = checkpoints.read_facts(Path(resume_from_checkpoint))
+        facts = manifest.read_facts(Path(resume_from_checkpoint))
         self._pending_loss = facts.get("loss")
         if self.args.ignore_data_skip or self._order is None:
             return position
@@ -152,14 +150,14 @@ class ReliabilityMixin(_Trainer):
         if epochs != sys.maxsize:
             return position
         # A stream without a length: its passes count as epochs of max_steps, of which Trainer knows the first only.
-        state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, checkpoints.STATE_NAME))
+        state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, manifest.STATE_NAME))
         passes = math.ceil(state.epoch) - 1
         steps = round((state.epoch - passes) * state.max_steps)
         return passes, steps * self.args.gradient_accumulation_steps
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Trainer's hook: check the sizes of the weights, then load them."""
-        checkpoints.check_sizes(Path(resume_from_checkpoint), self.model if model is None else model)
+        manifest.check_sizes(Path(resume_from_checkpoint), self.model if model is None else model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -171,7 +169,7 @@ class ReliabilityMixin(_Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Trainer's hook: the random state of this process. It belongs to a number of processes; another one begins
         with a state that is the same on all of them, for the ranks of a sequence may not differ."""
-        saved = checkpoints.read_facts(Path(checkpoint)).get("processes") if checkpoint else None
+        saved = manifest.read_facts(Path(checkpoint)).get("processes") if checkpoint else None
         if saved is None or saved == self.args.world_size:
             super()._load_rng_state(checkpoint)
             return
@@ -272,7 +270,7 @@ class ReliabilityMixin(_Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's hook: a checkpoint that is known to be whole, and only then the end of older ones."""
         run_dir = Path(self._get_output_dir(trial))
-        folder = checkpoints.folder_of(run_dir, self.state.global_step)
+        folder = manifest.folder_of(run_dir, self.state.global_step)
         with saving(self, folder):
             facts = {
                 "processes": self.args.world_size,
@@ -280,7 +278,7 @@ class ReliabilityMixin(_Trainer):
                 "loss": self._unlogged_loss(),
             }
             if self.args.should_save:
-                checkpoints.begin(folder)
+                manifest.begin(folder)
             self.accelerator.wait_for_everyone()
             limit, self.args.save_total_limit = self.args.save_total_limit, None
             try:
@@ -290,8 +288,8 @@ class ReliabilityMixin(_Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 torch.save(self.args, folder / ARGUMENTS_NAME)  # with the limit
-                checkpoints.finish(folder, facts)
-                checkpoints.rotate(run_dir, limit, saved=folder, best=self.state.best_model_checkpoint)
+                manifest.finish(folder, facts)
+                manifest.rotate(run_dir, limit, saved=folder, best=self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
         if self._unpushed is not None:
             super()._push_from_checkpoint(self._unpushed)

@@ -23,13 +23,13 @@ from transformers.utils import (
 )
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..sequence_parallel.planner.profile import load_profile
-from . import checkpoints
-from .adaptive_checks import check_profile
+from ...sequence_parallel.planner.profile import load_profile
+from ..adaptive.checks import check_profile
+from ..checkpoints import manifest
+from ..data.documents import load_documents
+from ..data.files import DataError
+from ..parallelism import resolve_parallelism
 from .build import build_config, load_tokenizer
-from .documents import load_documents
-from .files import DataError
-from .parallelism import resolve_parallelism
 from .recipe import DataRecipe, Recipe
 
 MODELS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -74,14 +74,14 @@ def _check_files(data: DataRecipe) -> None:
 
 def _check_resume(training: Mapping[str, Any]) -> None:
     resume, folder = training.get("resume_from_checkpoint"), Path(training.get("output_dir", "trainer_output"))
-    if resume is True and not checkpoints.steps(folder):
+    if resume is True and not manifest.steps(folder):
         raise ValueError(
             f"resume_from_checkpoint: true needs a complete checkpoint in output_dir, got {folder} with none; "
-            f"{checkpoints.LATEST} starts a new run in that case"
+            f"{manifest.LATEST} starts a new run in that case"
         )
-    if isinstance(resume, str) and resume != checkpoints.LATEST and not Path(resume).is_dir():
+    if isinstance(resume, str) and resume != manifest.LATEST and not Path(resume).is_dir():
         raise ValueError(
-            f"resume_from_checkpoint must be the folder of a checkpoint, true or {checkpoints.LATEST}, got {resume!r}: "
+            f"resume_from_checkpoint must be the folder of a checkpoint, true or {manifest.LATEST}, got {resume!r}: "
             "no such folder"
         )
 
@@ -127,11 +127,11 @@ def check_output_dir(training: Mapping[str, Any]) -> None:
     """
     folder = Path(training.get("output_dir", "trainer_output"))
     resume = training.get("resume_from_checkpoint") or None
-    checkpoints.make_folder(folder)
+    manifest.make_folder(folder)
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(checkpoints.not_writable(folder, error)) from error
+        raise ValueError(manifest.not_writable(folder, error)) from error
     if training.get("overwrite_output_dir", False):
         if resume is not None:
             raise ValueError(
@@ -140,13 +140,13 @@ def check_output_dir(training: Mapping[str, Any]) -> None:
             )
         return
     model = next((name for name in MODELS if (folder / name).exists()), None)
-    if resume in (True, checkpoints.LATEST):
+    if resume in (True, manifest.LATEST):
         if model is not None and (reached := _reached(folder, training)) is not None:
             raise NothingLeft(f"nothing is left to train: {folder} holds this run's model, {reached}")
-        if model is None or checkpoints.newest(folder) is not None:
+        if model is None or manifest.newest(folder) is not None:
             return
         raise ValueError(_taken(folder, f"a model ({model}) and no complete checkpoint to resume from", ""))
-    steps = checkpoints.steps(folder)
+    steps = manifest.steps(folder)
     if (model is None and not steps) or (resume is not None and Path(resume).resolve().parent == folder.resolve()):
         return
     held = [] if model is None else [f"a model ({model})"]
@@ -166,7 +166,7 @@ def _taken(folder: Path, held: str, resume: str) -> str:
 
 def _reached(folder: Path, training: Mapping[str, Any]) -> str | None:
     """Return how far a finished run has trained; None if steps or epochs are left."""
-    file = folder / checkpoints.STATE_NAME  # written after the model
+    file = folder / manifest.STATE_NAME  # written after the model
     if not file.is_file():
         return None
     state = json.loads(file.read_text(encoding="utf-8"))

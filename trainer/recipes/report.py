@@ -17,8 +17,8 @@ import transformers
 import yaml
 from transformers import PreTrainedModel
 
-from ..modeling.hub import CARD_NAME, RUN_CARD, SAVED_CARDS, replaceable
-from ..modeling.model_card import model_card
+from ...modeling.hub import CARD_NAME, RUN_CARD, SAVED_CARDS, replaceable
+from ...modeling.model_card import model_card
 from .recipe import DataRecipe, Recipe, ValidationRecipe
 
 PLOT_NAME = "loss.png"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..sequence_parallel.planner import Profile, aligned_groups
+from ...sequence_parallel.planner import Profile, aligned_groups
 
 
 def check_profile(profile: Profile, name: str, processes: int) -> str:

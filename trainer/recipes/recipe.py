@@ -27,9 +27,9 @@ import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 
-from ..modeling import LinearLlama3Config
-from ..sequence_parallel import SequenceParallelConfig
-from .arguments import LinearLlama3TrainingArguments
+from ...modeling import LinearLlama3Config
+from ...sequence_parallel import SequenceParallelConfig
+from ..arguments import LinearLlama3TrainingArguments
 from .values import check_names, checked, convert, read_yaml
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from ..modeling import LinearLlama3Config, LinearLlama3ForCausalLM, loading
+from ...modeling import LinearLlama3Config, LinearLlama3ForCausalLM, loading
 from .recipe import Recipe
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..modeling import LinearLlama3Config, LinearLlama3ForCausalLM, enable_sequence_tiling
-from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
+from ...modeling import LinearLlama3Config, LinearLlama3ForCausalLM, enable_sequence_tiling
+from ...sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
 from .virtual import VirtualRun, as_on_a_gpu
 
 LAYERS, HEAD = "inside layers", "head and loss"

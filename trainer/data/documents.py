@@ -16,8 +16,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
 
+from ..recipes.recipe import DataRecipe
 from .files import OPTIONAL, SAMPLES, DataError, DocumentError, LocalFiles, expand, one_line
-from .recipe import DataRecipe
 
 CHAT_COLUMNS = (["messages"], ["prompt", "completion"])
 FILE_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], str]] = {  # name -> (check that raises an error, valid values)

@@ -1,4 +1,4 @@
-"""Helpers of commands that also run as modules, such as `python -m linear_llama3.trainer.evaluation`."""
+"""Helpers of commands that also run as modules, such as `python -m linear_llama3.commands.evaluation`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import typer
 
-from .launched import fail
+from ..trainer.launched import fail
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def user_errors() -> Iterator[None]:
 
 def run(command: Callable[..., None]) -> None:
     """Run `command` with the command-line arguments of this process, then leave the process group."""
-    from .__main__ import leave
+    from ..trainer.__main__ import leave
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..ops import attention_kernels, backends
-from ..sequence_parallel.linear import attention as sharded_attention
+from ...ops import attention_kernels, backends
+from ...sequence_parallel.linear import attention as sharded_attention
 
 aten = torch.ops.aten
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
@@ -147,7 +147,7 @@ class _NoKernel:
 def as_on_a_gpu() -> Iterator[None]:
     """Code inside goes the ways of NVIDIA's compute capability 9.0; kernels are not launched. Needs triton."""
     try:
-        from ..ops.triton import launch
+        from ...ops.triton import launch
     except ImportError as error:
         raise ValueError("a GPU's account needs the package triton, which is not installed; give gpu=False") from error
 

@@ -22,24 +22,24 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..modeling import LinearLlama3Config, LinearLlama3ForCausalLM
-from ..sequence_parallel import LAYOUTS, enable_sequence_parallel
-from ..sequence_parallel.planner import (
+from ...modeling import LinearLlama3Config, LinearLlama3ForCausalLM
+from ...modeling.flops import attention_pairs, count_flops
+from ...sequence_parallel import LAYOUTS, enable_sequence_parallel
+from ...sequence_parallel.planner import (
     Cluster,
     Model,
     fewest_groups,
     load_profile,
     model_costs,
 )
-from .adaptive_checks import check_arguments, check_profile, check_training
-from .data_order import DataOrder, content_hash
-from .failures import on_every_rank, reading
-from .flops import attention_pairs, count_flops
-from .parallelism import REFUSED_ENGINES, PeerCheck, check_overrides
+from ..data.order import DataOrder, content_hash
+from ..failures import on_every_rank, reading
+from ..parallelism import REFUSED_ENGINES, PeerCheck, check_overrides
+from .checks import check_arguments, check_profile, check_training
 from .planned_steps import GroupKey, OneAhead, PlannedStep, StepPlanner, fingerprint, group_contexts
 
 if TYPE_CHECKING:
-    from .trainer import SequenceParallelMixin as _Trainer
+    from ..trainer import SequenceParallelMixin as _Trainer
 else:
     _Trainer = object
 

@@ -3,7 +3,7 @@
 On one process, or with every row spread over all processes of the launch, with the same numbers:
 
     linear-llama3 evaluate MODEL book.txt --length 32768 --output runs/evaluation
-    torchrun --nproc_per_node 8 -m linear_llama3.trainer.evaluation MODEL book.txt --length 1048576
+    torchrun --nproc_per_node 8 -m linear_llama3.commands.evaluation MODEL book.txt --length 1048576
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ..ops.precision import working_dtype
 from ..sequence_parallel import SequenceParallelContext, enable_sequence_parallel
 from ..sequence_parallel.collectives import all_reduce
 from ..sequence_parallel.context import IGNORE_INDEX
+from ..trainer.launched import join_on_cpus
 from .command_line import run, user_errors
-from .launched import join_on_cpus
 
 PIECE = 2048  # tokens whose logits exist at once
 BUCKETS = 63  # powers of two in an int64
@@ -58,7 +58,7 @@ def score_tokens(model: nn.Module, batch: Mapping[str, Any]) -> TokenScores:
         batch: as `SequenceParallelContext.shard_batch` takes it; `labels` are by default all tokens that the
             `attention_mask` shows. `position_ids` start from 0 in every document.
     """
-    from .parallelism import check_peers  # imports accelerate, which the command line's help does not need
+    from ..trainer.parallelism import check_peers  # imports accelerate, which the command line's help does not need
 
     model = known_model(model)
     context = getattr(model.model, "sequence_parallel_context", None) or SequenceParallelContext(None)
@@ -208,7 +208,7 @@ def check_inputs(model: str, output: Path) -> None:
 
 def load_for_evaluation(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase, bool]:
     """Model and tokenizer of a folder or Hub name, every row spread over the launch; and whether to write results."""
-    from .accelerator import SequenceParallelAccelerator
+    from ..trainer.accelerator import SequenceParallelAccelerator
 
     join_on_cpus()
     accelerator = SequenceParallelAccelerator()
@@ -224,8 +224,8 @@ def plus_minus(value: float, error: float | None, digits: int) -> str:
 
 def check_evaluation(model: str, files: list[str], output: Path, **_: Any) -> None:
     """Raise ValueError for invalid arguments of `evaluate`."""
-    from .documents import find_files
-    from .recipe import DataRecipe
+    from ..trainer.data.documents import find_files
+    from ..trainer.recipes.recipe import DataRecipe
 
     check_inputs(model, output)
     find_files(DataRecipe(files=files))
@@ -247,8 +247,8 @@ def evaluate(
     with user_errors():
         from accelerate import PartialState
 
-        from .data import training_rows
-        from .recipe import DataRecipe
+        from ..trainer.data.training_rows import training_rows
+        from ..trainer.recipes.recipe import DataRecipe
 
         check_evaluation(model, files, output)
         loaded, tokenizer, writes = load_for_evaluation(model)

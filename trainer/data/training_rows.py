@@ -15,11 +15,11 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from ..recipes.recipe import DataRecipe
 from . import files, packing, tokenization
 from .documents import explained, load_documents
 from .files import DataError
 from .packing import ROW_FEATURES, pack
-from .recipe import DataRecipe
 from .tokenization import tokenize
 
 BATCH = 100  # documents that are tokenized together

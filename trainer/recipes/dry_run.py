@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling import LinearLlama3Config
-from ..modeling.mixers import MIXERS
-from ..modeling.presets import layer_pattern
-from ..sequence_parallel import LAYOUTS, SequenceParallelContext
-from ..sequence_parallel.costs import Sizes, choose_linear, choose_softmax, linear_costs, softmax_costs
-from .arguments import LinearLlama3TrainingArguments
+from ...modeling import LinearLlama3Config
+from ...modeling.flops import attention_pairs, count_flops
+from ...modeling.mixers import MIXERS
+from ...modeling.presets import layer_pattern
+from ...sequence_parallel import LAYOUTS, SequenceParallelContext
+from ...sequence_parallel.costs import Sizes, choose_linear, choose_softmax, linear_costs, softmax_costs
+from ..arguments import LinearLlama3TrainingArguments
+from ..memory.account import memory_account
+from ..parallelism import describe_grid, local_tokens, resolve_parallelism
 from .build import build_model, load_tokenizer
-from .flops import attention_pairs, count_flops
-from .memory_account import memory_account
-from .parallelism import describe_grid, local_tokens, resolve_parallelism
 from .recipe import Recipe
 
 

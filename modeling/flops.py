@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modeling.attention import LinearLlama3Attention
-from ..modeling.mixers import LearnedFeatureMap, LinearAttention
 from ..sequence_parallel.packing import document_edges
+from .attention import LinearLlama3Attention
+from .mixers import LearnedFeatureMap, LinearAttention
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Adaptive groups: a plan for every step (FlexSP, arXiv:2412.01523)."""

@@ -1,0 +1,1 @@
+"""Checkpoints that are complete, exact resumes, and saves on SIGTERM."""

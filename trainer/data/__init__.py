@@ -1,0 +1,1 @@
+"""The documents and rows that a model is trained on."""
