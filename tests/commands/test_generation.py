@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from linear_llama3 import LinearLlama3ForCausalLM, cli
-from tests.commands.checkpoint import continuation, write_checkpoint
+from tests.helpers.chat_checkpoint import continuation, write_checkpoint
 
 Loaded = tuple[Path, LinearLlama3ForCausalLM, Any]
 

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM, cli
 from linear_llama3.commands import serving
-from tests.commands.checkpoint import continuation, write_checkpoint
-from tests.modeling.tiny import SIZES
+from tests.helpers.chat_checkpoint import continuation, write_checkpoint
+from tests.helpers.tiny import SIZES
 
 ROOT = Path(__file__).parents[2]
 MESSAGES = [{"role": "user", "content": "the quick"}]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import run_distributed
-from tests.ecosystem.checkpoint import quickstart
+from tests.helpers.checkpoint import quickstart
+from tests.helpers.ranks import run_distributed
 
 
 @pytest.fixture(scope="session")

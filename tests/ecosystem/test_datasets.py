@@ -11,8 +11,8 @@ import torch.distributed as dist
 from datasets import IterableDataset, load_dataset
 
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
-from tests.distributed import run_distributed
-from tests.ecosystem.checkpoint import TEXTS, load, tokenizer
+from tests.helpers.checkpoint import TEXTS, load, tokenizer
+from tests.helpers.ranks import run_distributed
 from tests.trainer.test_exactness import SequentialTrainer, arguments, assert_same, outcome, reset_accelerate
 
 LENGTH = 24

@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama
 from linear_llama3.modeling import attention
 from linear_llama3.sequence_parallel import SequenceParallelContext
 from linear_llama3.trainer import LinearLlama3TrainingArguments
-from tests.modeling.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 
 
 def test_the_trainer_refuses_them(tmp_path: Path) -> None:

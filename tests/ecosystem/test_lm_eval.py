@@ -16,7 +16,7 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from tests.ecosystem.checkpoint import ROOT, load, tokenizer
+from tests.helpers.checkpoint import ROOT, load, tokenizer
 
 CHOICES = [" x", " x + 1 if x else None", " self"]  # of unlike lengths, so that a batch is padded on the right
 QUESTIONS = ["def f(x):\n    return", "import torch\n\n\ndef train(model):\n    return", "return"]  # and on the left

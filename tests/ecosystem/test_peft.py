@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.trainer import LinearLlama3TrainingArguments
-from tests.distributed import run_distributed
-from tests.ecosystem.checkpoint import assert_documents_alone, documents, load, loss_alone
+from tests.helpers.checkpoint import assert_documents_alone, documents, load, loss_alone
+from tests.helpers.ranks import run_distributed
 from tests.trainer.test_exactness import SequentialTrainer, arguments, outcome, reset_accelerate
 
 SCALE = 2.0  # lora_alpha / r

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import pipeline
 
-from tests.ecosystem.checkpoint import ROOT, load, tokenizer
 from tests.ecosystem.test_lm_eval import NEW_TOKENS, QUESTIONS, continuations
+from tests.helpers.checkpoint import ROOT, load, tokenizer
 
 NEVER_IMPORTED = """
 import json, sys

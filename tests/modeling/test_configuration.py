@@ -13,7 +13,7 @@ from transformers import AutoConfig, GPT2Config, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM, LinearLlama3Model
-from tests.modeling.tiny import SIZES, tiny_config
+from tests.helpers.tiny import SIZES, tiny_config
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.ops import linear_attention
-from tests.modeling.tiny import MIXER_NAMES, VOCAB, gradients, tiny_model, tokens
+from tests.helpers.tiny import MIXER_NAMES, VOCAB, gradients, tiny_model, tokens
 
 
 class OneRank:

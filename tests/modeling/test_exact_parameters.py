@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.trainer.parallelism import check_dtypes
-from tests.distributed import run_distributed
-from tests.modeling.tiny import tiny_config, tiny_model, tokens
+from tests.helpers.ranks import run_distributed
+from tests.helpers.tiny import tiny_config, tiny_model, tokens
 
 BIAS = 6.001  # neither bfloat16 nor float16 can represent it
 

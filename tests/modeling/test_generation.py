@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linear_llama3 import LinearLlama3ForCausalLM
-from tests.modeling.tiny import MIXER_NAMES, VOCAB, tiny_model, tokens
+from tests.helpers.tiny import MIXER_NAMES, VOCAB, tiny_model, tokens
 
 KINDS = [(mixer, 2) for mixer in MIXER_NAMES] + [(mixer, 0) for mixer in MIXER_NAMES]
 

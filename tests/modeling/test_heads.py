@@ -26,7 +26,7 @@ from linear_llama3 import (
     LinearLlama3ForTokenClassification,
 )
 from linear_llama3.sequence_parallel import SequenceParallelContext, enable_sequence_parallel
-from tests.modeling.tiny import VOCAB, tiny_config, tokens
+from tests.helpers.tiny import VOCAB, tiny_config, tokens
 
 BIDIRECTIONAL = ("basic", "based", "rebased")  # the mixers without a decay
 HEADS = {

@@ -22,7 +22,7 @@ import linear_llama3
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
 from linear_llama3.modeling.hub import AUTO_CLASSES, AUTO_MAP, RUN_CARD, SAVED_CARD, SHIM
 from linear_llama3.modeling.model_card import PIPELINE_TAGS, model_card, provenance
-from tests.modeling.tiny import SIZES, tiny_config, tiny_model, tokens
+from tests.helpers.tiny import SIZES, tiny_config, tiny_model, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ["README.md", "config.json", "generation_config.json", "linear_llama3_hub.py", "model.safetensors"]

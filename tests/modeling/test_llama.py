@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM, LinearLlama3Model
-from tests.modeling.tiny import SIZES, tiny_config, tiny_model, tokens
+from tests.helpers.tiny import SIZES, tiny_config, tiny_model, tokens
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 70000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.tiny import MIXER_NAMES, tiny_model, tokens
 from tests.modeling.test_generation import KINDS, feed, generate
-from tests.modeling.tiny import MIXER_NAMES, tiny_model, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,7 +46,7 @@ def test_states_of_linear_layers_do_not_grow(mixer: str, interval: int) -> None:
 PEAKS = """
 from pathlib import Path
 from tests.modeling.test_generation import generate
-from tests.modeling.tiny import tiny_model, tokens
+from tests.helpers.tiny import tiny_model, tokens
 
 def peak():  # MiB
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -15,9 +15,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from linear_llama3 import LinearLlama3ForMaskedLM
 from linear_llama3.modeling import enable_sequence_tiling
 from linear_llama3.ops import tiles
-from tests.allocations import Made
-from tests.distributed import run_distributed
-from tests.modeling.tiny import VOCAB, gradients, tiny_config, tiny_model, tokens
+from tests.helpers.allocations import Made
+from tests.helpers.ranks import run_distributed
+from tests.helpers.tiny import VOCAB, gradients, tiny_config, tiny_model, tokens
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from linear_llama3 import LinearLlama3ForTokenClassification, LinearLlama3Model
 from linear_llama3.modeling import prefill
 from linear_llama3.sequence_parallel import SequenceParallelContext, enable_sequence_parallel
-from tests.modeling.tiny import MIXER_NAMES, gradients, tiny_config, tiny_model, tokens
+from tests.helpers.tiny import MIXER_NAMES, gradients, tiny_config, tiny_model, tokens
 
 DOCUMENTS = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 0]])  # as some packages number them in their masks
 PADDED = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0]])

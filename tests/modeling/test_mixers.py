@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linear_llama3.modeling import LinearAttention
 from linear_llama3.ops.feature_maps import FEATURE_MAPS
-from tests.modeling.tiny import MIXER_NAMES, tiny_config, tiny_model
+from tests.helpers.tiny import MIXER_NAMES, tiny_config, tiny_model
 
 
 def make_layer(mixer: str, **fields: Any) -> LinearAttention:

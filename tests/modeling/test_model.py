@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from linear_llama3 import LinearLlama3ForCausalLM, LinearLlama3Model
 from linear_llama3.modeling import LinearAttention
-from tests.modeling.tiny import MIXER_NAMES, SIZES, VOCAB, gradients, tiny_config, tiny_model, tokens
+from tests.helpers.tiny import MIXER_NAMES, SIZES, VOCAB, gradients, tiny_config, tiny_model, tokens
 
 
 def test_outputs() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
-from tests.modeling.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 from tests.test_packaging import pyproject
 
 ROOT = Path(__file__).resolve().parents[2]

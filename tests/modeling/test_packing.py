@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
-from tests.modeling.tiny import MIXER_NAMES, gradients, tiny_model, tokens
+from tests.helpers.tiny import MIXER_NAMES, gradients, tiny_model, tokens
 
 LENGTHS = [[5, 1, 17, 9], [12, 20]]  # of the documents in each row
 

@@ -27,9 +27,9 @@ from linear_llama3.sequence_parallel import (
     enable_sequence_parallel,
 )
 from linear_llama3.sequence_parallel.linear import attention as linear_layer
-from tests.attention_cases import relative_error
-from tests.distributed import run_distributed, strided_group
-from tests.modeling.tiny import MIXER_NAMES, tiny_model, tokens
+from tests.helpers.attention_cases import relative_error
+from tests.helpers.ranks import run_distributed, strided_group
+from tests.helpers.tiny import MIXER_NAMES, tiny_model, tokens
 
 STEPS = 6
 LENGTHS = (2, 3, 24, 30)  # a cache of one token, of fewer than there are ranks, odd, one that misses a multiple

@@ -13,7 +13,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
 from linear_llama3.modeling import presets
-from tests.modeling.tiny import MIXER_NAMES
+from tests.helpers.tiny import MIXER_NAMES
 
 CARDS = ["linear-llama3-1b", "linear-llama3-script", "linear-llama-3"]
 VOCABULARY = 128256

@@ -14,8 +14,7 @@ from linear_llama3.modeling.cache import new_cache
 from linear_llama3.modeling.releases import CACHE_NAME, CHUNKS_CACHED_TOKENS, check_hooks, warn_untested
 from linear_llama3.trainer import LinearLlama3Trainer
 from linear_llama3.trainer.hooks import TRAINER_HOOKS, check_trainer
-
-from .tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 
 OTHER_NAME = {"cache": "cache_params", "past_key_values": "cache"}[CACHE_NAME]  # which the release does not use
 PROMPT = torch.arange(1, 12).view(1, -1)

@@ -12,7 +12,7 @@ import transformers.modeling_utils
 from transformers import AutoModel, AutoModelForCausalLM
 
 from linear_llama3 import LinearLlama3ForCausalLM, LinearLlama3Model
-from tests.modeling.tiny import MIXER_NAMES, tiny_model, tokens
+from tests.helpers.tiny import MIXER_NAMES, tiny_model, tokens
 
 FILES = ["README.md", "config.json", "generation_config.json", "linear_llama3_hub.py", "model.safetensors"]
 

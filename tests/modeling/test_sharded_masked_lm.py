@@ -15,10 +15,10 @@ from linear_llama3.sequence_parallel import (
     enable_sequence_parallel,
     unshard,
 )
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
+from tests.helpers.tiny import gradients, tokens
 from tests.modeling.test_heads import BIDIRECTIONAL, masked_lm
 from tests.modeling.test_sharded_model import Result, check
-from tests.modeling.tiny import gradients, tokens
 
 LENGTH, ROWS = 13, 2
 

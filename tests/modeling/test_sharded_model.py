@@ -21,8 +21,8 @@ from linear_llama3.sequence_parallel import (
     unshard,
 )
 from linear_llama3.sequence_parallel.traffic import Traffic
-from tests.distributed import run_distributed
-from tests.modeling.tiny import MIXER_NAMES, gradients, tiny_model, tokens
+from tests.helpers.ranks import run_distributed
+from tests.helpers.tiny import MIXER_NAMES, gradients, tiny_model, tokens
 
 LENGTH = 37
 Result = tuple[np.ndarray, float, dict[str, np.ndarray]]

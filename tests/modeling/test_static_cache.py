@@ -9,8 +9,8 @@ import torch
 from transformers import StaticCache
 
 from linear_llama3.modeling import CountingCache
+from tests.helpers.tiny import tiny_model, tokens
 from tests.modeling.test_generation import KINDS, feed, generate, greedy
-from tests.modeling.tiny import tiny_model, tokens
 
 
 @pytest.mark.parametrize("prefill_chunk_size", [None, 3, 1])

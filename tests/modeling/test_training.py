@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 import linear_llama3.modeling.model
 from linear_llama3.modeling.cache import new_cache
-from tests.modeling.tiny import MIXER_NAMES, gradients, tiny_model, tokens
+from tests.helpers.tiny import MIXER_NAMES, gradients, tiny_model, tokens
 
 
 @pytest.mark.parametrize("interval", [2, 0])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from linear_llama3.ops import linear_attention
-from tests.marks import needs_cxx
+from tests.helpers.marks import needs_cxx
 
 GATES = ("none", "head", "scalar", "channel")
 

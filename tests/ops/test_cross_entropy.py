@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from linear_llama3.ops import tiles
 from linear_llama3.ops.cross_entropy import IGNORE_INDEX, chunked_cross_entropy
-from tests.allocations import Made
+from tests.helpers.allocations import Made
 
 VOCAB, DIM = 37, 8
 

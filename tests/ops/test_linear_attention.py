@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linear_llama3.ops import linear_attention
-from tests.attention_cases import GATES, Case, leaves, relative_error
+from tests.helpers.attention_cases import GATES, Case, leaves, relative_error
 
 
 def run(case: Case, backend: str, inputs: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from linear_llama3.ops import linear_attention
-from tests.attention_cases import GATES, Case, relative_error
+from tests.helpers.attention_cases import GATES, Case, relative_error
 from tests.ops.test_linear_attention import documents_of, run
 
 pytest.importorskip("triton")

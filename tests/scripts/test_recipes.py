@@ -21,7 +21,7 @@ from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.trainer.__main__ import build_trainer, main
 from linear_llama3.trainer.adaptive.profiling import measure_profile
 from linear_llama3.trainer.recipes.recipe import load_recipe
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 from tests.test_cli import command
 from tests.trainer.test_exactness import reset_accelerate
 

@@ -18,9 +18,9 @@ from linear_llama3.sequence_parallel import (
     softmax_attention,
 )
 from linear_llama3.sequence_parallel.costs import GATHERED_LIMIT, Sizes, choose_linear, choose_softmax, linear_costs
-from tests.attention_cases import Case
-from tests.distributed import run_distributed
-from tests.modeling.tiny import tiny_model, tokens
+from tests.helpers.attention_cases import Case
+from tests.helpers.ranks import run_distributed
+from tests.helpers.tiny import tiny_model, tokens
 
 LLAMA_8B = Sizes(
     batch=1, tokens=8192, q_heads=32, kv_heads=8, key_dim=128, value_dim=128, element=2, ranks=8, chunks_per_rank=2

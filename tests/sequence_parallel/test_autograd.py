@@ -19,8 +19,8 @@ from linear_llama3.sequence_parallel import (
     shard,
     softmax_attention,
 )
-from tests.distributed import run_distributed, strided_group
-from tests.modeling.tiny import gradients, tiny_model, tokens
+from tests.helpers.ranks import run_distributed, strided_group
+from tests.helpers.tiny import gradients, tiny_model, tokens
 
 STRATEGIES = [*LINEAR_STRATEGIES, *SOFTMAX_STRATEGIES]
 

@@ -22,7 +22,7 @@ from linear_llama3.sequence_parallel import (
     softmax_attention,
     unshard,
 )
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 
 
 def there_and_back() -> list[str]:

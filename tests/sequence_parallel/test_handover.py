@@ -12,8 +12,8 @@ from linear_llama3.ops import linear_attention as one_device
 from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES, shard, start_linear_attention
 from linear_llama3.sequence_parallel.handover import gather_end, gather_tokens
 from linear_llama3.sequence_parallel.traffic import Traffic
-from tests.attention_cases import GATES, Case, relative_error, shards
-from tests.distributed import run_distributed, strided_group
+from tests.helpers.attention_cases import GATES, Case, relative_error, shards
+from tests.helpers.ranks import run_distributed, strided_group
 
 States = list[np.ndarray]
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from linear_llama3.sequence_parallel import LAYOUTS, costs
 from linear_llama3.sequence_parallel.collectives import Pending, Transfer
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 from tests.sequence_parallel import test_linear, test_softmax
 
 LINEAR = test_linear.Case(tokens=24, gate="channel", strength=0.1, groups=2)

@@ -24,8 +24,8 @@ from linear_llama3.sequence_parallel import (
     start_linear_attention,
 )
 from linear_llama3.sequence_parallel.linear.attention import StateExchange
-from tests.attention_cases import GATES, Case, join, leaves, relative_error, shards
-from tests.distributed import run_distributed, strided_group
+from tests.helpers.attention_cases import GATES, Case, join, leaves, relative_error, shards
+from tests.helpers.ranks import run_distributed, strided_group
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
 Result = dict[str, np.ndarray]

@@ -12,8 +12,8 @@ from torch import Tensor
 from linear_llama3.ops import linear_attention as one_device
 from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES
 from linear_llama3.sequence_parallel.linear import lasp2
-from tests.attention_cases import GATES, Case, join, leaves, relative_error
-from tests.distributed import run_distributed
+from tests.helpers.attention_cases import GATES, Case, join, leaves, relative_error
+from tests.helpers.ranks import run_distributed
 from tests.sequence_parallel.test_linear import Result, sharded_run
 
 pytest.importorskip("triton")

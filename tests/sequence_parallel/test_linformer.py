@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from linear_llama3.sequence_parallel import LAYOUTS, linformer_attention
-from tests.attention_cases import join, shards
-from tests.distributed import run_distributed
+from tests.helpers.attention_cases import join, shards
+from tests.helpers.ranks import run_distributed
 
 TOKENS, PROJECTED = 37, 4
 Result = list[np.ndarray]

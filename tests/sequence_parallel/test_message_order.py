@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from linear_llama3.sequence_parallel import LAYOUTS, costs
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 from tests.sequence_parallel import test_linear, test_softmax
 
 Batch = list[tuple[bool, int]]  # (whether it is a send, the peer) of every message

@@ -21,8 +21,8 @@ from linear_llama3.sequence_parallel import (
     softmax_attention,
 )
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
-from tests.distributed import run_distributed
-from tests.modeling.tiny import tiny_model, tokens
+from tests.helpers.ranks import run_distributed
+from tests.helpers.tiny import tiny_model, tokens
 
 RANKS = 3
 

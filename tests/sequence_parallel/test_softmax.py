@@ -14,8 +14,8 @@ from torch import Tensor
 
 from linear_llama3.ops import softmax_attention as ops
 from linear_llama3.sequence_parallel import LAYOUTS, SOFTMAX_STRATEGIES, shard, softmax_attention
-from tests.attention_cases import join, relative_error, shards
-from tests.distributed import run_distributed, strided_group
+from tests.helpers.attention_cases import join, relative_error, shards
+from tests.helpers.ranks import run_distributed, strided_group
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
 

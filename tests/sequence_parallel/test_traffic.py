@@ -17,7 +17,7 @@ from linear_llama3.sequence_parallel import linear_attention as sharded_linear
 from linear_llama3.sequence_parallel import softmax_attention as sharded_softmax
 from linear_llama3.sequence_parallel.costs import Sizes, linear_costs, softmax_costs
 from linear_llama3.sequence_parallel.traffic import Traffic
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 
 Counted = tuple[float, float, Counter[str]]
 LINEAR = {"batch": 2, "q_heads": 8, "kv_heads": 4, "key_dim": 6, "value_dim": 5}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from linear_llama3.trainer import SequenceParallelAccelerator
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 from tests.trainer.test_exactness import reset_accelerate, rows, tiny_model
 
 

@@ -31,7 +31,7 @@ from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArgum
 from linear_llama3.trainer.adaptive.planned_steps import StepPlanner, group_contexts
 from linear_llama3.trainer.adaptive.trainer import planner_model
 from linear_llama3.trainer.data.packing import collate_whole
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 from tests.trainer.test_exactness import arguments, outcome, reset_accelerate, tiny_config
 from tests.trainer.test_fsdp import shard_on_cpus
 

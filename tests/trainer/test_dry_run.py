@@ -18,7 +18,7 @@ from linear_llama3.trainer.recipes import dry_run as module
 from linear_llama3.trainer.recipes.build import build_model, load_tokenizer
 from linear_llama3.trainer.recipes.dry_run import dry_run
 from linear_llama3.trainer.recipes.recipe import load_recipe
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 from tests.trainer.test_recipe import MODEL, recipe_with, write_tokenizer
 
 LENGTH = 32

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM, LinearLlama3ForSequenceClassification, cli
 from linear_llama3.commands.evaluation import evaluate
 from linear_llama3.commands.needle import needle
-from tests.distributed import run_distributed
-from tests.modeling.tiny import SIZES, tiny_model
+from tests.helpers.ranks import run_distributed
+from tests.helpers.tiny import SIZES, tiny_model
 from tests.trainer.test_recipe import write_tokenizer
 
 SENTENCE = "the quick brown fox jumps over the lazy dog."

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
 from linear_llama3.sequence_parallel import LAYOUTS
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 
 LENGTH = 13  # no multiple of any number of ranks
 GRIDS = [(1, 1), (2, 2), (2, 1), (4, 2), (4, 4)]  # (processes, sequence-parallel degree)

@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 from linear_llama3.trainer import LinearLlama3TrainingArguments
 from linear_llama3.trainer.checkpoints import manifest as checkpoints
 from linear_llama3.trainer.failures import TrainingFailure, _less_memory, _lost
-from tests.distributed import run_distributed
-from tests.launching import launch
+from tests.helpers.launch import launch
+from tests.helpers.ranks import run_distributed
 from tests.trainer.test_exactness import SequentialTrainer, arguments, outcome, reset_accelerate, rows, tiny_model
 
 REACHED = 1  # the last step with a checkpoint

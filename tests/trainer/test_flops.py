@@ -19,7 +19,7 @@ from linear_llama3.modeling.flops import (
     measured_peak,
     peak_flops,
 )
-from tests.modeling.tiny import MIXER_NAMES, tiny_config, tiny_model, tokens
+from tests.helpers.tiny import MIXER_NAMES, tiny_config, tiny_model, tokens
 
 BATCH, LENGTH = 2, 24
 

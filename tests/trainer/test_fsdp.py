@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from linear_llama3.trainer import LinearLlama3TrainingArguments
 from linear_llama3.trainer.__main__ import save
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 from tests.trainer.test_exactness import SequentialTrainer, arguments, outcome, reset_accelerate, rows, tiny_model
 
 STEPS, STOP = 4, 3  # a step is half an epoch

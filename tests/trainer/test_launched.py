@@ -12,18 +12,17 @@ import pytest
 import torch.distributed as dist
 from transformers import Trainer, TrainingArguments
 
+from linear_llama3.commands import evaluation, needle
 from linear_llama3.trainer import (
     LinearLlama3Trainer,
     LinearLlama3TrainingArguments,
     SequenceParallelAccelerator,
     SequenceParallelMixin,
-    evaluation,
     launched,
-    needle,
 )
 from linear_llama3.trainer import __main__ as program
 from linear_llama3.trainer.launched import SIZES, check_launch, launched_processes
-from tests.launching import launch
+from tests.helpers.launch import launch
 from tests.trainer.test_exactness import reset_accelerate, rows, tiny_model
 from tests.trainer.test_recipe import recipe_with, write_corpus, write_tokenizer
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from linear_llama3.ops import tiles
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 
 from .test_exactness import (
     SequentialTrainer,

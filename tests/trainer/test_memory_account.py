@@ -19,7 +19,7 @@ from linear_llama3.sequence_parallel import (
 )
 from linear_llama3.trainer.memory.account import MemoryAccount, memory_account
 from linear_llama3.trainer.memory.peak import allocated_peak
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 
 TOKENS, TILE = 1024, 2**17
 SIZES: dict[str, Any] = {

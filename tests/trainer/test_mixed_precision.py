@@ -21,7 +21,7 @@ from linear_llama3.sequence_parallel.collectives import all_reduce
 from linear_llama3.sequence_parallel.traffic import Traffic
 from linear_llama3.trainer import LinearLlama3TrainingArguments, SequenceParallelAccelerator
 from linear_llama3.trainer.parallelism import keep_precision
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 from tests.trainer.test_exactness import SequentialTrainer, arguments, reset_accelerate, tiny_config
 from tests.trainer.test_fsdp import shard_on_cpus
 

@@ -12,7 +12,7 @@ from torch.distributed import init_device_mesh
 from linear_llama3.sequence_parallel import SequenceParallelConfig
 from linear_llama3.trainer import SequenceParallelAccelerator
 from linear_llama3.trainer.parallelism import sequence_groups, warn_across_nodes
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 from tests.trainer.test_exactness import reset_accelerate
 
 RANKS = 4

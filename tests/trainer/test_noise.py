@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.trainer import LinearLlama3TrainingArguments, SequenceParallelMixin
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 from tests.trainer.test_adaptive import one_row, profile_file, tiny_model
 from tests.trainer.test_exactness import SequentialTrainer, arguments, reset_accelerate
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from linear_llama3.trainer import LinearLlama3TrainingArguments, SequenceParallelMixin
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 from tests.trainer.test_adaptive import profile_file
 from tests.trainer.test_exactness import SequentialTrainer, arguments, outcome, reset_accelerate, rows, tiny_model
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from linear_llama3.sequence_parallel import SequenceParallelConfig
 from linear_llama3.trainer import LinearLlama3TrainingArguments
 from linear_llama3.trainer.parallelism import attach, resolve_parallelism
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 from tests.trainer.test_exactness import SequentialTrainer, reset_accelerate, rows, tiny_model
 
 

@@ -13,7 +13,7 @@ from linear_llama3.trainer.__main__ import main
 from linear_llama3.trainer.checkpoints import manifest as checkpoints
 from linear_llama3.trainer.recipes.preflight import NothingLeft, check_before_launch, check_output_dir, check_trackers
 from linear_llama3.trainer.recipes.recipe import load_recipe
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 from tests.trainer.test_exactness import arguments, reset_accelerate, rows, tiny_model
 from tests.trainer.test_recipe import MODEL, recipe_with, write_corpus, write_tokenizer
 

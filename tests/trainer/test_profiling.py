@@ -30,7 +30,7 @@ from linear_llama3.trainer.adaptive.profiling import (
 from linear_llama3.trainer.adaptive.trainer import planner_model
 from linear_llama3.trainer.recipes.build import build_config, build_model, load_tokenizer
 from linear_llama3.trainer.recipes.recipe import load_recipe
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 from tests.trainer.test_recipe import MODEL, recipe_with, write_tokenizer
 
 MICRO, LAYER, TOKEN, LINEAR, SOFTMAX, SQUARE = 0.02, 3e-3, 1e-5, 4e-6, 2e-6, 3e-9

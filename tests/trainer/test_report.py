@@ -17,7 +17,7 @@ from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArgum
 from linear_llama3.trainer.progress import SpeedMeter, summary
 from linear_llama3.trainer.recipes.recipe import load_recipe
 from linear_llama3.trainer.recipes.report import launch_command, plot_loss, recipe_text, speed, write_model_card
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 from tests.trainer.test_exactness import arguments, reset_accelerate, rows, tiny_model
 from tests.trainer.test_recipe import recipe_with
 

@@ -20,7 +20,7 @@ from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArgum
 from linear_llama3.trainer.data.files import DataError
 from linear_llama3.trainer.data.training_rows import training_rows, without_share
 from linear_llama3.trainer.recipes.recipe import DataRecipe, load_recipe
-from tests.distributed import run_distributed
+from tests.helpers.ranks import run_distributed
 from tests.trainer.test_exactness import GRIDS, arguments, reset_accelerate, rows, tiny_model
 from tests.trainer.test_recipe import launch, recipe_with, write_corpus, write_tokenizer
 

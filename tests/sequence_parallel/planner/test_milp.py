@@ -13,7 +13,7 @@ from linear_llama3.sequence_parallel.planner import Cluster, Costs, DegreeCosts,
 from linear_llama3.sequence_parallel.planner.buckets import bucket_starts
 from linear_llama3.sequence_parallel.planner.group_costs import tabulate
 from linear_llama3.sequence_parallel.planner.milp import solve_milp
-from tests.sequence_parallel.planner.cases import Case, fastest, random_case, seconds
+from tests.helpers.planner_cases import Case, fastest, random_case, seconds
 from tests.sequence_parallel.planner.test_plan import check, planned
 
 pytest.importorskip("scipy")

@@ -16,7 +16,7 @@ from linear_llama3.sequence_parallel.planner.partitions import partitions
 from linear_llama3.sequence_parallel.planner.placement import LONGEST_FIRST, NEVER, Part, Placement, least_slack
 from linear_llama3.sequence_parallel.planner.polish import polish
 from linear_llama3.sequence_parallel.planner.search import least_repeats
-from tests.sequence_parallel.planner.cases import random_case
+from tests.helpers.planner_cases import random_case
 
 Score = Callable[[int, int, int], float]  # of a group's ticks and room afterwards and its capacity: the least one wins
 SCORES: tuple[Score, ...] = (

@@ -29,8 +29,8 @@ from linear_llama3.sequence_parallel.planner.chunks import cut_evenly
 from linear_llama3.sequence_parallel.planner.effort import SECONDS, Effort
 from linear_llama3.sequence_parallel.planner.group_costs import tabulate
 from linear_llama3.sequence_parallel.planner.partitions import partitions
-from tests.sequence_parallel.planner.cases import Case, fastest, fits, random_case, seconds
-from tests.sequence_parallel.planner.quality import DEVICES, slower_than_best
+from tests.helpers.planner_cases import Case, fastest, fits, random_case, seconds
+from tests.helpers.planner_quality import DEVICES, slower_than_best
 
 FREE = DegreeCosts(fixed=1, per_token=1, per_square=0, fixed_bytes=0, bytes_per_token=1)
 ROOT = Path(__file__).parents[3]

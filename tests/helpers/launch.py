@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import preloaded_context
+from tests.helpers.ranks import preloaded_context
 
 
 @dataclass(frozen=True, slots=True)

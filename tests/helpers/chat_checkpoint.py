@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from linear_llama3 import LinearLlama3ForCausalLM
-from tests.modeling.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 from tests.trainer.test_recipe import write_tokenizer
 
 TEMPLATE = (

@@ -1,4 +1,4 @@
-"""How far plans are from the best of all: python -m tests.sequence_parallel.planner.quality [--sequences 11]
+"""How far plans are from the best of all: python -m tests.helpers.planner_quality [--sequences 11]
 
 The best is searched by `exact_parts`, which test_plan.py compares with plain enumeration, for more sequences than the
 planner does.
@@ -12,7 +12,7 @@ from linear_llama3.sequence_parallel.planner import plan
 from linear_llama3.sequence_parallel.planner.exact import exact_parts
 from linear_llama3.sequence_parallel.planner.group_costs import Table, tabulate
 from linear_llama3.sequence_parallel.planner.placement import Part
-from tests.sequence_parallel.planner.cases import Case, random_case, seconds
+from tests.helpers.planner_cases import Case, random_case, seconds
 
 DEVICES = (2, 3, 4, 6, 8)
 
