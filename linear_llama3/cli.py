@@ -108,10 +108,10 @@ def presets(
     names: Annotated[list[str] | None, typer.Argument(metavar="PRESET", help="All, unless named.")] = None,
 ) -> None:
     """List named models with their layers, parameters and sizes of states."""
-    from .modeling.presets import catalogue, table
+    from .commands.presets import list_presets, table
 
     try:
-        print(table(names or catalogue()))
+        print(table(names or list_presets()))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
 from linear_llama3 import LinearLlama3ForCausalLM
-from linear_llama3.modeling import CountingCache
+from linear_llama3.modeling import RecurrentCache
 from tests.helpers.marks import needs_cxx
 from tests.helpers.tiny import MIXER_NAMES, gradients, tiny_model, tokens
 from tests.modeling.test_generation import generate
@@ -33,7 +33,7 @@ def small_model(mixer: str, interval: int) -> LinearLlama3ForCausalLM:
 def make_cache(model: LinearLlama3ForCausalLM) -> Any:
     if model.config.has_softmax_layers:
         return StaticCache(config=model.config, max_cache_len=16)
-    return CountingCache(model.config)
+    return RecurrentCache(model.config)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from linear_llama3 import LinearLlama3ForCausalLM, LinearLlama3Model
-from linear_llama3.modeling import CountingCache
+from linear_llama3.modeling import RecurrentCache
 from linear_llama3.modeling.cache import StateCache
 from tests.helpers.ranks import run_distributed
 from tests.helpers.tiny import MIXER_NAMES, tiny_config, tiny_model, tokens
@@ -106,7 +106,7 @@ def test_a_copied_cache_is_a_point_to_return_to(interval: int) -> None:
     model, x = tiny_model("gla", full_attention_interval=interval), tokens(1, 12)
     _, cache = feed(model, x, [7])
     twin = copy.deepcopy(cache)
-    assert type(twin) is (StateCache if interval else CountingCache)
+    assert type(twin) is (StateCache if interval else RecurrentCache)
     model(tokens(1, 3, seed=5), past_key_values=cache)
     torch.testing.assert_close(
         model(x[:, 7:], past_key_values=twin).logits, model(x).logits[:, 7:], rtol=1e-3, atol=1e-3

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache, StaticCache
 
 from linear_llama3 import LinearLlama3ForCausalLM
-from linear_llama3.modeling import CountingCache
+from linear_llama3.modeling import RecurrentCache
 from tests.helpers.tiny import SIZES, tiny_model, tokens
 from tests.modeling.test_generation import generate, greedy
 
@@ -89,7 +89,7 @@ def test_caches_without_a_place_for_the_state() -> None:
     pure, hybrid = tiny_model("gla", full_attention_interval=0), tiny_model("gla")
     x = tokens(1, 7)
     for cache in (DynamicCache(config=pure.config), StaticCache(config=pure.config, max_cache_len=9)):
-        with pytest.raises(ValueError, match=f"needs a CountingCache, got {type(cache).__name__}"):
+        with pytest.raises(ValueError, match=f"needs a RecurrentCache, got {type(cache).__name__}"):
             pure(x, past_key_values=cache)
     with pytest.raises(ValueError, match=r"layer 0 is linear .* build it with DynamicCache\(config=model.config\)"):
         hybrid(x, past_key_values=DynamicCache())
@@ -99,4 +99,4 @@ def test_caches_without_a_place_for_the_state() -> None:
     for implementation in ("quantized", "offloaded", "offloaded_static"):
         with pytest.raises(ValueError, match=f"got cache_implementation='{implementation}'; .* or give 'static'"):
             generate(pure, x, cache_implementation=implementation)
-    assert torch.equal(generate(pure, x, past_key_values=CountingCache(pure.config)), greedy(pure, x, 8))
+    assert torch.equal(generate(pure, x, past_key_values=RecurrentCache(pure.config)), greedy(pure, x, 8))

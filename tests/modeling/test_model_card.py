@@ -36,7 +36,7 @@ def test_template_renders_and_parses() -> None:
         "sequence_length": "8,192",
         "training": {"tokens": "1,000,000", "devices": "2 CPU processes, sequence-parallel"},
         "limits": "A demonstration.",
-        "licence_notice": "Apache-2.0",
+        "license_notice": "Apache-2.0",
     }
     card = ModelCard.from_template(data, template_path=str(TEMPLATE), **values)
     parsed = ModelCard(str(card))

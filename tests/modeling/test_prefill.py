@@ -15,7 +15,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from linear_llama3 import LinearLlama3ForCausalLM
-from linear_llama3.modeling import CountingCache, prefill
+from linear_llama3.modeling import RecurrentCache, prefill
 from linear_llama3.modeling.cache import ShardedCache
 from linear_llama3.ops import chunked
 from linear_llama3.sequence_parallel import (
@@ -332,4 +332,4 @@ def test_one_process() -> None:
             assert found is not None
             assert found.pop("text") == 0
             assert max(found.values()) < 1e-10
-            assert isinstance(cache, CountingCache) == (interval == 0)
+            assert isinstance(cache, RecurrentCache) == (interval == 0)

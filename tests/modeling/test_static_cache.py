@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from linear_llama3.modeling import CountingCache
+from linear_llama3.modeling import RecurrentCache
 from tests.helpers.tiny import tiny_model, tokens
 from tests.modeling.test_generation import KINDS, feed, generate, greedy
 
@@ -65,7 +65,7 @@ def test_only_a_static_cache_asks_generate_to_compile() -> None:
     pure = tiny_model("gla", full_attention_interval=0)
     for implementation, compileable in ((None, False), ("static", True)):
         out = generate(pure, tokens(1, 5), cache_implementation=implementation, return_dict_in_generate=True)
-        assert isinstance(out.past_key_values, CountingCache)
+        assert isinstance(out.past_key_values, RecurrentCache)
         assert out.past_key_values.is_compileable == compileable
 
 
