@@ -16,11 +16,9 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from tests.helpers.checkpoint import ROOT, load, tokenizer
+from tests.helpers.checkpoint import NEW_TOKENS, QUESTIONS, ROOT, continuations, load, tokenizer
 
 CHOICES = [" x", " x + 1 if x else None", " self"]  # of unlike lengths, so that a batch is padded on the right
-QUESTIONS = ["def f(x):\n    return", "import torch\n\n\ndef train(model):\n    return", "return"]  # and on the left
-NEW_TOKENS = 6
 
 
 def write_tasks(folder: Path) -> None:
@@ -56,19 +54,6 @@ def likelihoods(checkpoint: Path) -> list[list[float]]:
             table_row.append(sum(scores[t - 1, ids[0, t]].item() for t in range(start, ids.shape[1])))
         table.append(table_row)
     return table
-
-
-def continuations(checkpoint: Path) -> list[str]:
-    """Greedy, by whole forward passes."""
-    model, words, texts = load(checkpoint), tokenizer(checkpoint), []
-    for question in QUESTIONS:
-        ids = words(question, return_tensors="pt")["input_ids"]
-        start = ids.shape[1]
-        for _ in range(NEW_TOKENS):
-            with torch.no_grad():
-                ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-        texts.append(words.decode(ids[0, start:]))
-    return texts
 
 
 def check(samples: dict[str, list[dict[str, Any]]], checkpoint: Path) -> None:

@@ -9,32 +9,17 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.trainer import LinearLlama3TrainingArguments
+from tests.helpers.adapters import SCALE, adapted, adapters
 from tests.helpers.checkpoint import assert_documents_alone, documents, load, loss_alone
 from tests.helpers.ranks import run_distributed
 from tests.helpers.training import SequentialTrainer, arguments, outcome, reset_accelerate
 
-SCALE = 2.0  # lora_alpha / r
 LLAMA_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj"]
-
-
-def adapted(folder: str | Path, target_modules: Any = "all-linear") -> PeftModel:
-    """LoRA whose B is not zero, so that A has a gradient from the first step on."""
-    config = LoraConfig(r=4, lora_alpha=4 * SCALE, target_modules=target_modules, task_type="CAUSAL_LM")
-    model = get_peft_model(load(folder), config)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) / 8
-    return model
-
-
-def adapters(model: PeftModel) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ from typing import Any
 
 from transformers import pipeline
 
-from tests.ecosystem.test_lm_eval import NEW_TOKENS, QUESTIONS, continuations
-from tests.helpers.checkpoint import ROOT, load, tokenizer
+from tests.helpers.checkpoint import NEW_TOKENS, QUESTIONS, ROOT, continuations, load, tokenizer
 
 NEVER_IMPORTED = """
 import json, sys

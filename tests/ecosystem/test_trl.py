@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.trainer import SequenceParallelMixin
-from tests.ecosystem.test_peft import adapted
+from tests.helpers.adapters import adapted
 from tests.helpers.checkpoint import TEXTS, assert_documents_alone, documents, load, loss_alone, tokenizer
 from tests.helpers.ranks import run_distributed
 from tests.helpers.training import outcome, reset_accelerate

@@ -13,9 +13,9 @@ from transformers.masking_utils import sdpa_mask
 
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.modeling import inputs
+from tests.helpers.generation import feed, generate
 from tests.helpers.marks import needs_cxx
 from tests.helpers.tiny import MIXER_NAMES, gradients, tiny_model, tokens
-from tests.modeling.test_generation import feed, generate
 
 PADDED = torch.tensor([[0] * 4 + [1] * 11, [1] * 15])
 PACKED = torch.tensor([[*range(5), *range(10)], [*range(12), *range(3)]])

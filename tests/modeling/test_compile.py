@@ -13,9 +13,9 @@ from transformers import CompileConfig, StaticCache
 
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.modeling import RecurrentCache
+from tests.helpers.generation import generate
 from tests.helpers.marks import needs_cxx
 from tests.helpers.tiny import MIXER_NAMES, gradients, tiny_model, tokens
-from tests.modeling.test_generation import generate
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from linear_llama3 import LinearLlama3ForCausalLM, LinearLlama3Model
 from linear_llama3.modeling import RecurrentCache
 from linear_llama3.modeling.cache import StateCache
+from tests.helpers.generation import feed, generate
 from tests.helpers.ranks import run_distributed
 from tests.helpers.tiny import MIXER_NAMES, tiny_config, tiny_model, tokens
-from tests.modeling.test_generation import feed, generate
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

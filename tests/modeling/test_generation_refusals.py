@@ -10,8 +10,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedC
 
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.modeling import RecurrentCache
+from tests.helpers.generation import generate, greedy
 from tests.helpers.tiny import SIZES, tiny_model, tokens
-from tests.modeling.test_generation import generate, greedy
 
 
 @pytest.fixture(params=[2, 0], ids=["hybrid", "pure"])

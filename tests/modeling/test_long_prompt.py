@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.generation import MODELS, feed, generate
 from tests.helpers.tiny import MIXER_NAMES, tiny_model, tokens
-from tests.modeling.test_generation import KINDS, feed, generate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +32,7 @@ def test_prompt_of_100_000_tokens(mixer: str) -> None:
     torch.testing.assert_close(logits[1], logits[2], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("mixer", "interval"), KINDS)
+@pytest.mark.parametrize(("mixer", "interval"), MODELS)
 @torch.no_grad()
 def test_states_of_linear_layers_do_not_grow(mixer: str, interval: int) -> None:
     model = tiny_model(mixer, full_attention_interval=interval)
@@ -45,7 +45,7 @@ def test_states_of_linear_layers_do_not_grow(mixer: str, interval: int) -> None:
 
 PEAKS = """
 from pathlib import Path
-from tests.modeling.test_generation import generate
+from tests.helpers.generation import generate
 from tests.helpers.tiny import tiny_model, tokens
 
 def peak():  # MiB

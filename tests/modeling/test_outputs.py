@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from linear_llama3 import LinearLlama3ForCausalLM
+from tests.helpers.generation import generate
 from tests.helpers.tiny import VOCAB, tiny_model, tokens
-from tests.modeling.test_generation import generate
 
 
 def layer_outputs(model: LinearLlama3ForCausalLM, x: Tensor) -> list[Tensor]:

@@ -16,9 +16,8 @@ from linear_llama3.sequence_parallel import (
     unshard,
 )
 from tests.helpers.ranks import run_distributed
-from tests.helpers.tiny import gradients, tokens
-from tests.modeling.test_heads import BIDIRECTIONAL, masked_lm
-from tests.modeling.test_sharded_model import Result, check
+from tests.helpers.sharded import Result, assert_sharded_equals
+from tests.helpers.tiny import BIDIRECTIONAL_MIXERS, gradients, tiny_masked_lm, tokens
 
 LENGTH, ROWS = 13, 2
 
@@ -38,7 +37,7 @@ def batch(kind: str) -> dict[str, torch.Tensor]:
 
 def run(mixer: str, kind: str, config: SequenceParallelConfig | None, interval: int = 2) -> Result:
     """Logits of the tokens that are not padding, loss and gradients; with a config of the whole group."""
-    model = masked_lm(mixer, full_attention_interval=interval).double().train()
+    model = tiny_masked_lm(mixer, full_attention_interval=interval).double().train()
     inputs: dict[str, Any] = batch(kind)
     count = (inputs["labels"] != -100).sum()
     shown = inputs.get("attention_mask", torch.ones(ROWS, LENGTH)).bool()
@@ -60,9 +59,9 @@ def run(mixer: str, kind: str, config: SequenceParallelConfig | None, interval: 
 
 
 @pytest.mark.parametrize("kind", ["rows", "packed", "padded"])
-@pytest.mark.parametrize("mixer", BIDIRECTIONAL)
+@pytest.mark.parametrize("mixer", BIDIRECTIONAL_MIXERS)
 def test_sharded_equals_one_device(mixer: str, kind: str) -> None:
-    check(run_distributed(run, 3, mixer, kind, SequenceParallelConfig()), run(mixer, kind, None))
+    assert_sharded_equals(run_distributed(run, 3, mixer, kind, SequenceParallelConfig()), run(mixer, kind, None))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -72,16 +71,18 @@ def test_sharded_equals_one_device(mixer: str, kind: str) -> None:
 )
 def test_every_strategy(linear: str, softmax: str, kind: str, layout: str) -> None:
     config = SequenceParallelConfig(linear=linear, softmax=softmax, layout=layout)
-    check(run_distributed(run, 2, "based", kind, config), run("based", kind, None))
+    assert_sharded_equals(run_distributed(run, 2, "based", kind, config), run("based", kind, None))
 
 
 def test_purely_linear() -> None:
-    check(run_distributed(run, 2, "basic", "padded", SequenceParallelConfig(), 0), run("basic", "padded", None, 0))
+    assert_sharded_equals(
+        run_distributed(run, 2, "basic", "padded", SequenceParallelConfig(), 0), run("basic", "padded", None, 0)
+    )
 
 
 def left_out() -> list[str]:
     """What is said of a loss without a count, and of padded documents."""
-    model, context = masked_lm(), SequenceParallelContext(dist.group.WORLD)
+    model, context = tiny_masked_lm(), SequenceParallelContext(dist.group.WORLD)
     enable_sequence_parallel(model, context)
     said = []
     padded = batch("padded")

@@ -7,7 +7,6 @@ import io
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,10 +21,10 @@ from linear_llama3.sequence_parallel import (
 )
 from linear_llama3.sequence_parallel.traffic import Traffic
 from tests.helpers.ranks import run_distributed
+from tests.helpers.sharded import Result, assert_sharded_equals
 from tests.helpers.tiny import MIXER_NAMES, gradients, tiny_model, tokens
 
 LENGTH = 37
-Result = tuple[np.ndarray, float, dict[str, np.ndarray]]
 
 
 def batch(rows: int, documents: list[int] | None) -> dict[str, torch.Tensor]:
@@ -85,20 +84,7 @@ def test_sharded_equals_one_device(
     mixer: str, rows: int, documents: list[int] | None, checkpointing: str, world_size: int
 ) -> None:
     expected = run(mixer, rows, documents, checkpointing, False)
-    check(run_distributed(run, world_size, mixer, rows, documents, checkpointing, True), expected)
-
-
-def check(by_rank: list[Result], expected: Result) -> None:
-    logits, loss, grads = expected
-    for got in by_rank:
-        # transformers' RMSNorm and rotary table are float32 in every run, hence not 1e-10
-        np.testing.assert_allclose(got[0], logits, rtol=1e-5, atol=1e-5)
-        assert abs(got[1] - loss) < 1e-6 * abs(loss)
-        assert got[2].keys() == grads.keys()
-        for name, expected in grads.items():
-            np.testing.assert_allclose(
-                got[2][name], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(), err_msg=name
-            )
+    assert_sharded_equals(run_distributed(run, world_size, mixer, rows, documents, checkpointing, True), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -112,7 +98,9 @@ def test_every_strategy(world_size: int, linear: str, softmax: str, documents: l
     """A hybrid of GLA and softmax layers, recomputed in the backward pass."""
     config = SequenceParallelConfig(linear=linear, softmax=softmax, layout=layout)
     expected = run("gla", 2, documents, "non-reentrant", False)
-    check(run_distributed(run, world_size, "gla", 2, documents, "non-reentrant", True, config), expected)
+    assert_sharded_equals(
+        run_distributed(run, world_size, "gla", 2, documents, "non-reentrant", True, config), expected
+    )
 
 
 def messages(checkpointing: bool) -> Counter[str]:

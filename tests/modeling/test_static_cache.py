@@ -9,12 +9,12 @@ import torch
 from transformers import StaticCache
 
 from linear_llama3.modeling import RecurrentCache
+from tests.helpers.generation import MODELS, feed, generate, greedy
 from tests.helpers.tiny import tiny_model, tokens
-from tests.modeling.test_generation import KINDS, feed, generate, greedy
 
 
 @pytest.mark.parametrize("prefill_chunk_size", [None, 3, 1])
-@pytest.mark.parametrize(("mixer", "interval"), [*KINDS, ("gla", 1)])
+@pytest.mark.parametrize(("mixer", "interval"), [*MODELS, ("gla", 1)])
 def test_greedy(mixer: str, interval: int, prefill_chunk_size: int | None) -> None:
     model = tiny_model(mixer, full_attention_interval=interval)
     x = tokens(2, 7)
