@@ -121,8 +121,9 @@ def test_another_model_is_refused(server: Server, client: Any) -> None:
     assert "Server is pinned to" in raised.value.response.text
 
 
-def test_transformers_chat_talks_to_it(server: Server, client: Any) -> None:
-    """`transformers chat` gets a prompt, and "no" when it asks whether to continue an answer of 10 tokens."""
+@pytest.mark.slow
+def test_transformers_chat_talks_to_the_server(server: Server, client: Any) -> None:
+    """Answer `transformers chat` with a prompt, and "no" when it asks whether to continue an answer of 10 tokens."""
     line = ["from transformers.cli.transformers import app; app()", "chat", server.model]
     done = subprocess.run(
         [sys.executable, "-c", *line, f"http://localhost:{server.port}", "max_new_tokens=10", "do_sample=False"],
@@ -146,8 +147,8 @@ def run(*arguments: Any) -> Any:
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
-def test_what_the_server_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our class has its name in `transformers` only once the command runs. Continuous batching stays off."""
+def test_options_and_model_class_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our class is an attribute of `transformers` only after the command has run. Continuous batching stays off."""
     serve = pytest.importorskip("transformers.cli.serve")
     transformers = pytest.importorskip("transformers.cli.serving.model_manager").transformers
     given: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a local task: likelihoods and continuations are those of every row alone."""
+"""lm-evaluation-harness on a local task: likelihoods and continuations equal those of every row alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_tasks(folder: Path) -> None:
 
 
 def likelihoods(checkpoint: Path) -> list[list[float]]:
-    """Log-probability of every choice after every question, each row alone."""
+    """Return the log-probability of every choice after every question, each row alone."""
     model, words, table = load(checkpoint), tokenizer(checkpoint), []
     for question in QUESTIONS:
         start, table_row = len(words(question)["input_ids"]), []
@@ -62,7 +62,7 @@ def check(samples: dict[str, list[dict[str, Any]]], checkpoint: Path) -> None:
     assert [sample["filtered_resps"][0] for sample in samples["write"]] == continuations(checkpoint)
 
 
-def test_a_model_object(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_object_is_evaluated_as_every_row_alone(checkpoint: Path, tmp_path: Path) -> None:
     write_tasks(tmp_path)
     results = lm_eval.simple_evaluate(
         HFLM(pretrained=load(checkpoint), tokenizer=tokenizer(checkpoint), batch_size=4),
@@ -76,6 +76,7 @@ def test_a_model_object(checkpoint: Path, tmp_path: Path) -> None:
     assert results["results"]["choose"]["acc,none"] == pytest.approx(accuracy)
 
 
+@pytest.mark.slow
 def test_the_command_line_with_trusted_remote_code(checkpoint: Path, tmp_path: Path) -> None:
     """A process that has never imported the package finds it through the checkpoint."""
     write_tasks(tmp_path)

@@ -1,4 +1,4 @@
-"""Caches and generation: every way of feeding the tokens gives what the whole sequence at once gives."""
+"""Caches and generation: tokens fed in pieces give the results of the complete sequence at once."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_reset_and_reorder(interval: int) -> None:
 
 
 @pytest.mark.parametrize(("mixer", "interval"), MODELS)
-def test_greedy(mixer: str, interval: int) -> None:
+def test_greedy_text_equals_that_of_complete_forwards(mixer: str, interval: int) -> None:
     model = tiny_model(mixer, full_attention_interval=interval)
     x = tokens(2, 7)
     expected = greedy(model, x, 8)
@@ -158,7 +158,7 @@ def test_a_seed_fixes_the_samples() -> None:
 
 
 def test_beam_search_finds_the_best_continuation() -> None:
-    """As many beams as there are first tokens: the best of all pairs, here found by trying each."""
+    """With one beam for each first token, the result is the best of all pairs, found here by trying each."""
     model, x = tiny_model("gla", full_attention_interval=2), tokens(1, 6)
     pairs = torch.cartesian_prod(torch.arange(VOCAB), torch.arange(VOCAB))
     with torch.no_grad():

@@ -24,6 +24,7 @@ from linear_llama3 import (
     LinearLlama3ForTokenClassification,
 )
 from linear_llama3.sequence_parallel import SequenceParallelContext, enable_sequence_parallel
+from tests.helpers.marks import needs_cxx, slow_unless
 from tests.helpers.tiny import BIDIRECTIONAL_MIXERS, VOCAB, bidirectional_config, tiny_config, tiny_masked_lm, tokens
 
 HEADS = {
@@ -68,9 +69,9 @@ class Rows(torch.utils.data.Dataset):
         return {name: column[row] for name, column in self.columns.items()}
 
 
-@pytest.mark.parametrize("kind", HEADS)
-def test_accumulated_batches_are_one_batch(kind: str, tmp_path: Path) -> None:
-    """transformers' generic heads would let Trainer sum the means of the batches."""
+@slow_unless(lambda kind: kind in ("classes", "masks"), kind=HEADS)
+def test_accumulated_batches_equal_one_batch(kind: str, tmp_path: Path) -> None:
+    """With transformers' generic heads, Trainer would sum the means of the batches."""
     found = []
     for batch in (4, 2, 1):
         torch.manual_seed(0)
@@ -174,20 +175,29 @@ def test_bidirectional_padding_and_packing(mixer: str, interval: int) -> None:
     torch.testing.assert_close(packed[:, 9:], expected[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+@pytest.mark.parametrize(
+    ("implementation", "stance"),
+    [
+        ("eager", "default"),
+        ("flex_attention", "force_eager"),
+        pytest.param("flex_attention", "default", marks=[needs_cxx, pytest.mark.slow]),
+    ],
+    ids=["eager", "flex-uncompiled", "flex-compiled"],
+)
 @torch.no_grad()
-def test_attention_backends_agree(implementation: str) -> None:
+def test_attention_backends_agree(implementation: str, stance: str) -> None:
     model = tiny_masked_lm()
     x, mask = tokens(2, 9), torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
     expected = model(x, attention_mask=mask).logits
     model.set_attn_implementation(implementation)
-    got = model(x, attention_mask=mask).logits
+    with torch.compiler.set_stance(stance):
+        got = model(x, attention_mask=mask).logits
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mixer", ["based", "rebased"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_of_a_normalised_mixer_has_gradients(mixer: str, side: str) -> None:
+def test_padding_of_a_normalized_mixer_has_finite_gradients(mixer: str, side: str) -> None:
     """A token before the first one sees nothing: 0 / 0."""
     torch.manual_seed(0)
     model = LinearLlama3ForCausalLM(tiny_config(mixer, full_attention_interval=0))
@@ -197,7 +207,7 @@ def test_padding_of_a_normalised_mixer_has_gradients(mixer: str, side: str) -> N
     mask[:, slice(0, 3) if side == "left" else slice(6, None)] = 0
     padded = torch.cat([filler, x] if side == "left" else [x, filler], 1)
     labels = torch.cat([filler - 100, x] if side == "left" else [x, filler - 100], 1)
-    labels[:, x.shape[1] if side == "right" else 3] = -100  # the first token is predicted by none
+    labels[:, x.shape[1] if side == "right" else 3] = -100  # no position predicts the first token
     loss = model(padded, attention_mask=mask, labels=labels).loss
     torch.testing.assert_close(loss, alone)
     parameters = dict(model.named_parameters())
@@ -215,7 +225,7 @@ def test_a_decay_has_a_direction(mixer: str) -> None:
     bidirectional_config(mixer, full_attention_interval=1)  # no linear layer
 
 
-def test_refusals() -> None:
+def test_contradicting_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="predicts the next token"):
         LinearLlama3ForCausalLM(bidirectional_config())
     with pytest.raises(ValueError, match="reads both sides of a token"):
@@ -229,7 +239,7 @@ def test_refusals() -> None:
 
 
 @pytest.mark.parametrize("kind", ["classes", "tokens", "answers"])
-def test_heads_that_need_whole_sequences(kind: str) -> None:
+def test_heads_that_need_complete_sequences_are_refused_under_a_context(kind: str) -> None:
     model = HEADS[kind][1](tiny_config("basic"))
     with pytest.raises(ValueError, match=f"got a {HEADS[kind][1].__name__}, whose head reads whole ones"):
         enable_sequence_parallel(model, SequenceParallelContext(None))

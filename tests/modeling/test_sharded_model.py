@@ -1,4 +1,4 @@
-"""The whole model on several ranks against one: logits, loss and every parameter's gradient, in float64."""
+"""The model on several ranks equals the model on one: logits, loss and every parameter's gradient, in float64."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from linear_llama3.sequence_parallel import (
     unshard,
 )
 from linear_llama3.sequence_parallel.traffic import Traffic
+from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed
 from tests.helpers.sharded import Result, assert_sharded_equals
 from tests.helpers.tiny import MIXER_NAMES, gradients, tiny_model, tokens
@@ -30,7 +31,7 @@ LENGTH = 37
 def batch(rows: int, documents: list[int] | None) -> dict[str, torch.Tensor]:
     x = tokens(rows, LENGTH)
     labels = x.clone()
-    labels[:, : LENGTH // 2] = -100  # the first ranks hold no label at all
+    labels[:, : LENGTH // 2] = -100  # the first ranks have no labels
     if documents is None:
         return {"input_ids": x, "labels": labels}
     positions = torch.cat([torch.arange(n) for n in documents])[None].expand(rows, -1)
@@ -45,7 +46,7 @@ def run(
     sharded: bool,
     config: SequenceParallelConfig | None = None,
 ) -> Result:
-    """Logits `[rows, T, vocab]`, loss and gradients; sharded: of the whole group, summed over its ranks."""
+    """Return logits `[rows, T, vocab]`, loss and gradients; if sharded, summed over the ranks of the group."""
     model = tiny_model(mixer).double().train()
     if checkpointing != "no":
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
@@ -69,7 +70,7 @@ def run(
     return logits.reshape(rows, LENGTH, -1).numpy(), loss, {name: g.numpy() for name, g in summed.items()}
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     ("mixer", "rows", "documents", "checkpointing"),
     [
@@ -87,15 +88,17 @@ def test_sharded_equals_one_device(
     assert_sharded_equals(run_distributed(run, world_size, mixer, rows, documents, checkpointing, True), expected)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("documents", [None, [5, 1, 20, 11]], ids=["rows", "packed"])
-@pytest.mark.parametrize(
-    ("linear", "softmax"),
-    [("lasp1", "ring"), ("all_scan", "token_ring"), ("all_to_all", "rsa"), ("lasp2", "ulysses"), ("auto", "auto")],
+@slow_unless(
+    lambda world_size, strategies, packed, layout: world_size == 2 and packed,
+    world_size=[2, 4],
+    strategies=["lasp1 ring", "all_scan token_ring", "all_to_all rsa", "lasp2 ulysses", "auto auto"],
+    packed=[False, True],
+    layout=LAYOUTS,
 )
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_every_strategy(world_size: int, linear: str, softmax: str, documents: list[int] | None, layout: str) -> None:
+def test_every_strategy_equals_one_device(world_size: int, strategies: str, packed: bool, layout: str) -> None:
     """A hybrid of GLA and softmax layers, recomputed in the backward pass."""
+    linear, softmax = strategies.split()
+    documents = [5, 1, 20, 11] if packed else None
     config = SequenceParallelConfig(linear=linear, softmax=softmax, layout=layout)
     expected = run("gla", 2, documents, "non-reentrant", False)
     assert_sharded_equals(

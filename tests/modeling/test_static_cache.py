@@ -1,4 +1,4 @@
-"""`cache_implementation="static"`: the text of the dynamic cache, in memory that is laid out before."""
+"""`cache_implementation="static"`: the text of the dynamic cache, in memory that is allocated in advance."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from tests.helpers.generation import MODELS, feed, generate, greedy
 from tests.helpers.tiny import tiny_model, tokens
 
 
-@pytest.mark.parametrize("prefill_chunk_size", [None, 3, 1])
+@pytest.mark.parametrize("prefill_chunk_size", [None, 3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("mixer", "interval"), [*MODELS, ("gla", 1)])
-def test_greedy(mixer: str, interval: int, prefill_chunk_size: int | None) -> None:
+def test_greedy_text_equals_that_of_complete_forwards(
+    mixer: str, interval: int, prefill_chunk_size: int | None
+) -> None:
     model = tiny_model(mixer, full_attention_interval=interval)
     x = tokens(2, 7)
     out = generate(model, x, cache_implementation="static", prefill_chunk_size=prefill_chunk_size)
