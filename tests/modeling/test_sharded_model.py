@@ -107,7 +107,7 @@ def test_every_strategy_equals_one_device(world_size: int, strategies: str, pack
 
 
 def messages(checkpointing: bool) -> Counter[str]:
-    """What this rank sends in a forward and backward pass of two linear and two softmax layers."""
+    """Count this rank's messages in a forward and backward pass of two linear and two softmax layers."""
     model = tiny_model("gla").train()
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -119,14 +119,14 @@ def messages(checkpointing: bool) -> Counter[str]:
 
 
 def test_checkpointing_repeats_no_exchange_of_states() -> None:
-    """LASP-2H gathers K and V once more: to keep those of the whole sequence is what checkpointing avoids."""
+    """LASP-2H gathers K and V again: checkpointing is used to avoid storing those of the complete sequence."""
     for checkpointing, gathers in ((False, 2 * 2 + 2), (True, 2 * 2 + 2 * 2)):
         for sent in run_distributed(messages, 2, checkpointing):
             assert sent == Counter(all_gather=gathers, reduce_scatter=2)
 
 
-def uncut_batch() -> str:
-    """What rank 1 is told when it passes the whole batch; rank 0 stays out, its positions would be right."""
+def complete_batch() -> str:
+    """Return the error on rank 1 for the complete batch; on rank 0 its positions would be right."""
     if dist.get_rank() == 0:
         return ""
     model = tiny_model()
@@ -138,8 +138,8 @@ def uncut_batch() -> str:
     return "nothing"
 
 
-def test_an_uncut_batch_is_refused() -> None:
-    assert "call context.shard_batch(batch) first" in run_distributed(uncut_batch, 2)[1]
+def test_a_complete_batch_is_refused_under_a_context() -> None:
+    assert "call context.shard_batch(batch) first" in run_distributed(complete_batch, 2)[1]
 
 
 def copies(mixer: str) -> list[str]:
