@@ -140,7 +140,7 @@ class LinearLlama3Config(PreTrainedConfig):
             self.linear_num_key_value_heads = self.num_key_value_heads
         _check_choice("linear_attention_type", self.linear_attention_type, MIXERS)
         if self.linear_key_head_dim is None:
-            self.linear_key_head_dim = MIXERS[self.linear_attention_type].key_head_dim or self.head_dim
+            self.linear_key_head_dim = self.mixer.key_head_dim or self.head_dim
         if self.linear_value_head_dim is None:
             self.linear_value_head_dim = self.head_dim
         if self.layer_types is None:
@@ -177,14 +177,13 @@ class LinearLlama3Config(PreTrainedConfig):
                 f"must be head_dim, got {features} features (of {self.linear_key_head_dim}) and {self.head_dim}; set "
                 "linear_use_rope=False or make them equal"
             )
-        mixer = MIXERS[self.linear_attention_type]
-        if mixer.normalize and not FEATURE_MAPS[self.feature_map].non_negative:
+        if self.mixer.normalize and not FEATURE_MAPS[self.feature_map].non_negative:
             able = sorted(name for name, feature_map in FEATURE_MAPS.items() if feature_map.non_negative)
             raise ValueError(
                 f"{self.linear_attention_type!r} divides by the sum of the weights, which must not be negative, got "
                 f"linear_feature_map={self.linear_feature_map!r}; set it to one of {able}"
             )
-        if not self.is_causal and self.linear_layers and (mixer.learned_decay or mixer.constant_log_decay):
+        if not self.is_causal and self.linear_layers and (self.mixer.learned_decay or self.mixer.constant_log_decay):
             without = sorted(n for n, m in MIXERS.items() if not (m.learned_decay or m.constant_log_decay))
             raise ValueError(
                 "is_causal=False needs a mixer without a decay, which has a direction, got "
@@ -192,26 +191,24 @@ class LinearLlama3Config(PreTrainedConfig):
             )
 
     def _check_layer_types(self) -> None:
-        assert self.layer_types is not None
-        if len(self.layer_types) != self.num_hidden_layers:
+        layer_types = self.layer_types or []
+        if len(layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types must have one entry for each of num_hidden_layers={self.num_hidden_layers} "
-                f"layers, got {len(self.layer_types)}; give layer_types=None to follow full_attention_interval"
+                f"layers, got {len(layer_types)}; give layer_types=None to follow full_attention_interval"
             )
-        for layer_type in self.layer_types:
+        for layer_type in layer_types:
             _check_choice("every entry of layer_types", layer_type, LAYER_TYPES)
 
     @property
     def has_softmax_layers(self) -> bool:
         """True if any layer is softmax attention."""
-        assert self.layer_types is not None
-        return "full_attention" in self.layer_types
+        return "full_attention" in (self.layer_types or ())
 
     @property
     def linear_layers(self) -> list[int]:
         """Indices of the linear layers."""
-        assert self.layer_types is not None
-        return [index for index, name in enumerate(self.layer_types) if name == "linear_attention"]
+        return [index for index, name in enumerate(self.layer_types or ()) if name == "linear_attention"]
 
     @property
     def layer_pattern(self) -> str:
@@ -233,25 +230,27 @@ class LinearLlama3Config(PreTrainedConfig):
     def linear_state_shape(self) -> tuple[int, int, int]:
         """(H_kv, features of a key, columns) of a linear layer's state; the last column may be the normalizer."""
         heads, key_dim, value_dim = self.linear_sizes
-        normalize = MIXERS[self.linear_attention_type].normalize
-        return heads, FEATURE_MAPS[self.feature_map].size(key_dim), value_dim + normalize
+        return heads, FEATURE_MAPS[self.feature_map].size(key_dim), value_dim + self.mixer.normalize
+
+    @property
+    def mixer(self) -> Mixer:
+        """The mixer of the linear layers."""
+        return MIXERS[self.linear_attention_type]
 
     @property
     def feature_map(self) -> str:
         """Name of the feature map of the linear layers."""
-        return self.linear_feature_map or MIXERS[self.linear_attention_type].feature_map
+        return self.linear_feature_map or self.mixer.feature_map
 
     @property
     def uses_linear_output_norm(self) -> bool:
         """True if linear layers apply an RMSNorm to the output of each head."""
-        default = not MIXERS[self.linear_attention_type].normalize
-        return default if self.linear_output_norm is None else self.linear_output_norm
+        return not self.mixer.normalize if self.linear_output_norm is None else self.linear_output_norm
 
     @property
     def uses_linear_rope(self) -> bool:
         """True if linear layers apply the rotary embedding to queries and keys."""
-        default = MIXERS[self.linear_attention_type].use_rope
-        return default if self.linear_use_rope is None else self.linear_use_rope
+        return self.mixer.use_rope if self.linear_use_rope is None else self.linear_use_rope
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "LinearLlama3Config":
@@ -275,8 +274,7 @@ class LinearLlama3Config(PreTrainedConfig):
     def from_llama(cls, llama: LlamaConfig | str | os.PathLike, **changes: Any) -> "LinearLlama3Config":
         """Return the configuration of a Llama model with linear attention in its layers.
 
-        All values of the Llama config are kept unless `changes` names them: sizes, rotary embedding, tied embeddings,
-        biases, norms, token ids, dtype. Fields that Llama does not have get the defaults of this class.
+        All values of the Llama config are kept unless `changes` names them; other fields have this class's defaults.
 
             config = LinearLlama3Config.from_llama("meta-llama/Llama-3.2-1B", linear_attention_type="gla")
             model = LinearLlama3ForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B", config=config)
@@ -300,7 +298,8 @@ class LinearLlama3Config(PreTrainedConfig):
     @classmethod
     def _check_fields(cls, method: str, names: Iterable[str]) -> None:
         for name in names:
-            if not hasattr(cls, name) or callable(getattr(cls, name)):
+            attribute = getattr(cls, name, cls)  # derived values are properties without a setter
+            if callable(attribute) or (isinstance(attribute, property) and attribute.fset is None):
                 raise ValueError(f"{method} takes the fields of {cls.__name__}, got {name!r}; see its documentation")
 
     @classmethod

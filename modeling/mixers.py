@@ -23,7 +23,7 @@ from ..ops.feature_maps import FEATURE_MAPS
 from ..ops.precision import working_dtype
 from ..sequence_parallel import SequenceParallelContext
 from .cache import ShardedCache, store_state
-from .configuration import MIXERS, LinearLlama3Config
+from .configuration import LinearLlama3Config
 from .layers import ExactTensors, Tiled
 
 DECAY_RANK = 16  # inner width of the learned decay's projection (GLA, arXiv:2312.06635, section 4.4)
@@ -63,7 +63,7 @@ class LinearAttention(Tiled, ExactTensors):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.mixer = mixer = MIXERS[config.linear_attention_type]
+        self.mixer = mixer = config.mixer
         self.num_heads = heads = config.num_attention_heads
         self.num_kv_heads, self.key_dim, self.value_dim = config.linear_sizes
         self.is_causal = config.is_causal

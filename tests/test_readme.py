@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from linear_llama3.modeling.mixers import MIXERS
+from linear_llama3.modeling import MIXERS
 from linear_llama3.ops.feature_maps import FEATURE_MAPS
 from linear_llama3.sequence_parallel import LINEAR_STRATEGIES, SOFTMAX_STRATEGIES
 

@@ -166,6 +166,7 @@ def test_overrides_replace_the_fields_of_a_preset() -> None:
             {"linear_atention_type": "gla"},
             "fields of LinearLlama3Config, got 'linear_atention_type'",
         ),
+        ("linear-llama-3.2-1b", {"mixer": "gla"}, "fields of LinearLlama3Config, got 'mixer'"),
         (
             "linear-llama-3.2-1b",
             {"linear_attention_type": "mamba"},
