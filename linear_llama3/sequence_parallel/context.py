@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..ops.cross_entropy import IGNORE_INDEX
 from .collectives import check_group, group_rank, world_size
 from .layout import check_length, get_layout, shard
-from .linear.attention import StartedAttention, get_linear_strategy, linear_attention, start_linear_attention
+from .linear.attention import PendingLinearAttention, get_linear_strategy, linear_attention, start_linear_attention
 from .packing import DOCUMENT_KEYS, check_mask, document_edges, restarting_positions
 from .softmax.attention import get_softmax_strategy, softmax_attention
 
@@ -103,7 +103,7 @@ class SequenceParallelContext:
     def world_size(self) -> int:
         return world_size(self.group)
 
-    def start_linear_attention(self, k: Tensor, v: Tensor, **options: Any) -> StartedAttention:
+    def start_linear_attention(self, k: Tensor, v: Tensor, **options: Any) -> PendingLinearAttention:
         """`sequence_parallel.start_linear_attention` with this context's group, strategy and layout."""
         return start_linear_attention(
             k, v, group=self.group, strategy=self.config.linear, layout=self._settled_layout(), **options

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch import Tensor
 
-    from .part import Part
+    from .sequence_shard import SequenceShard
 
 logger = logging.getLogger(__name__)
 
@@ -81,22 +81,28 @@ class Sizes:
 
 
 def sizes_of(
-    q: Tensor, v: Tensor, part: Part, group: dist.ProcessGroup, *, decays: bool = False, recomputed: bool = False
+    q: Tensor,
+    v: Tensor,
+    shard: SequenceShard,
+    group: dist.ProcessGroup,
+    *,
+    decays: bool = False,
+    recomputed: bool = False,
 ) -> Sizes:
     """What the cost model has to know of q `[B, n, H_q, D_k]` and v `[B, n, H_kv, D_v]`; the same on every rank."""
     from .collectives import number_of_nodes
 
     return Sizes(
         batch=q.shape[0],
-        tokens=part.local,
+        tokens=shard.local,
         q_heads=q.shape[2],
         kv_heads=v.shape[2],
         key_dim=q.shape[3],
         value_dim=v.shape[3],
         element=q.element_size(),
-        ranks=part.ranks,
+        ranks=shard.ranks,
         nodes=number_of_nodes(group, q.device),
-        chunks_per_rank=part.layout.chunks_per_rank,
+        chunks_per_rank=shard.layout.chunks_per_rank,
         decays=decays,
         recomputed=recomputed,
         gpu=q.device.type != "cpu",

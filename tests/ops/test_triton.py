@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from linear_llama3.ops import linear_attention
+from linear_llama3.ops.local_passes import LocalDocuments
 from tests.helpers.attention_cases import GATES, Case, relative_error
 from tests.ops.test_linear_attention import documents_of, run
 
 pytest.importorskip("triton")
 
-from linear_llama3.ops.triton import attention, launch, op, segments  # noqa: F401  (op registers itself)
+from linear_llama3.ops.triton import launch, op, passes, segments  # noqa: F401  (op registers itself)
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="with a GPU the kernels are compiled")
 
@@ -223,7 +224,7 @@ def test_gate_sums_start_anew_in_every_chunk() -> None:
     log_decay = -torch.rand(2, 150, 3)
     k, v = torch.randn(2, 150, 3, 16), torch.randn(2, 150, 3, 16)
     launcher = launch.Launcher(k, v, log_decay)
-    attention.Pass(launcher, (0, 70, 150), reverse=False)
+    passes.cut_into_segments(launcher, LocalDocuments.complete((0, 70, 150)))
     edges = [*range(0, 70, launcher.chunk), *range(70, 150, launcher.chunk), 150]
     for start, stop in pairwise(edges):
         expected = log_decay[:, start:stop].double().cumsum(1) / math.log(2)

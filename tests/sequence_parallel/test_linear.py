@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from linear_llama3.ops import chunked
 from linear_llama3.ops import linear_attention as one_device
+from linear_llama3.ops.block_products import BlockInputs
 from linear_llama3.sequence_parallel import (
     LAYOUTS,
     LINEAR_STRATEGIES,
@@ -23,7 +23,6 @@ from linear_llama3.sequence_parallel import (
     softmax_attention,
     start_linear_attention,
 )
-from linear_llama3.sequence_parallel.linear.attention import StateExchange
 from tests.helpers.attention_cases import GATES, Case, join, leaves, relative_error, shards
 from tests.helpers.ranks import run_distributed, strided_group
 
@@ -202,7 +201,7 @@ def test_groups_need_not_be_consecutive(strategy: str) -> None:
 
 
 def order_of_events(strategy: str) -> list[str]:
-    """What happens in a forward and backward pass: starting the exchange, products inside chunks, waiting."""
+    """What happens in a forward and backward pass: starting the scan, products inside chunks, waiting."""
     events: list[str] = []
 
     def recorded(name: str, function):
@@ -212,19 +211,21 @@ def order_of_events(strategy: str) -> list[str]:
 
         return call
 
-    start = recorded("start", StateExchange.start)
+    start = recorded("start", LINEAR_STRATEGIES[strategy])
     with (
-        patch.object(StateExchange, "start", lambda *args, **kwargs: recorded("wait", start(*args, **kwargs))),
-        patch.object(chunked, "_inside", recorded("inside", chunked._inside)),
-        patch.object(chunked, "_inside_backward", recorded("inside", chunked._inside_backward)),
+        patch.dict(LINEAR_STRATEGIES, {strategy: lambda *args, **kwargs: recorded("wait", start(*args, **kwargs))}),
+        patch.object(collectives, "_all_gather", recorded("all-gather", collectives._all_gather)),
+        patch.object(BlockInputs, "intra_chunk", recorded("intra-chunk", BlockInputs.intra_chunk)),
+        patch.object(BlockInputs, "intra_chunk_backward", recorded("intra-chunk", BlockInputs.intra_chunk_backward)),
     ):
         sharded_run(Case(tokens=24, gate="scalar"), strategy)
     return events
 
 
 @pytest.mark.parametrize("strategy", LINEAR_STRATEGIES)
-def test_states_travel_while_chunks_are_worked_on(strategy: str) -> None:
-    assert run_distributed(order_of_events, 2, strategy) == [["start", "inside", "wait"] * 2] * 2
+def test_states_travel_during_the_intra_chunk_products(strategy: str) -> None:
+    one_pass = ["start", *(["all-gather"] if strategy == "lasp2" else []), "intra-chunk", "wait"]
+    assert run_distributed(order_of_events, 2, strategy) == [one_pass * 2] * 2
 
 
 NORMALIZED = Case(tokens=2048, normalize=True, key_dim=16, value_dim=16, dtype=torch.bfloat16)
@@ -270,8 +271,10 @@ def saved_elements(strategy: str, layout: str, tokens: int) -> int:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strategy", LINEAR_STRATEGIES)
 def test_few_states_are_kept(strategy: str, layout: str) -> None:
-    """One that enters every link and one for every 1,024 tokens: neither all states of the ranks nor any scores."""
-    case, links = Case(tokens=1), 1 if layout == "contiguous" else 2
-    state = case.heads * case.key_dim * case.value_dim
+    """One that enters every chunk of the layout, with that chunk's decay, and one for every 1,024 tokens: neither all
+    states of the ranks nor any scores."""
+    case, chunks = Case(tokens=1), LAYOUTS[layout].chunks_per_rank
+    state, decay = case.heads * case.key_dim * case.value_dim, case.heads * case.key_dim
     for tokens in (256, 2048):
-        assert run_distributed(saved_elements, 4, strategy, layout, tokens) == [(links + 1) * state] * 4
+        expected = (chunks + 1) * state + chunks * decay
+        assert run_distributed(saved_elements, 4, strategy, layout, tokens) == [expected] * 4

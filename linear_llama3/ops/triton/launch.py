@@ -36,7 +36,7 @@ class Launcher:
     """
 
     def __init__(
-        self, k: Tensor, v: Tensor, log_decay: Tensor | None, *, backward: bool = False, gate_gradient: bool = False
+        self, k: Tensor, v: Tensor, log_decay: Tensor | None, *, backward: bool = False, decay_gradient: bool = False
     ) -> None:
         self.k, self.v = k.contiguous(), v.contiguous()
         self.log_decay = None if log_decay is None else log_decay.contiguous()
@@ -44,15 +44,15 @@ class Launcher:
         self.value_dim = v.shape[3]
         self.gate = NONE.value if log_decay is None else GATES[log_decay.dim()]
         # a gate per channel needs its gradient's intermediates anyway
-        self.gate_gradient = self.gate == CHANNEL.value or (gate_gradient and log_decay is not None)
+        self.decay_gradient = self.gate == CHANNEL.value or (decay_gradient and log_decay is not None)
         self.configuration = configuration(
-            self.gate, self.key_dim, self.value_dim, wide=k.dtype != torch.bfloat16, gate_gradient=self.gate_gradient,
+            self.gate, self.key_dim, self.value_dim, wide=k.dtype != torch.bfloat16, decay_gradient=self.decay_gradient,
             capability=capability(k.device),
         )  # fmt: skip
         self.chunk = self.configuration.chunk if backward else self.configuration.rows
         self.b = self.log_decay  # or its sums inside chunks
 
-    def cumulate_gate(self, segments: Segments) -> None:
+    def cumulate_log_decay(self, segments: Segments) -> None:
         """Of a gate that varies, the kernels read the sums inside chunks."""
         if self.gate not in (SCALAR.value, CHANNEL.value) or self.b is not self.log_decay:
             return
@@ -109,7 +109,7 @@ class Launcher:
         tiles = self.configuration.backward
         dq, dk, dv = (torch.empty_like(x) for x in (q, self.k, self.v))
         key_tiles, d_gate = triton.cdiv(self.key_dim, tiles.BK), None
-        if self.gate_gradient:
+        if self.decay_gradient:
             shape = (key_tiles, *self.k.shape[:3]) if self.gate != CHANNEL.value else self.k.shape
             d_gate = torch.empty(shape, dtype=torch.float32, device=self.k.device)
         programs = len(segments.chunks) * (key_tiles + triton.cdiv(self.value_dim, tiles.BV))
@@ -117,7 +117,7 @@ class Launcher:
             backward_kernel[programs, self._rows](
                 q, self.k, self.v, self.b, d_out, states, d_states, dq, dk, dv, d_gate, segments.chunks,
                 self.tokens, scale, **self._common(tiles), G=q.shape[2] // self.heads, BC=tiles.BC,
-                C=self.chunk, GRADIENT=self.gate_gradient,
+                C=self.chunk, GRADIENT=self.decay_gradient,
             )  # fmt: skip
         if d_gate is not None and self.gate != CHANNEL.value:
             d_gate = d_gate.sum((0, 1, 2)) if self.gate == HEAD.value else d_gate.sum(0)
@@ -170,18 +170,17 @@ def merge(states: Tensor, factors: Tensor | None, steps: Tensor, targets: int, i
             *states.stride()[:2], states.stride(3), *factor_strides,
             *((0, 0) if initial is None else initial.stride()[:2]), entering.stride(1), entering.stride(0),
             ROWS=rows, V=value_dim, BR=block_rows, BV=block_columns,
-            FADES=factors is not None, INITIAL=initial is not None, num_warps=4, enable_fp_fusion=False,
+            DECAYS=factors is not None, INITIAL=initial is not None, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return entering
 
 
-def aligned(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """With head dims that are multiples of 8, zeros added: others could not be read in words of 16 bytes."""
+def pad_head_dims(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Pad head dims with zeros to multiples of 8, so that kernels can read words of 16 bytes; queries like keys."""
     keys, values = -k.shape[-1] % ALIGNMENT, -v.shape[-1] % ALIGNMENT
-    if keys:
-        q, k = F.pad(q, (0, keys)), F.pad(k, (0, keys))
-        log_decay = F.pad(log_decay, (0, keys)) if log_decay is not None and log_decay.dim() == 4 else log_decay
-    return q, k, F.pad(v, (0, values)) if values else v, log_decay
+    if keys and log_decay is not None and log_decay.dim() == 4:
+        log_decay = F.pad(log_decay, (0, keys))
+    return F.pad(k, (0, keys)) if keys else k, F.pad(v, (0, values)) if values else v, log_decay
 
 
 def decode(

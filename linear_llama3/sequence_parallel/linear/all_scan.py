@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..costs import number_of_blocks
-from .chain import pass_along
-from .scan import Chain
+from .ring_scan import ring_scan
+from .state_scan import Chain
 
 
 def all_scan(
-    states: Tensor, factors: Tensor | None, *, group: dist.ProcessGroup, chain: Chain, reverse: bool
+    states: Tensor, decays: Tensor | None, *, group: dist.ProcessGroup, chain: Chain, reverse: bool
 ) -> Callable[[], Tensor]:
-    """See `scan.py`."""
+    """Scan as described in `state_scan.py`."""
     blocks = number_of_blocks(states[0].numel() * states.element_size(), rows=states.shape[-2], hops=len(chain) - 1)
-    return pass_along(states, factors, group=group, chain=chain, reverse=reverse, blocks=blocks)
+    return ring_scan(states, decays, group=group, chain=chain, reverse=reverse, blocks=blocks)

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...ops.linear_attention import check_shapes
+from ...ops.checks import check_shapes
 from ...ops.precision import without_autocast, working_dtype
 from ..collectives import all_reduce, self_adjoint, world_size
-from ..part import locate
+from ..sequence_shard import resolve_shard
 
 
 @without_autocast
@@ -62,8 +62,8 @@ def linformer_attention(
             "key_projection and value_projection must have as many rows, got "
             f"{key_projection.shape[0]} and {value_projection.shape[0]}"
         )
-    part = locate(q.shape[1], batch=q.shape[0], group=group, layout=layout, cu_seqlens=None, length=length)
-    work, tokens, kv_heads = working_dtype(q), part.tokens, k.shape[2]
+    shard = resolve_shard(q.shape[1], batch=q.shape[0], group=group, layout=layout, cu_seqlens=None, length=length)
+    work, tokens, kv_heads = working_dtype(q), shard.tokens, k.shape[2]
     query, key, value = (x[:, :tokens].to(work) for x in (q, k, v))
     keys = torch.einsum("pn,bnhd->bhpd", key_projection[:, :tokens].to(work), key)
     values = torch.einsum("pn,bnhd->bhpd", value_projection[:, :tokens].to(work), value)

@@ -13,39 +13,39 @@ from torch import Tensor
 from ...ops.softmax_attention import BlockAttention, BlockAttentionBackward
 from ..collectives import Transfer, send_receive
 from .route import Route, route_of_keys
-from .strategy import Gradients, Kept, Setting, differentiable, split
+from .strategy import AttentionSpec, Gradients, Residuals, differentiable, split
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Kept]:
-    part, visibility, key_dim = setting.part, setting.visibility, k.shape[-1]
-    rank, route = part.rank, route_of_keys(part, visibility)
-    block = BlockAttention(q, part.spans, value_dim=v.shape[-1], scale=setting.scale, visibility=visibility)
+def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Residuals]:
+    shard, visibility, key_dim = spec.shard, spec.visibility, k.shape[-1]
+    rank, route = shard.rank, route_of_keys(shard, visibility)
+    block = BlockAttention(q, shard.spans, value_dim=v.shape[-1], scale=spec.scale, visibility=visibility)
     held = torch.cat([k, v], dim=-1)  # [B, n, H_kv, D + D_v]
     for t in range(route.steps):
-        upcoming = _pass_on(held, route, t, setting)
+        upcoming = _pass_on(held, route, t, spec)
         block.add(*split(held, key_dim), route.spans(rank, t, route.held(rank, t)))
         (held,) = upcoming.wait()
     out, lse = block.result()
     return out, (out, lse)
 
 
-def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Kept, setting: Setting) -> Gradients:
-    out, lse = kept
-    part, visibility, key_dim = setting.part, setting.visibility, k.shape[-1]
-    rank, route = part.rank, route_of_keys(part, visibility)
-    block = BlockAttentionBackward(q, part.spans, out, lse, d_out, scale=setting.scale, visibility=visibility)
+def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, residuals: Residuals, spec: AttentionSpec) -> Gradients:
+    out, lse = residuals
+    shard, visibility, key_dim = spec.shard, spec.visibility, k.shape[-1]
+    rank, route = shard.rank, route_of_keys(shard, visibility)
+    block = BlockAttentionBackward(q, shard.spans, out, lse, d_out, scale=spec.scale, visibility=visibility)
     held = torch.cat([k, v], dim=-1)
     own = torch.zeros_like(held, dtype=out.dtype)  # the gradients of this rank's K and V
     behind = None
     for t in range(route.steps):
-        upcoming = _pass_on(held, route, t, setting)
+        upcoming = _pass_on(held, route, t, spec)
         gradients = torch.zeros_like(held, dtype=out.dtype) if t else own
         spans = route.spans(rank, t, route.held(rank, t))
         block.add(*split(held, key_dim), spans, *split(gradients, key_dim))
         if behind is not None:
             gradients += _arrived(behind, own, route, rank, t - 1)
         if t:
-            behind = _pass_gradients_on(gradients, route, t, setting)
+            behind = _pass_gradients_on(gradients, route, t, spec)
         (held,) = upcoming.wait()
     if behind is not None:
         _arrived(behind, own, route, rank, route.steps - 1)
@@ -53,24 +53,24 @@ def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Kept, setting
     return block.result(), d_k, d_v
 
 
-def _pass_on(held: Tensor, route: Route, step: int, setting: Setting) -> Transfer:
+def _pass_on(held: Tensor, route: Route, step: int, spec: AttentionSpec) -> Transfer:
     """What is still of use ahead goes to the next rank; the block of the next step comes from the last."""
-    rank = setting.part.rank
+    rank = spec.shard.rank
     send = route.select(held, rank, step, route.onward(rank, step))
     receive = route.empty(held, rank, step + 1, route.held(rank, step + 1))
-    return send_receive([(send, route.visitor(rank, 1))], [(receive, route.owner(rank, 1))], setting.group)
+    return send_receive([(send, route.visitor(rank, 1))], [(receive, route.owner(rank, 1))], spec.group)
 
 
-def _pass_gradients_on(gradients: Tensor, route: Route, step: int, setting: Setting) -> Transfer:
+def _pass_gradients_on(gradients: Tensor, route: Route, step: int, spec: AttentionSpec) -> Transfer:
     """The gradients of the block held follow it, or go home; those of the next block and of one's own come in."""
-    rank = setting.part.rank
+    rank = spec.shard.rank
     following = route.select(gradients, rank, step, route.onward(rank, step))
     going_home = route.select(gradients, rank, step, route.finished(rank, step))
     visitor = route.visitor(rank, step)
     expected = route.empty(gradients, rank, step + 1, route.held(rank, step + 1))
     coming_home = route.empty(gradients, visitor, step, route.finished(visitor, step))
     sends = [(following, route.visitor(rank, 1)), (going_home, route.owner(rank, step))]
-    return send_receive(sends, [(expected, route.owner(rank, 1)), (coming_home, visitor)], setting.group)
+    return send_receive(sends, [(expected, route.owner(rank, 1)), (coming_home, visitor)], spec.group)
 
 
 def _arrived(transfer: Transfer, own: Tensor, route: Route, rank: int, step: int) -> Tensor:

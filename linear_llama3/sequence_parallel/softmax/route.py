@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...ops.visibility import Span, Visibility
-from ..part import Part, count
+from ..sequence_shard import SequenceShard, count
 
 Places = tuple[int, ...]  # of an owner's chunks, ascending
 
@@ -97,14 +97,14 @@ class Route:
         return like.new_empty(like.shape[0], count(self.spans(rank, step, places)), *like.shape[2:])
 
 
-def route_of_keys(part: Part, visibility: Visibility) -> Route:
+def route_of_keys(shard: SequenceShard, visibility: Visibility) -> Route:
     """Keys go to the ranks whose queries see them."""
-    return _shortest(part.all_spans, visibility, queries_travel=False)
+    return _shortest(shard.all_spans, visibility, queries_travel=False)
 
 
-def route_of_queries(part: Part, visibility: Visibility) -> Route:
+def route_of_queries(shard: SequenceShard, visibility: Visibility) -> Route:
     """Queries go to the ranks whose keys they see."""
-    return _shortest(part.all_spans, visibility, queries_travel=True)
+    return _shortest(shard.all_spans, visibility, queries_travel=True)
 
 
 @lru_cache(maxsize=64)  # all layers of a batch travel the same way

@@ -26,7 +26,7 @@ class Decay(NamedTuple):
     b: Tensor  # [..., C, 1 or D] the log decay cumulated, own token included; see `cumulated_decay`
     from_start: Tensor  # [..., C * G, 1 or D] e^b: of the state before the chunk, on its way to each query
     to_end: Tensor  # [..., C, 1 or D] e^{b_end - b}: of each key, on its way to the state behind the chunk
-    whole: Tensor  # [..., 1 or D, 1] e^{b_end}: of the state, over the chunk
+    total: Tensor  # [..., 1 or D, 1] e^{b_end}: of the state, over the chunk
     pairs: Tensor | None  # [..., C * G, C] e^{b_i - b_j}, 0 where the key comes later; None for a decay per channel
 
 
@@ -43,7 +43,7 @@ def cumulated_decay(log_decay: Tensor, groups: int, dtype: torch.dtype) -> Decay
         b=b,
         from_start=_repeat_rows(b.to(dtype).exp2(), groups),
         to_end=(end - b).to(dtype).exp2_(),
-        whole=end.mT.to(dtype).exp2(),
+        total=end.mT.to(dtype).exp2(),
         pairs=pairs,
     )
 
@@ -60,17 +60,17 @@ def scores(q: Tensor, k: Tensor, decay: Decay) -> Tensor:
 
 
 def scores_backward(
-    q: Tensor, k: Tensor, decay: Decay, s: Tensor, ds: Tensor, *, gate: bool
+    q: Tensor, k: Tensor, decay: Decay, s: Tensor, ds: Tensor, *, decay_learns: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of q and k, and with `gate` the flow `[..., C, 1 or D]`. `s`, the scores, and `ds` are overwritten.
+    """Gradients of q and k, and with `decay_learns` the flow `[..., C, 1 or D]`. Overwrites `s`, the scores, and `ds`.
 
     The flow of token t is the sum of s_ij ds_ij over i = t, less that over j = t, without the pairs i = j: from t to
     the end of the chunk it adds up to all pairs j < t <= i, those that the decay of t is part of. It is q dq - k dk,
     but there the pairs i = j cancel, and leave a rounding that is large next to strongly decayed pairs.
     """
     if decay.pairs is None:
-        return _channel_scores_backward(q, k, decay.b, ds, gate=gate)
-    flow = _flow(s.mul_(ds)) if gate else None
+        return _channel_scores_backward(q, k, decay.b, ds, decay_learns=decay_learns)
+    flow = _flow(s.mul_(ds)) if decay_learns else None
     ds = ds.mul_(decay.pairs)
     return ds @ k, ds.mT @ q, flow
 
@@ -91,7 +91,7 @@ def _channel_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
 
 
 def _channel_scores_backward(
-    q: Tensor, k: Tensor, b: Tensor, ds: Tensor, *, gate: bool
+    q: Tensor, k: Tensor, b: Tensor, ds: Tensor, *, decay_learns: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     dq, dk = torch.zeros_like(q), torch.zeros_like(k)
     for half in _halves(k):
@@ -100,7 +100,7 @@ def _channel_scores_backward(
         _second(dq, k, half).add_(part @ (_first(k, half) * early) * late)
         _first(dk, half).add_(part.mT @ (_second(q, k, half) * late) * early)
     by_token = (-2, (k.shape[-2], -1))  # [..., C, G, D]
-    flow = (q * dq).unflatten(*by_token).sum(-2) - k * dk if gate else None
+    flow = (q * dq).unflatten(*by_token).sum(-2) - k * dk if decay_learns else None
     own = _own_token(ds).unsqueeze(-1)
     dq.unflatten(*by_token).addcmul_(own, k.unsqueeze(-2))
     return dq, dk.add_((own * q.unflatten(*by_token)).sum(-2)), flow
