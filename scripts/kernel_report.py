@@ -27,7 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from linear_llama3.ops.local_passes import LocalDocuments
 from linear_llama3.ops.triton import launch
+from linear_llama3.ops.triton.passes import TritonBackward, TritonForward
 
 GATES = {"none": 0, "head": 1, "scalar": 3, "channel": 4}  # name -> dims of the log decay
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

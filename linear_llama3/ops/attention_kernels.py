@@ -25,7 +25,7 @@ def operand_dtype(q: Tensor, v: Tensor) -> torch.dtype:
     return q.dtype if _flash_on_cuda(q, v) else working_dtype(q)
 
 
-def fitting(tile: Tile, q: Tensor, v: Tensor) -> Iterator[Tile]:
+def split_for_kernel(tile: Tile, q: Tensor, v: Tensor) -> Iterator[Tile]:
     """`tile`, cut small where its scores are formed."""
     if _flash_on_cpu(q, v) or (_flash_on_cuda(q, v) and tile.window is None):
         yield tile

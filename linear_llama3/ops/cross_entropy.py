@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from .precision import working_dtype
-from .tiles import tile_tokens
+from .token_tiles import tile_tokens
 
 IGNORE_INDEX = -100  # transformers' label of a token without loss
 

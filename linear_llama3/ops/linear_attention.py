@@ -22,7 +22,7 @@ from .bidirectional import bidirectional_linear_attention
 from .checks import check_arguments, check_initial_state
 from .chunked import chunked_linear_attention
 from .chunked_op import compiled_linear_attention
-from .documents import check_cu_seqlens, document_edges, drop_empty, read_cu_seqlens
+from .documents import check_cu_seqlens, document_boundaries, drop_empty, read_cu_seqlens
 from .precision import without_autocast, working_dtype
 from .recurrent import recurrent_linear_attention
 
@@ -88,7 +88,7 @@ def linear_attention(
             output_final_state=output_final_state, dtype=working_dtype(q) if normalize else v.dtype,
         )  # fmt: skip
     else:
-        boundaries = document_edges(cu_seqlens, batch=q.shape[0], tokens=q.shape[1])
+        boundaries = document_boundaries(cu_seqlens, batch=q.shape[0], tokens=q.shape[1])
         attend: Callable[..., tuple[Tensor, Tensor]]
         if not causal:
             attend = bidirectional_linear_attention

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention_kernels import attend, attend_backward, fitting, operand_dtype
+from .attention_kernels import attend, attend_backward, operand_dtype, split_for_kernel
 from .precision import without_autocast, working_dtype
 from .visibility import Span, Tile, Visibility
 
@@ -133,7 +133,7 @@ def _tiles(
 ) -> Iterator[tuple[Tile, slice, slice]]:
     """The tiles of the block with keys at these spans, with their rows and columns."""
     for whole, row, column in block.visibility.tiles_of_blocks(block.spans, keys):
-        for tile in fitting(whole, q, v):
+        for tile in split_for_kernel(whole, q, v):
             yield tile, *tile.slices(row, column)
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.cross_entropy import IGNORE_INDEX
+from ..ops.documents import DOCUMENT_KEYS, check_mask, document_edges, restarting_positions
 from .collectives import check_group, group_rank, world_size
 from .layout import check_length, get_layout, shard
 from .linear.attention import PendingLinearAttention, get_linear_strategy, linear_attention, start_linear_attention
-from .packing import DOCUMENT_KEYS, check_mask, document_edges, restarting_positions
 from .softmax.attention import get_softmax_strategy, softmax_attention
 
 
@@ -75,11 +75,11 @@ class SequenceParallelContext:
         it as "contiguous". It never changes afterwards, so that shards and attention always have the same layout."""
         return self._layout or "auto"
 
-    def _settled_layout(self) -> str:
+    def _resolved_layout(self) -> str:
         self._layout = self._layout or "contiguous"
         return self._layout
 
-    def settle(self, model: nn.Module) -> None:
+    def resolve_layout(self, model: nn.Module) -> None:
         """Makes "auto" the layout that suits `model`, unless it is settled, and notes whether it is causal."""
         layers = [module for module in model.modules() if hasattr(module, "layer_type")]
         causal = all(getattr(layer, "is_causal", True) for layer in layers)
@@ -91,8 +91,8 @@ class SequenceParallelContext:
     def positions(self, tokens: int, device: torch.device | None = None) -> Tensor:
         """Global positions `[C]` of this rank's `tokens` local ones, padding included."""
         ranks, total = self.world_size, tokens * self.world_size
-        check_length(tokens, ranks, self._settled_layout(), total)
-        spans = get_layout(self._settled_layout(), ranks).spans(self.rank, ranks, total, total)
+        check_length(tokens, ranks, self._resolved_layout(), total)
+        spans = get_layout(self._resolved_layout(), ranks).spans(self.rank, ranks, total, total)
         return torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])
 
     @property
@@ -106,17 +106,17 @@ class SequenceParallelContext:
     def start_linear_attention(self, k: Tensor, v: Tensor, **options: Any) -> PendingLinearAttention:
         """`sequence_parallel.start_linear_attention` with this context's group, strategy and layout."""
         return start_linear_attention(
-            k, v, group=self.group, strategy=self.config.linear, layout=self._settled_layout(), **options
+            k, v, group=self.group, strategy=self.config.linear, layout=self._resolved_layout(), **options
         )
 
     def linear_attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """`sequence_parallel.linear_attention` with this context's group, strategy and layout."""
-        layout = self._settled_layout()
+        layout = self._resolved_layout()
         return linear_attention(q, k, v, group=self.group, strategy=self.config.linear, layout=layout, **options)
 
     def softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """`sequence_parallel.softmax_attention` with this context's group, strategy and layout."""
-        layout = self._settled_layout()
+        layout = self._resolved_layout()
         return softmax_attention(q, k, v, group=self.group, strategy=self.config.softmax, layout=layout, **options)
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class SequenceParallelContext:
         edges = document_edges({**rest, "position_ids": positions}, mask, batch=rows, length=length)
         for name in (*DOCUMENT_KEYS, "max_length_q", "max_length_k"):
             rest.pop(name, None)  # these describe complete rows
-        ragged = get_layout(self._settled_layout(), self.world_size).padded(length, self.world_size) != length
+        ragged = get_layout(self._resolved_layout(), self.world_size).padded(length, self.world_size) != length
         if edges is None and not self.causal and (ragged or (mask is not None and not mask.all())):
             attended = torch.ones(rows, length, device=tokens.device) if mask is None else mask
             edges, positions = _pack_padding(attended), None
@@ -167,7 +167,7 @@ class SequenceParallelContext:
         if edges is not None and rows > 1:
             sequences = {name: x.flatten(0, 1).unsqueeze(0) for name, x in sequences.items()}
         total = sequences["position_ids"].shape[1]
-        padding = get_layout(self._settled_layout(), self.world_size).padded(total, self.world_size) - total
+        padding = get_layout(self._resolved_layout(), self.world_size).padded(total, self.world_size) - total
         sequences["position_ids"] = _extend_positions(sequences["position_ids"], padding, edges is not None)
         local = {name: self._cut(name, x) for name, x in sequences.items()}
         if edges is not None:
@@ -178,7 +178,7 @@ class SequenceParallelContext:
 
     def _cut(self, name: str, x: Tensor) -> Tensor:
         padding = IGNORE_INDEX if name in ("labels", "shift_labels") else 0
-        return shard(x, group=self.group, dim=1, layout=self._settled_layout(), padding=padding).contiguous()
+        return shard(x, group=self.group, dim=1, layout=self._resolved_layout(), padding=padding).contiguous()
 
 
 def _no_context() -> None:
@@ -205,7 +205,7 @@ def enable_sequence_parallel(model: nn.Module, context: SequenceParallelContext 
             "use a LinearLlama3 model"
         )
     if context is not None:
-        context.settle(model)
+        context.resolve_layout(model)
     for layer in layers:
         layer.sequence_parallel_context = context  # type: ignore[assignment]
 

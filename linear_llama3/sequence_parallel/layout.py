@@ -128,7 +128,7 @@ class _Unshard(torch.autograd.Function):
         ctx.tokens, ctx.dim = x.shape[dim], dim
         ctx.spans = layout.spans(group_rank(group), world_size(group), length, ctx.tokens * world_size(group))
         parts = all_gather(x, group).wait().movedim(0, dim)  # W before the local tokens
-        return in_order(parts, layout, dim).narrow(dim, 0, length)
+        return to_sequence_order(parts, layout, dim).narrow(dim, 0, length)
 
     @staticmethod
     @once_differentiable
@@ -152,7 +152,7 @@ def check_length(tokens: int, ranks: int, layout: str, length: int) -> None:
         )
 
 
-def in_order(parts: Tensor, layout: Layout, dim: int) -> Tensor:
+def to_sequence_order(parts: Tensor, layout: Layout, dim: int) -> Tensor:
     """`[..., W, C, ...]`, W in `dim`, to the whole padded sequence `[..., W * C, ...]`."""
     ranks = parts.shape[dim]
     chunks = parts.flatten(dim, dim + 1).unflatten(dim, (ranks * layout.chunks_per_rank, -1))
@@ -160,8 +160,8 @@ def in_order(parts: Tensor, layout: Layout, dim: int) -> Tensor:
     return _permute(chunks, order, dim).flatten(dim, dim + 1)
 
 
-def by_rank(whole: Tensor, layout: Layout, ranks: int, dim: int) -> Tensor:
-    """The inverse of `in_order`: `[..., W * C, ...]` to `[..., W, C, ...]`."""
+def to_rank_order(whole: Tensor, layout: Layout, ranks: int, dim: int) -> Tensor:
+    """The inverse of `to_sequence_order`: `[..., W * C, ...]` to `[..., W, C, ...]`."""
     chunks = whole.unflatten(dim, (ranks * layout.chunks_per_rank, -1))
     order = [c for rank in range(ranks) for c in layout.chunks(rank, ranks)]
     return _permute(chunks, order, dim).flatten(dim, dim + 1).unflatten(dim, (ranks, -1))

@@ -1,8 +1,7 @@
 """Tile sizes, warps and pipeline stages, by shape and architecture.
 
-A pure function of what every rank knows: all ranks round alike, nothing is tried out in a user's first step. The
-choices are those of `scripts/kernel_report.py` that spill no registers, preferring few bytes to many programs; a test holds that none
-spills.
+A pure function of what every rank knows, so all ranks round alike and nothing is tuned in a user's first step. The
+choices spill no registers (`scripts/kernel_report.py`; a test holds it) and prefer few bytes to many programs.
 """
 
 from __future__ import annotations

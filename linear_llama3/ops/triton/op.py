@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..documents import document_edges
+from ..documents import document_boundaries
 from ..local_passes import LocalDocuments, per_document
 from .launch import decode, pad_head_dims
 from .passes import TritonBackward, TritonForward
@@ -73,7 +73,7 @@ def _forward(
 
 
 def _documents(q: Tensor, cu_seqlens: Tensor | None) -> LocalDocuments:
-    return LocalDocuments.complete(document_edges(cu_seqlens, batch=q.shape[0], tokens=q.shape[1]))
+    return LocalDocuments.complete(document_boundaries(cu_seqlens, batch=q.shape[0], tokens=q.shape[1]))
 
 
 @_forward.register_fake

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ...ops.softmax_attention import BlockAttention, BlockAttentionBackward
 from ...ops.visibility import Span, Visibility
 from ..collectives import all_gather, reduce_scatter
-from ..layout import by_rank, in_order
+from ..layout import to_rank_order, to_sequence_order
 from ..sequence_shard import SequenceShard
 from .strategy import AttentionSpec, Gradients, Residuals, differentiable, split
 
@@ -30,7 +30,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tenso
     for span, keys_values in zip(_visible_spans(shard, visibility), remote, strict=True):
         block.add(*split(keys_values, key_dim), [span])
     out, lse = block.result()
-    if spec.exchange_cache is not None:  # of every layer the whole sequence's: gathered again instead of residuals
+    if (
+        spec.exchange_cache is not None
+    ):  # K and V of the complete sequence, in every layer: gathered again instead of kept
         return out, (out, lse)
     return out, (out, lse, *remote)
 
@@ -45,7 +47,7 @@ def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, residuals: Residual
     gradients = out.new_zeros(k.shape[0], shard.ranks * shard.local, k.shape[2], key_dim + v.shape[-1])
     for (a, b), keys_values in zip(_visible_spans(shard, visibility), remote, strict=True):
         block.add(*split(keys_values, key_dim), [(a, b)], *split(gradients[:, a:b], key_dim))
-    pending = reduce_scatter(by_rank(gradients, shard.layout, shard.ranks, dim=1).movedim(1, 0), spec.group)
+    pending = reduce_scatter(to_rank_order(gradients, shard.layout, shard.ranks, dim=1).movedim(1, 0), spec.group)
 
     own = out.new_zeros(*k.shape[:3], key_dim + v.shape[-1])  # while the others' gradients travel
     block.add(k, v, shard.spans, *split(own, key_dim))
@@ -60,7 +62,7 @@ def _start_gather(k: Tensor, v: Tensor, spec: AttentionSpec) -> Callable[[], lis
     pending = all_gather(F.pad(own, (0, 0, 0, 0, 0, shard.local - shard.tokens)), spec.group)
 
     def wait() -> list[Tensor]:
-        gathered = in_order(pending.wait().movedim(0, 1), shard.layout, dim=1)  # [B, W * C, H_kv, D + D_v]
+        gathered = to_sequence_order(pending.wait().movedim(0, 1), shard.layout, dim=1)  # [B, W * C, H_kv, D + D_v]
         return [gathered[:, a:b].clone() for a, b in _visible_spans(shard, visibility)]  # the rest of it is freed
 
     return wait

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from linear_llama3.ops import linear_attention as one_device
 from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES, shard, start_linear_attention
-from linear_llama3.sequence_parallel.handover import gather_end, gather_tokens
+from linear_llama3.sequence_parallel.gather import gather_to_rank, send_final_state
 from linear_llama3.sequence_parallel.traffic import Traffic
 from tests.helpers.attention_cases import GATES, Case, relative_error, shards
 from tests.helpers.ranks import run_distributed, strided_group
@@ -102,8 +102,8 @@ def gathered(layout: str, length: int, strided: bool) -> list[bool]:
     right = []
     for dst in range(ranks):
         with Traffic() as traffic:
-            x = gather_tokens(part, dst=dst, length=length, dim=2, **where)
-            end = gather_end(torch.tensor([rank]), dst=dst, **where)
+            x = gather_to_rank(part, dst=dst, length=length, dim=2, **where)
+            end = send_final_state(torch.tensor([rank]), dst=dst, **where)
         sent = (rank != dst) * part.numel() * 8 + (rank == last != dst) * 8
         if rank == dst:
             right.append(x is not None and torch.equal(x, whole) and end is not None and end.item() == last)
@@ -124,8 +124,8 @@ def test_one_rank_gets_everything(ranks: int, strided: bool, layout: str) -> Non
 
 def test_one_rank_alone_keeps_what_it_has() -> None:
     x = torch.rand(2, 7, 3)
-    assert torch.equal(gather_tokens(x, group=None, dst=0, length=5), x[:, :5])
-    assert gather_end(x, group=None, dst=0, layout="zigzag") is x
+    assert torch.equal(gather_to_rank(x, group=None, dst=0, length=5), x[:, :5])
+    assert send_final_state(x, group=None, dst=0, layout="zigzag") is x
 
 
 @pytest.mark.parametrize(
