@@ -1,4 +1,4 @@
-"""Handing what the ranks of a sequence hold to one of them, which goes on alone. Without gradients."""
+"""Gather what the ranks of a sequence hold on one of them, which continues alone. Without gradients."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .layout import check_length, get_layout
 def gather_to_rank(
     x: Tensor, *, group: dist.ProcessGroup | None, dst: int, length: int, dim: int = 1, layout: str = "contiguous"
 ) -> Tensor | None:
-    """`unshard` on rank `dst` of the group alone; None on the others.
+    """Unshard `x` on rank `dst` of the group alone; None on the others.
 
     Args:
         x: this rank's part of the sequence, C tokens long in `dim`, padding included.
-        length: the true length of the whole, T.
+        length: the true length of the complete sequence, T.
     """
     ranks = world_size(group)
     rule = get_layout(layout, ranks)

@@ -30,9 +30,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tenso
     for span, keys_values in zip(_visible_spans(shard, visibility), remote, strict=True):
         block.add(*split(keys_values, key_dim), [span])
     out, lse = block.result()
-    if (
-        spec.exchange_cache is not None
-    ):  # K and V of the complete sequence, in every layer: gathered again instead of kept
+    if spec.exchange_cache is not None:  # K and V of all ranks in every layer: gathered again, not kept
         return out, (out, lse)
     return out, (out, lse, *remote)
 
