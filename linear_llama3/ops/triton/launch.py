@@ -70,20 +70,20 @@ class Launcher:
         self, x: Tensor, y: Tensor, segments: Segments, which: tuple[int, ...] | None, *, scale: float = 1.0,
         entering: Tensor | None = None, states: bool = False, ends: bool = False, reverse: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-        """States of the chunks, and states and decay factors `[B, n, H, K]` of the segments (or of these)."""
+        """States of the chunks, and states and decay decays `[B, n, H, K]` of the segments (or of these)."""
         tiles, table = self.configuration.scan, segments.table(which)
         count, chunks = len(table), len(segments.chunks)
         chunk_states = self._empty(chunks, self.value_dim, dtype=self._stored) if states else None
         end_states = self._empty(count, self.value_dim) if ends else None
-        factors = self._empty(count) if ends and self.gate != NONE.value else None
+        decays = self._empty(count) if ends and self.gate != NONE.value else None
         grid = (count * triton.cdiv(self.key_dim, tiles.BK) * triton.cdiv(self.value_dim, tiles.BV), self._rows)
         with on(self.k.device):
             state_scan_kernel[grid](
-                x, y, self.b, entering, chunk_states, end_states, factors, table, self.tokens, scale, chunks,
+                x, y, self.b, entering, chunk_states, end_states, decays, table, self.tokens, scale, chunks,
                 **self._common(tiles), G=x.shape[2] // self.heads, C=self.chunk, REVERSE=reverse,
                 ENTERING=entering is not None, STATES=states, ENDS=ends,
             )  # fmt: skip
-        return chunk_states, end_states, factors
+        return chunk_states, end_states, decays
 
     def output(
         self, q: Tensor, segments: Segments, entering: Tensor | None, *, scale: float, dtype: torch.dtype, ends: bool
@@ -154,7 +154,7 @@ def precision(dtype: torch.dtype) -> dict[str, Any]:
     return {"DOT": tl.float32, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
 
 
-def merge(states: Tensor, factors: Tensor | None, steps: Tensor, targets: int, initial: Tensor | None = None) -> Tensor:
+def merge(states: Tensor, decays: Tensor | None, steps: Tensor, targets: int, initial: Tensor | None = None) -> Tensor:
     """The states that enter, `[B, targets, H, K, V]`, of pieces `[n, B, H, K, V]` that decay by `[n, B, H, K]`.
 
     Strides of the pieces: any between pieces, batch rows, and rows of H * K; V is dense.
@@ -163,14 +163,14 @@ def merge(states: Tensor, factors: Tensor | None, steps: Tensor, targets: int, i
     entering = torch.empty(batch, targets, *states.shape[2:], dtype=states.dtype, device=states.device)
     initial = None if initial is None else initial.contiguous()
     rows, (block_rows, block_columns) = heads * key_dim, (16, min(power_of_two(value_dim), 128))
-    factor_strides = (0, 0, 0) if factors is None else (*factors.stride()[:2], factors.stride(3))
+    decay_strides = (0, 0, 0) if decays is None else (*decays.stride()[:2], decays.stride(3))
     with on(states.device):
         merge_kernel[triton.cdiv(rows, block_rows), triton.cdiv(value_dim, block_columns), batch](
-            states, factors, initial, entering, steps, len(steps),
-            *states.stride()[:2], states.stride(3), *factor_strides,
+            states, decays, initial, entering, steps, len(steps),
+            *states.stride()[:2], states.stride(3), *decay_strides,
             *((0, 0) if initial is None else initial.stride()[:2]), entering.stride(1), entering.stride(0),
             ROWS=rows, V=value_dim, BR=block_rows, BV=block_columns,
-            DECAYS=factors is not None, INITIAL=initial is not None, num_warps=4, enable_fp_fusion=False,
+            DECAYS=decays is not None, INITIAL=initial is not None, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return entering
 

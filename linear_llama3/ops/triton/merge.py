@@ -29,8 +29,8 @@ STEP_CONTINUE = tl.constexpr(CONTINUE)
 
 @triton.jit
 def merge_kernel(
-    states, factors, initial, entering, steps, count,
-    state_piece, state_batch, state_row, factor_piece, factor_batch, factor_row,
+    states, decays, initial, entering, steps, count,
+    state_piece, state_batch, state_row, decay_piece, decay_batch, decay_row,
     initial_piece, initial_batch, entering_piece, entering_batch,
     ROWS: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
     DECAYS: tl.constexpr, INITIAL: tl.constexpr,
@@ -38,7 +38,7 @@ def merge_kernel(
     """`X <- a * X + S` from piece to piece, each receiving the X before it; the same between the segments of one
     device and between the links of many.
 
-    States and initial are matrices `[ROWS = H * K, V]`, factors `[ROWS]`, one for every piece and batch row, at the
+    States and initial are matrices `[ROWS = H * K, V]`, decays `[ROWS]`, one for every piece and batch row, at the
     strides named. steps int32 `[count, 3]`: source, target and start of every `MergeStep`.
     Grid: (ROWS / BR, V / BV, B).
     """
@@ -62,9 +62,9 @@ def merge_kernel(
         at = entering + tl.cast(target, tl.int64) * entering_piece + batch * entering_batch
         tl.store(at + dense, x, mask=(rows[:, None] < sent) & inside)
         if DECAYS:
-            at = factors + tl.cast(source, tl.int64) * factor_piece + batch * factor_batch
-            factor = tl.load(at + rows * factor_row, mask=rows < folded, other=1.0).to(x.dtype)[:, None]
-            x = tl.where(factor == 0, 0.0, factor * x)  # where nothing is left, inf and nan neither
+            at = decays + tl.cast(source, tl.int64) * decay_piece + batch * decay_batch
+            decay = tl.load(at + rows * decay_row, mask=rows < folded, other=1.0).to(x.dtype)[:, None]
+            x = tl.where(decay == 0, 0.0, decay * x)  # where nothing is left, inf and nan neither
         at = states + tl.cast(source, tl.int64) * state_piece + batch * state_batch
         at += rows[:, None] * state_row + columns[None, :]
         x += tl.load(at, mask=(rows[:, None] < folded) & inside, other=0.0)

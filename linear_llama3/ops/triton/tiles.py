@@ -14,7 +14,9 @@ import triton.language as tl
 NONE, HEAD, SCALAR, CHANNEL = (tl.constexpr(i) for i in range(4))
 """Gates: no decay, a constant `[H]`, one value per token and head, one per token, head and key channel."""
 LOG2E = tl.constexpr(1.4426950408889634)
-NOTHING_LEFT = tl.constexpr(-150.0)  # 2 ** -150 is 0 in float32; a longer fall would only cost those behind it digits
+NOTHING_LEFT = tl.constexpr(
+    -150.0
+)  # 2 ** -150 is 0 in float32; a smaller sum would only cost the tokens after it digits
 
 
 @triton.jit
@@ -103,7 +105,7 @@ def scores(
     the WIDTH columns from `begin` on, BK at a time.
 
     A decay per channel does not factor out of the product, and `(q e^b)(k e^-b)` overflows. So the triangle is halved
-    again and again: between two halves of a block both factors are taken relative to the edge between them, where
+    again and again: between two halves of a block both decays are taken relative to the edge between them, where
     they are at most 1 for any decay (Yang et al., arXiv:2312.06635, section 4.3, carried down to single tokens).
     """
     rows = tl.arange(0, C)
@@ -115,13 +117,13 @@ def scores(
         if GATE != CHANNEL:
             s = tl.dot(query, tl.trans(key), s, input_precision=PRECISION)
         else:
-            fall, _ = load_decay(gate, token, head, valid, keys, H, K, C, GATE)
+            b_channel, _ = load_decay(gate, token, head, valid, keys, H, K, C, GATE)
             own = tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1)
             s += tl.where(rows[:, None] == rows[None, :], own[:, None], 0.0)
             for level in tl.range(levels(C), num_stages=1):
-                late, same, fade = halves(gate, fall, token, head, valid, keys, level, H, K, C)
-                second = tl.where(late, query * fade, 0.0).to(DOT)
-                first = tl.where(late, 0.0, key * fade).to(DOT)
+                late, same, decay = halves(gate, b_channel, token, head, valid, keys, level, H, K, C)
+                second = tl.where(late, query * decay, 0.0).to(DOT)
+                first = tl.where(late, 0.0, key * decay).to(DOT)
                 s += tl.where(same, tl.dot(second, tl.trans(first), input_precision=PRECISION), 0.0)
     return s if GATE == CHANNEL else s * pair_decay(b, C, GATE)
 

@@ -1,8 +1,8 @@
 """Ring Attention (arXiv 2310.01889): K and V go round the ring of ranks, queries stay.
 
 While a rank attends with one block of keys, the next one is on its way. In the backward pass K and V go round again,
-and the gradients of a block travel behind it, growing at every rank; the last one to see the block sends them home
-to its owner, whose own share never travels.
+and the gradients of a block travel behind it, summed from rank to rank; the last rank that sees the block returns them
+to its source, whose own share never travels.
 """
 
 from __future__ import annotations
@@ -54,29 +54,30 @@ def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, residuals: Residual
 
 
 def _pass_on(held: Tensor, route: Route, step: int, spec: AttentionSpec) -> Transfer:
-    """What is still of use ahead goes to the next rank; the block of the next step comes from the last."""
+    """Forward the chunks that later ranks need; receive the block of the next step from the previous rank."""
     rank = spec.shard.rank
-    send = route.select(held, rank, step, route.onward(rank, step))
+    send = route.select(held, rank, step, route.forwarded(rank, step))
     receive = route.empty(held, rank, step + 1, route.held(rank, step + 1))
-    return send_receive([(send, route.visitor(rank, 1))], [(receive, route.owner(rank, 1))], spec.group)
+    return send_receive([(send, route.holder(rank, 1))], [(receive, route.source_rank(rank, 1))], spec.group)
 
 
 def _pass_gradients_on(gradients: Tensor, route: Route, step: int, spec: AttentionSpec) -> Transfer:
-    """The gradients of the block held follow it, or go home; those of the next block and of one's own come in."""
+    """Send the gradients of the block held after it or back to its source; receive those of the next block and of this
+    rank's own chunks."""
     rank = spec.shard.rank
-    following = route.select(gradients, rank, step, route.onward(rank, step))
+    following = route.select(gradients, rank, step, route.forwarded(rank, step))
     going_home = route.select(gradients, rank, step, route.finished(rank, step))
-    visitor = route.visitor(rank, step)
+    holder = route.holder(rank, step)
     expected = route.empty(gradients, rank, step + 1, route.held(rank, step + 1))
-    coming_home = route.empty(gradients, visitor, step, route.finished(visitor, step))
-    sends = [(following, route.visitor(rank, 1)), (going_home, route.owner(rank, step))]
-    return send_receive(sends, [(expected, route.owner(rank, 1)), (coming_home, visitor)], spec.group)
+    coming_home = route.empty(gradients, holder, step, route.finished(holder, step))
+    sends = [(following, route.holder(rank, 1)), (going_home, route.source_rank(rank, step))]
+    return send_receive(sends, [(expected, route.source_rank(rank, 1)), (coming_home, holder)], spec.group)
 
 
 def _arrived(transfer: Transfer, own: Tensor, route: Route, rank: int, step: int) -> Tensor:
-    """Adds to `own` what came home after `step`; returns what follows the block of the next step."""
+    """Add to `own` what was returned after `step`; return the gradients that follow the block of the next step."""
     following, home = transfer.wait()
-    for where, rows in route.at_home(home, rank, route.finished(route.visitor(rank, step), step)):
+    for where, rows in route.returned(home, rank, route.finished(route.holder(rank, step), step)):
         own[:, where] += rows
     return following
 

@@ -34,8 +34,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tenso
         if t == 0:
             own.add(k, v, shard.spans)
         elif t < route.steps:
-            busy = route.busy(rank, t)
-            block = attention(route.select(held, rank, t, busy), route.spans(rank, t, busy))
+            visible = route.visible(rank, t)
+            block = attention(route.select(held, rank, t, visible), route.spans(rank, t, visible))
             block.add(k, v, shard.spans)
             out, lse = block.result()
             results = torch.cat([out, lse.mT.unsqueeze(-1)], dim=-1)  # [B, n, H_q, D_v + 1]
@@ -58,13 +58,13 @@ def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, residuals: Residual
     for t in range(route.steps + 1):
         transfer = _exchange(held, results, route, t, spec)
         if t < route.steps:
-            busy = route.busy(rank, t)
-            rows, sums = (route.select(x, rank, t, busy) for x in held)
+            visible = route.visible(rank, t)
+            rows, sums = (route.select(x, rank, t, visible) for x in held)
             queries, d_rows = split(rows, key_dim)
             lse_rows, delta_rows = sums.unbind(-1)
             d_rows = d_rows.to(out.dtype)
             out_rows = output_with_delta(d_rows, delta_rows)
-            block = attention(queries, route.spans(rank, t, busy), out_rows, lse_rows.mT, d_rows)
+            block = attention(queries, route.spans(rank, t, visible), out_rows, lse_rows.mT, d_rows)
             block.add(k, v, shard.spans, d_k, d_v)
             results = block.result()
             if t == 0:
@@ -78,22 +78,22 @@ def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, residuals: Residual
 def _exchange(held: list[Tensor], results: Tensor, route: Route, step: int, spec: AttentionSpec) -> Transfer:
     """Hands on the queries held, and sends what was computed in the last step home to its owner."""
     rank = spec.shard.rank
-    onward, upcoming, visitor = route.onward(rank, step), route.held(rank, step + 1), route.visitor(rank, step - 1)
-    sends = [(route.select(x, rank, step, onward), route.visitor(rank, 1)) for x in held]
-    receives = [(route.empty(x, rank, step + 1, upcoming), route.owner(rank, 1)) for x in held]
+    forwarded, upcoming, holder = route.forwarded(rank, step), route.held(rank, step + 1), route.holder(rank, step - 1)
+    sends = [(route.select(x, rank, step, forwarded), route.holder(rank, 1)) for x in held]
+    receives = [(route.empty(x, rank, step + 1, upcoming), route.source_rank(rank, 1)) for x in held]
     if step < 2:  # the first queries were one's own: nothing to send
         home = results[:, :0].contiguous()
     else:
-        home = route.empty(results, visitor, step - 1, route.busy(visitor, step - 1))
-        sends.append((results, route.owner(rank, step - 1)))
-    return send_receive(sends, [*receives, (home, visitor)], spec.group)
+        home = route.empty(results, holder, step - 1, route.visible(holder, step - 1))
+        sends.append((results, route.source_rank(rank, step - 1)))
+    return send_receive(sends, [*receives, (home, holder)], spec.group)
 
 
 def _home(home: Tensor, route: Route, rank: int, step: int) -> Iterator[tuple[slice, Tensor]]:
-    """What came back from the visitor of `step`: rows of this rank's own block, and the result for them."""
+    """What came back from the holder of `step`: rows of this rank's own block, and the result for them."""
     if step < 1:
         return iter(())
-    return route.at_home(home, rank, route.busy(route.visitor(rank, step), step))
+    return route.returned(home, rank, route.visible(route.holder(rank, step), step))
 
 
 token_ring = differentiable(forward, backward)
