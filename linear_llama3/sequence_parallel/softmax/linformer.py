@@ -59,7 +59,7 @@ def linformer_attention(
             raise ValueError(f"{name} must be this rank's columns [p, C = {q.shape[1]}], got shape {tuple(x.shape)}")
     if key_projection.shape[0] != value_projection.shape[0]:
         raise ValueError(
-            "key_projection and value_projection must have as many rows, got "
+            "key_projection and value_projection must have the same number of rows, got "
             f"{key_projection.shape[0]} and {value_projection.shape[0]}"
         )
     shard = resolve_shard(q.shape[1], batch=q.shape[0], group=group, layout=layout, cu_seqlens=None, length=length)
