@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel: registers, shared memory, spills, tensor-core instructions. Needs no GPU.
+"""Report what every kernel compiles to: registers, shared memory, spills, tensor-core instructions. Needs no GPU.
 
     python scripts/kernel_report.py [--capability 80 90] [--gates head channel] [--dims 64 128] ...
 
@@ -75,7 +75,7 @@ class Resources:
 
 
 def launches(case: Case) -> list[Launch]:
-    """Those of a forward and a backward pass with initial and final states, and of a decoding step."""
+    """The launches of a forward and a backward pass with initial and final states, and of a decoding step."""
     made = lambda *shape: torch.empty(*shape, dtype=DTYPES[case.dtype], device="meta")  # noqa: E731
     heads, tokens = 8, 4096
     q, k = made(1, tokens, heads * case.G, case.K), made(1, tokens, heads, case.K)

@@ -132,7 +132,7 @@ def _check_positions(steps: Tensor, name: str, edges: Tensor) -> None:
     """Raise ValueError if positions restart inside a document, or restart in one place and continue across an edge.
 
     Positions that never decrease describe no documents: they may continue, repeat or jump ahead across edges.
-    `steps` `[B, T - 1]` are the differences of neighbouring positions, `edges` are those that `name` gives.
+    `steps` `[B, T - 1]` are the differences of adjacent positions, `edges` are those that `name` gives.
     """
     starts = torch.isin(torch.arange(steps.shape[0] * (steps.shape[1] + 1), device=edges.device), edges)
     starts = starts.view(steps.shape[0], -1)[:, 1:].to(steps.device)

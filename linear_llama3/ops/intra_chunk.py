@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NOTHING_LEFT = -1e4  # a log decay whose factor is 0 in any precision; -inf - -inf would be nan
+NOTHING_LEFT = -1e4  # a log decay that multiplies by 0 in any precision; -inf - -inf would be nan
 
 
 class Decay(NamedTuple):
-    """What a chunk's decays do to its tokens. All factors are at most 1; dimensions of size 1 stand for equal ones."""
+    """The decays between the tokens of a chunk, all at most 1; a dimension of size 1 stands for equal values."""
 
     b: Tensor  # [..., C, 1 or D] the log decay cumulated, own token included; see `cumulated_decay`
     from_start: Tensor  # [..., C * G, 1 or D] e^b: of the state before the chunk, on its way to each query

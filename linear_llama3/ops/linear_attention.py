@@ -42,7 +42,7 @@ def linear_attention(
     causal: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Linear attention over whole sequences on one device.
+    """Linear attention over complete sequences on one device.
 
     Args:
         q: queries `[B, T, H_q, D_k]`.
@@ -51,7 +51,7 @@ def linear_attention(
         log_decay: natural log, <= 0. None, `[H_kv]`, `[B, T, H_kv]` or `[B, T, H_kv, D_k]`.
         scale: applied to q. Default: `D_k ** -0.5`.
         normalize: divide by `q . sum(k)`, exactly and without an epsilon (a sum of 0 gives 0). The state then has
-            D_v + 1 columns, the last one the normaliser.
+            D_v + 1 columns, the last one the normalizer.
         initial_state: `[B, H_kv, D_k, D_v]`, with `cu_seqlens` one per document, `[N, H_kv, D_k, D_v]`.
         output_final_state: return the state after the last token (of every document).
         cu_seqlens: int `[N + 1]`, edges of the documents packed in a batch of 1; the state restarts at each. A
@@ -125,11 +125,11 @@ def upcast_constant_decay(log_decay: Tensor | None, k: Tensor) -> Tensor | None:
 
 
 def with_ones_column(v: Tensor) -> Tensor:
-    """`[v, 1]`: the extra column of the state is the normaliser, sum(k)."""
+    """Append a column of ones: the extra column of the state is the normalizer, sum(k)."""
     return F.pad(v, (0, 1), value=1.0)
 
 
 def divide_by_normalizer(out: Tensor) -> Tensor:
-    """0 for a token that sees nothing, as one on the padding before a sequence."""
+    """Divide by the last column; 0 for a token that sees nothing, such as padding before a sequence."""
     weight = out[..., -1:]
     return out[..., :-1] / weight.masked_fill(weight == 0, 1.0)

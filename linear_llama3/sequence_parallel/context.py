@@ -1,4 +1,4 @@
-"""What a model needs to know to run on a part of every sequence: the group, the strategies, the cut of a batch."""
+"""The context in which a model runs on a shard of every sequence: the group, the strategies, the batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .softmax.attention import get_softmax_strategy, softmax_attention
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceParallelConfig:
-    """Names of the strategies for both kinds of layers, and of the layout.
+    """The strategies for both kinds of layers and the layout, by name.
 
     Strategy "auto" is the cheapest one for the sizes of each call (`costs.py`); layout "auto" is zigzag for models
     with softmax layers, whose causal work it balances, and contiguous for purely linear ones, whose states it would
@@ -42,7 +42,7 @@ class SequenceParallelConfig:
 
 
 class SequenceParallelContext:
-    """One sequence-parallel group: its ranks hold the parts of the same sequences.
+    """One sequence-parallel group, whose ranks hold shards of the same sequences.
 
     Copies of a model (`copy.deepcopy`, `torch.optim.swa_utils.AveragedModel`) share its context, so they
     run sharded too. A pickle (`torch.save(model)`) stores None instead of the context, since a process group has no
@@ -71,8 +71,8 @@ class SequenceParallelContext:
 
     @property
     def layout(self) -> str:
-        """Name of the layout. The first model that is enabled settles "auto"; sharding or attention before that settles
-        it as "contiguous". It never changes afterwards, so that shards and attention always have the same layout."""
+        """Name of the layout. Enabling the first model resolves "auto"; sharding or attention before that resolves it to
+        "contiguous". It never changes afterwards, so shards and attention always have the same layout."""
         return self._layout or "auto"
 
     def _resolved_layout(self) -> str:
@@ -80,7 +80,7 @@ class SequenceParallelContext:
         return self._layout
 
     def resolve_layout(self, model: nn.Module) -> None:
-        """Makes "auto" the layout that suits `model`, unless it is settled, and notes whether it is causal."""
+        """Resolve "auto" to the layout that suits `model`, once, and note whether the model is causal."""
         layers = [module for module in model.modules() if hasattr(module, "layer_type")]
         causal = all(getattr(layer, "is_causal", True) for layer in layers)
         self.causal &= causal
@@ -120,7 +120,7 @@ class SequenceParallelContext:
         return softmax_attention(q, k, v, group=self.group, strategy=self.config.softmax, layout=layout, **options)
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """This rank's part of a batch that every rank of the group holds whole.
+        """Cut this rank's shard from a batch that every rank of the group holds completely.
 
         Labels are shifted before the cut, so that no target is lost at an edge; positions stay global; rows that
         pack documents become one row (batch of 1), with the edges of all documents as `cu_seq_lens_q/k`. The end
@@ -186,16 +186,16 @@ def _no_context() -> None:
 
 
 def enable_sequence_parallel(model: nn.Module, context: SequenceParallelContext | None) -> None:
-    """Hands `context` to every attention layer of `model`; None makes them plain attention again.
+    """Give `context` to every attention layer of `model`; None makes them plain attention again.
 
     Raises:
-        ValueError: the model has no layer that knows sequence parallelism, or a head that reads whole sequences.
+        ValueError: the model has no layer that supports sequence parallelism, or a head that reads complete sequences.
     """
     for module in model.modules() if context is not None else ():
         if getattr(module, "needs_whole_sequences", False):
             raise ValueError(
                 "under sequence parallelism a rank holds a part of a sequence, got a "
-                f"{type(module).__name__}, whose head reads whole ones; train it data-parallel, with a "
+                f"{type(module).__name__}, whose head reads complete ones; train it data-parallel, with a "
                 "sequence-parallel size of 1"
             )
     layers = [module for module in model.modules() if hasattr(module, "sequence_parallel_context")]
@@ -211,7 +211,7 @@ def enable_sequence_parallel(model: nn.Module, context: SequenceParallelContext 
 
 
 def _check_shapes(name: str, tokens: Tensor, rest: Mapping[str, Any]) -> None:
-    """What is not as long as the tokens would be cut at other places."""
+    """Raise ValueError if a per-token entry differs in shape from the tokens."""
     embedded = name == "inputs_embeds"
     if tokens.dim() != 2 + embedded:
         raise ValueError(
@@ -233,13 +233,13 @@ def _check_shapes(name: str, tokens: Tensor, rest: Mapping[str, Any]) -> None:
 
 
 def _check_padding(mask: Tensor | None) -> None:
-    """Causal attention never looks at padding on the right; anywhere else it would have to be masked."""
+    """Raise ValueError for padding before a token: causal attention ignores padding only on the right."""
     if mask is None:
         return
     mask = mask.bool()
     if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
         raise ValueError(
-            "sequence parallelism takes padding on the right only, got an attention_mask with padding before a "
+            "sequence parallelism accepts padding on the right only, got an attention_mask with padding before a "
             "token; set tokenizer.padding_side = 'right' or pack the documents"
         )
 
@@ -253,7 +253,7 @@ def _pack_padding(mask: Tensor) -> Tensor:
 
 
 def _check_uncut(rest: Mapping[str, Any], rows: int, length: int) -> None:
-    """What has a value for every token must not reach a model whole, beside the tokens of one rank."""
+    """Raise ValueError for other per-token entries, which would reach the model uncut."""
     for name, x in rest.items():
         if isinstance(x, Tensor) and x.shape[:2] == (rows, length):
             raise ValueError(
@@ -272,6 +272,6 @@ def _targets(rest: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _extend_positions(positions: Tensor, padding: int, packed: bool) -> Tensor:
-    """Positions of the padding: they run on or, where documents are packed, start anew."""
+    """Positions of the padding: they continue or, where documents are packed, restart at 0."""
     start = torch.zeros_like(positions[:, -1:]) if packed else positions[:, -1:] + 1
     return torch.cat([positions, start + torch.arange(padding, device=positions.device)], dim=1)

@@ -34,7 +34,7 @@ class LocalChunk(NamedTuple):
 
     @property
     def passes_states_through(self) -> bool:
-        """Whether no document starts here, so that a state that enters also leaves."""
+        """True if no document starts here, so that a state that enters also leaves."""
         return self.stop - self.first <= self.continues_previous
 
 

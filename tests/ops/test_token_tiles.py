@@ -42,7 +42,7 @@ def test_tiles_equal_the_whole(tokens: int, monkeypatch: pytest.MonkeyPatch) -> 
 def test_only_the_inputs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Sequential(nn.Linear(4, 10), nn.Tanh(), nn.Linear(10, 4))
     x = torch.randn(1, 50, 4, requires_grad=True)
-    for size, kept in ((100, {4, 10}), (5, {4})):  # as a whole, and in tiles
+    for size, kept in ((100, {4, 10}), (5, {4})):  # at once, and in tiles
         monkeypatch.setattr(token_tiles, "TILE_NUMBERS", size * 10)
         widths: set[int] = set()
         with torch.autograd.graph.saved_tensors_hooks(

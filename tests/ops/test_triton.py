@@ -36,7 +36,7 @@ BOUNDS = {torch.float32: (2e-6, 5e-5), torch.float16: (1e-3, 3e-3)}
 
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
-    """What a kernel does not write is nan."""
+    """Elements that no kernel writes are nan."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -63,7 +63,7 @@ def check(case: Case, *, loose: float = 1.0) -> None:
 @pytest.mark.usefixtures("short_segments")
 @pytest.mark.parametrize("gate", GATES)
 def test_equals_the_recurrence(gate: str) -> None:
-    """Packed documents, one of several segments, GQA, initial states, the normaliser, head dims that are padded."""
+    """Packed documents, one of several segments, GQA, initial states, the normalizer, head dims that are padded."""
     check(
         Case(
             tokens=180, gate=gate, groups=2, documents=(0, 20, 180), initial_state=True, normalize=True, heads=1,
@@ -81,7 +81,7 @@ def test_every_length(gate: str, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", GATES)
 def test_every_size(gate: str) -> None:
-    """Head dims that are no power of two, more than a tile, different; GQA; batch; initial states; the normaliser."""
+    """Head dims that are not powers of two, more than a tile, different; GQA; batch; initial states; the normalizer."""
     sizes = ((40, 24), (17, 130), (130, 17), (153, 64))
     for i, (key_dim, value_dim) in enumerate(sizes):
         more = i % 2 == 0

@@ -1,4 +1,4 @@
-"""How sharded attention behaves in autograd: autocast, second derivatives, two models at once."""
+"""Sharded attention in autograd: autocast, second derivatives, two models at once."""
 
 from __future__ import annotations
 

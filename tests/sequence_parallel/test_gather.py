@@ -1,4 +1,4 @@
-"""What one rank goes on with: the final state of a sharded sequence, and the tokens of all ranks."""
+"""The final state of a sharded sequence and the tokens of all ranks, gathered on one rank."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cases(gate: str, dtype: torch.dtype) -> list[Case]:
 
 
 def final_states(all_cases: list[Case], strategy: str, layout: str, backend: str) -> States:
-    """Of every case, the state behind this rank's last chunk."""
+    """Return the state after this rank's last chunk, for every case."""
     results = []
     for case in all_cases:
         local = shards(case.inputs(), layout=layout)
@@ -75,20 +75,17 @@ def check(by_rank: list[States], all_cases: list[Case], layout: str, bound: floa
     ranks=(1, 2, 3, 4), gate=GATES, layout=LAYOUTS,
 )  # fmt: skip
 def test_final_state(ranks: int, gate: str, layout: str) -> None:
-    """Every rank's is the recurrence's, after as many tokens."""
+    """Every rank has the state of the recurrence after its last token."""
     for strategy in LINEAR_STRATEGIES:
         all_cases = cases(gate, torch.float64)
         by_rank = run_distributed(final_states, ranks, all_cases, strategy, layout, "chunked")
         check(by_rank, all_cases, layout if ranks > 1 else "contiguous", 1e-12)
 
 
-@slow_unless(
-    lambda gate_and_strategy, layout: gate_and_strategy[0] == "channel" and layout == "zigzag",
-    gate_and_strategy=list(zip(GATES, LINEAR_STRATEGIES, strict=True)), layout=LAYOUTS,
-)  # fmt: skip
-def test_final_state_of_the_kernels(gate_and_strategy: tuple[str, str], layout: str) -> None:
+@slow_unless(lambda gate, layout: gate == "channel" and layout == "zigzag", gate=GATES, layout=LAYOUTS)
+def test_final_state_of_the_kernels(gate: str, layout: str) -> None:
     """D_k 5 and D_v 3 are padded inside; the state has none of it."""
-    gate, strategy = gate_and_strategy
+    strategy = dict(zip(GATES, LINEAR_STRATEGIES, strict=True))[gate]  # every strategy once
     launch = pytest.importorskip("linear_llama3.ops.triton.launch")
     if not launch.INTERPRETED:
         pytest.skip("gloo shares tensors of the CPU")
@@ -97,7 +94,7 @@ def test_final_state_of_the_kernels(gate_and_strategy: tuple[str, str], layout: 
 
 
 def gathered(layout: str, length: int, strided: bool) -> list[bool]:
-    """For every destination: whether it, and only it, has the whole sequence and what the last rank holds."""
+    """For every destination: whether it, and only it, has the complete sequence and what the last rank holds."""
     group = strided_group() if strided else dist.group.WORLD
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     whole = torch.arange(2 * 3 * length * 2).reshape(2, 3, length, 2) + 100 * (dist.get_rank() % 2 if strided else 0)

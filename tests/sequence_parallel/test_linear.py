@@ -135,7 +135,7 @@ def test_equals_one_device(world_size: int, gate: str, strategy: str, layout: st
 
 
 def all_strategies(layout: str, latency_bytes: int) -> list[tuple[np.ndarray, Result]]:
-    """Every strategy on one case in float32; All-Scan in as many blocks as rows, or in fewer."""
+    """Every strategy on one case in float32; All-Scan with one block per row, or fewer."""
     case = Case(tokens=37, gate="channel", documents=(0, 5, 29, 37), groups=2, dtype=torch.float32)
     with patch.object(costs, "LATENCY_BYTES", latency_bytes):
         assert costs.number_of_blocks(120, rows=5, hops=3) == (5 if latency_bytes == 1 else 2)
@@ -206,7 +206,7 @@ def test_groups_need_not_be_consecutive(strategy: str) -> None:
 
 
 def order_of_events(strategy: str) -> list[str]:
-    """What happens in a forward and backward pass: starting the scan, products inside chunks, waiting."""
+    """Record a forward and backward pass: the start of the scan, intra-chunk products, waiting."""
     events: list[str] = []
 
     def recorded(name: str, function):
@@ -253,7 +253,7 @@ def low_precision(case: Case, strategy: str, layout: str) -> np.ndarray:
         (replace(GATED, dtype=torch.float32), 1e-5),
         (replace(GATED, dtype=torch.bfloat16), 5e-3),
         (replace(GATED, gate="head", tokens=600, dtype=torch.bfloat16), 5e-3),  # bfloat16 counts to 256
-        (NORMALIZED, 5e-3),  # a normaliser that is summed in bfloat16 stalls
+        (NORMALIZED, 5e-3),  # a normalizer that is summed in bfloat16 stalls
     ],
     ids=["float32", "bfloat16", "bfloat16 constant decay", "normalized bfloat16"],
 )

@@ -93,9 +93,11 @@ def key_gradients(
     BK: tl.constexpr, BC: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, GRADIENT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, and the gate's: the gradient of a token's log decay is the sum over all that passes it, from S and the
-    keys before it, to D and the queries from it on. Written so, a token's own term, which does not decay, takes no part,
-    and nothing large cancels."""
+    """Compute dq, dk and the decay's gradient.
+
+    The gradient of a token's log decay is the sum of everything that passes the token: from S and the keys before it,
+    to D and the queries from it on. A token's own term, which does not decay, takes no part, and nothing large cancels.
+    """
     width: tl.constexpr = BK if GATE == CHANNEL else 1
     keys, rows = tile * BK + tl.arange(0, BK), tl.arange(0, C)
     d_key = tl.zeros([C, BK], dtype=tl.float32)
@@ -168,7 +170,7 @@ def scores_backward(
     query, key, b, ds, d_query, d_key, arrived, gate, token, head, valid, keys,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the gradients of `scores` with a decay per channel; `arrived` gets `q dq - k dk` between tokens."""
+    """Add the gradients of `scores` with a decay per channel; `arrived` gets `q dq - k dk` between tokens."""
     own = diagonal(ds)
     d_query += own * key
     d_key += own * query
@@ -210,7 +212,7 @@ def column_sum(x, width: tl.constexpr):
 
 @triton.jit
 def sum_before(x):
-    """Of every row the sum of those before it: without its own, which may be far larger and would swallow them."""
+    """Sum the rows before each row, without its own, which may be far larger and would swallow them."""
     before, _ = tl.associative_scan((x * 0.0, x), 0, _append)
     return before
 

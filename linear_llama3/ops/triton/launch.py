@@ -50,10 +50,10 @@ class Launcher:
             capability=capability(k.device),
         )  # fmt: skip
         self.chunk = self.configuration.chunk if backward else self.configuration.rows
-        self.b = self.log_decay  # or its sums inside chunks
+        self.b = self.log_decay  # or, once cumulated, its sums inside chunks
 
     def cumulate_log_decay(self, segments: Segments) -> None:
-        """Of a gate that varies, the kernels read the sums inside chunks."""
+        """Sum a log decay that varies inside chunks, as the kernels read it."""
         if self.gate not in (SCALAR.value, CHANNEL.value) or self.b is not self.log_decay:
             return
         assert self.log_decay is not None
@@ -70,7 +70,7 @@ class Launcher:
         self, x: Tensor, y: Tensor, segments: Segments, which: tuple[int, ...] | None, *, scale: float = 1.0,
         entering: Tensor | None = None, states: bool = False, ends: bool = False, reverse: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-        """States of the chunks, and states and decay decays `[B, n, H, K]` of the segments (or of these)."""
+        """States of the chunks, and states and decays `[B, n, H, K]` of the segments (or of these)."""
         tiles, table = self.configuration.scan, segments.table(which)
         count, chunks = len(table), len(segments.chunks)
         chunk_states = self._empty(chunks, self.value_dim, dtype=self._stored) if states else None
@@ -105,7 +105,7 @@ class Launcher:
     def gradients(
         self, q: Tensor, d_out: Tensor, segments: Segments, states: Tensor, d_states: Tensor, *, scale: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Of q, k, v and the log decay."""
+        """Gradients of q, k, v and the log decay."""
         tiles = self.configuration.backward
         dq, dk, dv = (torch.empty_like(x) for x in (q, self.k, self.v))
         key_tiles, d_gate = triton.cdiv(self.key_dim, tiles.BK), None
@@ -143,12 +143,12 @@ class Launcher:
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever the tensors."""
+    """Select the device of the tensors: Triton launches on the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def precision(dtype: torch.dtype) -> dict[str, Any]:
-    """In which type and how exactly tiles are multiplied (see `tiles.py`)."""
+    """The dtype and the precision of matrix products (see `tiles.py`)."""
     if dtype == torch.bfloat16 and not INTERPRETED:  # the interpreter multiplies bfloat16 wrongly
         return {"DOT": tl.bfloat16, "PRECISION": "ieee"}
     return {"DOT": tl.float32, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}

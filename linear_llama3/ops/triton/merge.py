@@ -50,7 +50,7 @@ def merge_kernel(
     x = tl.zeros([BR, BV], dtype=states.dtype.element_ty)
     for n in range(count):
         source, target, start = tl.load(steps + 3 * n), tl.load(steps + 3 * n + 1), tl.load(steps + 3 * n + 2)
-        # as many rows as there are, none where there is no source, target or start
+        # all rows, or none where there is no source, target or start
         folded, sent = tl.where(source >= 0, ROWS, 0), tl.where(target >= 0, ROWS, 0)
         if INITIAL:
             given_rows = tl.where(start >= 0, ROWS, 0)

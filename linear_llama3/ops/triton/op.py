@@ -1,6 +1,6 @@
-"""The op as torch knows it: `torch.compile` passes over it, autograd through it.
+"""The kernels as custom ops, opaque to `torch.compile` and differentiable.
 
-What is absent is told by tensors without elements: an op returns tensors only.
+Custom ops return only tensors, so missing outputs are empty tensors.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ def triton_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, *, scale: float, cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None, output_final_state: bool = False, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """As `recurrent_linear_attention`; out has this dtype."""
+    """Compute `recurrent_linear_attention` with out in `dtype`."""
     inputs = (q, k, v, log_decay, initial_state)
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if q.shape[1] == 1 and not learns:
@@ -44,7 +44,7 @@ def triton_linear_attention(
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """One token: out `[B, 1, H * G, V]`, and the state after it `[B, H, K, V]`."""
+    """Decode one token: out `[B, 1, H * G, V]`, and the state after it `[B, H, K, V]`."""
     return decode(q, k, v, log_decay, state, scale=scale, dtype=dtype)
 
 
@@ -151,5 +151,5 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _present(x: Tensor | None, like: Tensor) -> Tensor:
-    """Or a tensor without elements, each its own: outputs of an op must not be the same tensor."""
+    """Replace None by an empty tensor, a new one each time: outputs of an op must not be the same tensor."""
     return like.new_empty(0, dtype=torch.float32) if x is None else x

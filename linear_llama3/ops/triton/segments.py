@@ -1,4 +1,4 @@
-"""How a stream of packed documents is cut: into segments that run side by side, and those into chunks.
+"""Cut a stream of packed documents into segments that run in parallel, and those into chunks.
 
 A scan over chunks is sequential; where batch and heads do not fill the device, a document is cut into several segments,
 whose states are found first and merged. No segment and no chunk crosses the edge of a document.
@@ -31,8 +31,8 @@ class Segment(NamedTuple):
 Method = TypeVar("Method", bound=Callable[..., Tensor])
 
 
-def _kept(method: Method) -> Method:
-    """What a method of `Segments` makes for some arguments is made once, and goes with its segments."""
+def _cached(method: Method) -> Method:
+    """Cache the tensors of a method of `Segments` per instance and arguments."""
 
     @functools.wraps(method)
     def call(self: Segments, *args: Any, **named: Any) -> Tensor:
@@ -65,19 +65,19 @@ class Segments:
 
     @property
     def one_per_document(self) -> bool:
-        """Whether every document is one segment."""
+        """True if every document is one segment."""
         return len(self.list) == self.documents
 
     def tensor(self, rows: Sequence[tuple[int, ...]], columns: int) -> Tensor:
         return torch.tensor(rows, dtype=torch.int32).view(-1, columns).to(self.device)
 
-    @_kept
+    @_cached
     def table(self, which: tuple[int, ...] | None = None) -> Tensor:
         """int32 `[n, 3]`: start, stop and first chunk of all segments, or of these."""
         which = tuple(range(len(self.list))) if which is None else which
         return self.tensor([(self.list[s].start, self.list[s].stop, self.first_chunk[s]) for s in which], columns=3)
 
-    @_kept
+    @_cached
     def last_of_documents(self, *, reverse: bool) -> Tensor:
         """int64 `[documents]`: the last (reverse: the first) segment of each."""
         ends = [s for s, x in enumerate(self.list) if (x.opens if reverse else x.closes)]
@@ -88,7 +88,7 @@ class Segments:
         parts = enumerate(self.list)
         return tuple(i for i, s in parts if not (s.opens if reverse else s.closes) or s.document in documents)
 
-    @_kept
+    @_cached
     def entering_steps(self, folded: tuple[int, ...], starts: Documents, *, reverse: bool) -> Tensor:
         """Steps of a merge that stores the state before every segment; `folded` are the segments whose states are
         merged. A document in `starts` begins with the initial state at its place there, others from zero."""
@@ -106,7 +106,7 @@ class Segments:
             self.device,
         )
 
-    @_kept
+    @_cached
     def document_steps(self, folded: tuple[int, ...], documents: Documents, *, reverse: bool) -> Tensor:
         """Steps of a merge that stores the state of each of these documents, from zero; None is zero."""
         place = {segment: i for i, segment in enumerate(folded)}

@@ -17,7 +17,7 @@ def state_scan_kernel(
 
     REVERSE (x = q, y = d_out), from the last chunk to the first: `D <- e^total D + scale * sum_i e^{b_i} q_i do_i^T`.
     x `[B, T, H * G, K]`, y `[B, T, H * G, V]`, G = 1 forward; entering and ends `[B, segments, H, K, V]` and decays
-    `[B, segments, H, K]` (the decay over the whole segment) float32; states `[B, chunks, H, K, V]`, what each chunk
+    `[B, segments, H, K]` (the decay over the complete segment) float32; states `[B, chunks, H, K, V]`, what each chunk
     receives.
     Grid: (segments * K / BK * V / BV, B * H).
     """

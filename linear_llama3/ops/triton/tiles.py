@@ -1,4 +1,4 @@
-"""What the kernels share: tiles of a chunk, its decays, its causal scores.
+"""Common parts of the kernels: tiles of a chunk, its decays, its causal scores.
 
 Names: C tokens of a chunk (rows of a tile), K and V the head dims D_k and D_v, BK and BV columns of a tile (powers of
 two), H kv heads, G query heads per kv head. `b` `[C, 1 or BK]` is the log2 decay cumulated inside the chunk, own token
@@ -76,7 +76,7 @@ def load_decay(
 
 @triton.constexpr_function
 def levels(C):
-    """How often a chunk can be halved."""
+    """The number of times a chunk can be halved."""
     return C.bit_length() - 1
 
 
@@ -84,8 +84,8 @@ def levels(C):
 def halves(
     gate, b, token, head, valid, keys, level, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """Of blocks of C, C / 2, ... rows: which rows are in the second half `[C, 1]`, which pairs in one block `[C, C]`,
-    and the decay of each row relative to the edge between its halves, at most 1 `[C, BK]`."""
+    """For blocks of C, C / 2, ... rows, mark the rows in the second half `[C, 1]` and the pairs in one block `[C, C]`,
+    and compute the decay of each row relative to the edge between its halves, at most 1 `[C, BK]`."""
     shift = levels(C) - 1 - level  # a half has 2^shift rows
     rows = tl.arange(0, C)
     edge = ((rows >> shift) | 1) * (1 << shift) - 1  # the last row of the first half

@@ -1,7 +1,7 @@
 """All-Scan (ZeCO, arXiv 2507.01004): the ring of LASP-1 with the state cut into K blocks along D_k, as a pipeline.
 
-Rows of the state decay independently, so a rank hands on the first block while the second is still on its way to it.
-A chain of h hops takes h - 1 + K block hops instead of h whole ones, with the same bytes. K weighs the latency of
+Rows of the state decay independently, so a rank forwards the first block while the second is still on its way to it.
+A chain of h hops takes h - 1 + K block hops instead of h full ones, with the same bytes. K weighs the latency of
 a message against the idle ranks: (h - 1 + K) (latency + S / (K bandwidth)) is least at
 K = sqrt((h - 1) S / (latency bandwidth)), `costs.number_of_blocks`.
 """

@@ -1,4 +1,4 @@
-"""The scan by all-to-all: the rows of the state are divided among the ranks, each scans its rows over all links.
+"""The scan by all-to-all: the rows of the state are divided among the ranks, each scans its rows over all chunks.
 
 Rows of the state decay independently. One all-to-all hands every rank its share of the rows of all links, which it
 scans on its own; a second one takes the results back. A rank sends at most two states, whatever the number of ranks,

@@ -191,7 +191,7 @@ class PendingLinearAttention:
 
 @dataclass(frozen=True, slots=True)
 class _Sharding:
-    """What the forward and the backward pass of one call share."""
+    """The part of a call that its forward and backward pass share."""
 
     shard: SequenceShard
     scan: Scan

@@ -1,6 +1,6 @@
 """LASP-2 (arXiv 2502.07563, Algorithms 2 and 4): one all-gather of a small state, whatever the sequence length.
 
-Every rank gathers the states of all links and folds those before its own (in reverse: behind them), in order. The
+Every rank gathers the states of all chunks and folds those before its own (in reverse: after them), in order. The
 paper has no decay; its sum over the earlier ranks is the case a = 1.
 """
 

@@ -58,7 +58,7 @@ def softmax_attention(
     length: int | None = None,
     exchange_cache: MutableMapping[str, Any] | None = None,
 ) -> Tensor:
-    """Softmax attention of the whole sequence, local shards in and out.
+    """Softmax attention of the complete sequence, local shards in and out.
 
     Args:
         q: `[B, C, H_q, D]`, the tokens of this rank.
@@ -69,10 +69,10 @@ def softmax_attention(
         strategy: a name of SOFTMAX_STRATEGIES, or "auto": the cheapest by the model in `costs.py`.
         layout: a name of LAYOUTS.
         scale: of the scores. Default: `D ** -0.5`.
-        cu_seqlens: document edges of the whole sequence, int `[N + 1]`, for a batch of 1.
+        cu_seqlens: document edges of the complete sequence, int `[N + 1]`, for a batch of 1.
         sliding_window: w lets a token see itself and the w - 1 before it.
         causal: False lets every token see all of its document.
-        length: true length of the whole sequence, where its tail is padding; its outputs are 0.
+        length: true length of the complete sequence, where its tail is padding; its outputs are 0.
         exchange_cache: an empty mapping that lives as long as this layer's forward pass and its recomputation under
             gradient checkpointing. It keeps what the recomputation needs of an exchange: the output, or with "ulysses"
             what was received. "lasp2h" gathers K and V once more for its backward pass, "rsa" repeats both rings.

@@ -54,7 +54,7 @@ def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, residuals: Residual
 
 
 def _start_gather(k: Tensor, v: Tensor, spec: AttentionSpec) -> Callable[[], list[Tensor]]:
-    """K and V are sent; the result waits for those of the others, `_visible_spans` of them, [B, n, H_kv, D + D_v]."""
+    """Send K and V; the result waits for the `_visible_spans` of the other ranks' ones, [B, n, H_kv, D + D_v]."""
     shard, visibility = spec.shard, spec.visibility
     own = torch.cat([k, v], dim=-1)  # H_kv heads: not expanded under GQA
     pending = all_gather(F.pad(own, (0, 0, 0, 0, 0, shard.local - shard.tokens)), spec.group)
@@ -67,10 +67,10 @@ def _start_gather(k: Tensor, v: Tensor, spec: AttentionSpec) -> Callable[[], lis
 
 
 def _visible_spans(shard: SequenceShard, visibility: Visibility) -> list[Span]:
-    """The other ranks' tokens that some query of this rank sees: before, between and behind its own chunks."""
+    """The other ranks' tokens that some query of this rank sees: before, between and after its own chunks."""
     own = [span for span in shard.spans if span[0] < span[1]]
     spans: list[Span] = []
-    start = 0  # of the gap before a span of one's own
+    start = 0  # of the gap before an own span
     for n, (a, b) in enumerate(own):
         spans.append((max(start, visibility.first_key(a)), a))
         following = own[n + 1][0] if n + 1 < len(own) else shard.documents[-1]

@@ -1,6 +1,6 @@
 """RSA's sparse variant with Linformer (arXiv 2105.13120, section 4; Linformer: 2006.04768): p keys instead of T.
 
-Two matrices `[p, T]`, E and F, mix the tokens of the whole sequence into p keys and p values. A rank holds the
+Two matrices `[p, T]`, E and F, mix the tokens of the complete sequence into p keys and p values. A rank holds the
 columns of its own tokens, projects its own keys and values, and one all-reduce of each sum replaces both rings.
 """
 
@@ -38,7 +38,7 @@ def linformer_attention(
         k: `[B, C, H_kv, D]`, H_q a multiple of H_kv.
         v: `[B, C, H_kv, D_v]`.
         key_projection: E, this rank's columns `[p, C]` (`shard(E, dim=1)`); their gradient is complete.
-        value_projection: F, likewise.
+        value_projection: F, this rank's columns `[p, C]`; their gradient is complete.
         group, layout, scale, length: as in `softmax_attention`.
         causal: must be False.
 
@@ -68,7 +68,7 @@ def linformer_attention(
     keys = torch.einsum("pn,bnhd->bhpd", key_projection[:, :tokens].to(work), key)
     values = torch.einsum("pn,bnhd->bhpd", value_projection[:, :tokens].to(work), value)
     if group is not None and world_size(group) > 1:
-        # every rank goes on with the sums on its own queries: the gradient of a summand is a sum over ranks as well
+        # every rank uses the sums for its own queries: the gradient of a summand is a sum over ranks as well
         keys, values = (self_adjoint(all_reduce, x, group) for x in (keys, values))
     query = query.unflatten(2, (kv_heads, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     p = torch.einsum("bnhgd,bhpd->bnhgp", query, keys).softmax(-1)

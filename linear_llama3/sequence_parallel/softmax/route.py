@@ -90,7 +90,7 @@ class Route:
         return torch.cat([x[:, :0], *(x[:, where] for where in self.rows(rank, step, given, wanted))], dim=1)
 
     def returned(self, x: Tensor, rank: int, chunks: ChunkIds) -> Iterator[tuple[slice, Tensor]]:
-        """Pair the rows of these chunks in the block of `rank` with their rows of `x` `[B, n, ...]`, made of them alone."""
+        """Pair the rows of these chunks in the block of `rank` with their rows of `x` `[B, n, ...]`, made of them."""
         where = self.rows(rank, 0, self.held(rank, 0), chunks)
         return zip(where, x.split([rows.stop - rows.start for rows in where], dim=1), strict=True)
 

@@ -1,11 +1,11 @@
 """Ring Self-Attention (RSA, arXiv 2105.13120): the exact scores of a rank's queries with all keys, in two rings.
 
-K goes round the ring and fills the rows of scores column by column; after an ordinary softmax over whole rows, V goes
-round. In the backward pass V goes round for the gradient of the weights and K for that of the queries; the gradients
+K goes round the ring and fills the rows of scores column by column; after an ordinary softmax over complete rows,
+V goes round. In the backward pass V goes round for the gradient of the weights and K for that of the queries; the gradients
 of K and V are summed by one reduce-scatter. The scores take B * H_q * C * T numbers: a baseline of the literature,
 not a way to long sequences.
 
-Every product is taken over visible tiles only, not over whole rows: a weight of 0 would carry nan and inf from one
+Every product is taken over visible tiles only, not over complete rows: a weight of 0 would carry nan and inf from one
 packed document into another.
 """
 
@@ -78,7 +78,7 @@ def _round(x: Tensor, spec: AttentionSpec) -> Iterator[tuple[Tile, slice, slice,
 
 
 def _tiles(owner: int, spec: AttentionSpec) -> Iterator[tuple[Tile, slice, slice, slice]]:
-    """What this rank sees of the owner's tokens: the rows, where they lie among those tokens, and their columns."""
+    """The tiles of a rank's tokens that this rank sees: rows, places among those tokens, and columns of the scores."""
     shard = spec.shard
     first = owner * shard.local  # every rank has C columns
     for tile, row, column in spec.visibility.tiles_of_blocks(shard.spans, shard.all_spans[owner]):

@@ -1,4 +1,4 @@
-"""What strategies for softmax layers share: what they are told, and their way into autograd.
+"""The interface of strategies for softmax layers, and their way into autograd.
 
 A strategy is a differentiable function `strategy(q, k, v, spec) -> out`. Most are made of two plain functions, a
 forward pass and the backward pass that belongs to it.
@@ -22,7 +22,7 @@ from ..sequence_shard import SequenceShard
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
-    """What one call of a strategy is about, beside q, k and v."""
+    """The arguments of a strategy in addition to q, k and v."""
 
     group: dist.ProcessGroup  # of more than one rank
     shard: SequenceShard  # which tokens this rank and the others hold
@@ -41,7 +41,7 @@ class SoftmaxStrategy(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor: ...
 
 
-Residuals = tuple[Tensor, ...]  # from the forward pass for the backward pass, beside q, k and v
+Residuals = tuple[Tensor, ...]  # from the forward pass for the backward pass, in addition to q, k and v
 Forward = Callable[
     [Tensor, Tensor, Tensor, AttentionSpec], tuple[Tensor, Residuals]
 ]  # (q, k, v, spec) -> out, residuals

@@ -76,12 +76,12 @@ def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, residuals: Residual
 
 
 def _exchange(held: list[Tensor], results: Tensor, route: Route, step: int, spec: AttentionSpec) -> Transfer:
-    """Hands on the queries held, and sends what was computed in the last step home to its owner."""
+    """Forward the queries held, and return the results of the last step to their source."""
     rank = spec.shard.rank
     forwarded, upcoming, holder = route.forwarded(rank, step), route.held(rank, step + 1), route.holder(rank, step - 1)
     sends = [(route.select(x, rank, step, forwarded), route.holder(rank, 1)) for x in held]
     receives = [(route.empty(x, rank, step + 1, upcoming), route.source_rank(rank, 1)) for x in held]
-    if step < 2:  # the first queries were one's own: nothing to send
+    if step < 2:  # the first queries were this rank's own: nothing to send
         home = results[:, :0].contiguous()
     else:
         home = route.empty(results, holder, step - 1, route.visible(holder, step - 1))
@@ -90,7 +90,7 @@ def _exchange(held: list[Tensor], results: Tensor, route: Route, step: int, spec
 
 
 def _home(home: Tensor, route: Route, rank: int, step: int) -> Iterator[tuple[slice, Tensor]]:
-    """What came back from the holder of `step`: rows of this rank's own block, and the result for them."""
+    """The results from the holder of `step`, with their rows in this rank's own block."""
     if step < 1:
         return iter(())
     return route.returned(home, rank, route.visible(route.holder(rank, step), step))

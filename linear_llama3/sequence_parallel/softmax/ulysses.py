@@ -46,7 +46,7 @@ def _exchange(message: Tensor, spec: AttentionSpec, what: str) -> Tensor:
 
 
 def check_heads(q_heads: int, kv_heads: int, ranks: int) -> int:
-    """How many ranks share a kv head; `ValueError` where the heads cannot be divided."""
+    """Return the number of ranks that share a kv head; raise ValueError where the heads cannot be divided."""
     if q_heads % ranks == 0 and kv_heads % ranks == 0:
         return 1
     if q_heads % ranks == 0 and ranks % kv_heads == 0:
