@@ -1,9 +1,19 @@
 """Decays inside a chunk, and the causal scores s_ij = sum_c q_ic k_jc e^{b_ic - b_jc} for j <= i with their backward.
 
 A decay per head scales the plain product. A decay per key channel does not factor out of it: e^{b_i} e^{-b_j} would
-overflow. There the triangle is halved again and again (64 = 32 + 32, 32 = 16 + 16, ...): between two halves the
-product is taken relative to the edge between them, e^{b_i - b_edge} and e^{b_edge - b_j}, both at most 1, for any
-decay. Every level is one batched matrix product.
+overflow. There the triangle is halved again and again: between two halves of a block the product is taken relative to
+the edge between them, e^{b_i - b_edge} and e^{b_edge - b_j}, both at most 1, for any decay. Every level is one batched
+matrix product. For C = 8, rows are queries, columns keys, and the numbers are levels with halves of that size, `*` is a
+query with its own token's key:
+
+    * . . . . . . .
+    1 * . . . . . .
+    2 2 * . . . . .
+    2 2 1 * . . . .
+    4 4 4 4 * . . .
+    4 4 4 4 1 * . .
+    4 4 4 4 2 2 * .
+    4 4 4 4 2 2 1 *
 
 q `[..., C * G, D]`, k `[..., C, D]`, b `[..., C, 1 or D]`, scores `[..., C * G, C]`; C a power of two.
 """
@@ -130,10 +140,12 @@ def _relative_to_edge(q: Tensor, k: Tensor, b: Tensor, half: int) -> tuple[Tenso
 
 
 def _between_halves(s: Tensor, half: int) -> Tensor:
-    """View `[..., C / 2 half, half * G, half]` of the scores of second-half queries with first-half keys."""
+    """View `[..., C / 2 half, half * G, half]` of the scores of second-half queries with first-half keys: all squares
+    of one level in the drawing above."""
     groups = s.shape[-2] // s.shape[-1]
-    tiles = s.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half * groups))  # [..., m, 2, hG, m, 2, h]
-    return tiles[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    blocks = s.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half * groups))  # [..., m, 2, half * G, m, 2, half]
+    below = blocks[..., 1, :, :, 0, :]  # [..., m, half * G, m, half]: second halves with first halves of all blocks
+    return below.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # of the same block
 
 
 def _own_token(s: Tensor) -> Tensor:

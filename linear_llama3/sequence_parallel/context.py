@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..ops.cross_entropy import IGNORE_INDEX
-from ..ops.documents import DOCUMENT_KEYS, check_mask, document_edges, restarting_positions
+from .batch import normalize_batch
 from .collectives import check_group, group_rank, world_size
 from .layout import check_length, get_layout, shard
 from .linear.attention import PendingLinearAttention, get_linear_strategy, linear_attention, start_linear_attention
@@ -71,8 +70,8 @@ class SequenceParallelContext:
 
     @property
     def layout(self) -> str:
-        """Name of the layout. Enabling the first model resolves "auto"; sharding or attention before that resolves it to
-        "contiguous". It never changes afterwards, so shards and attention always have the same layout."""
+        """Name of the layout. Enabling the first model resolves "auto"; sharding or attention before that resolves it
+        to "contiguous". It never changes afterwards, so shards and attention always have the same layout."""
         return self._layout or "auto"
 
     def _resolved_layout(self) -> str:
@@ -140,41 +139,12 @@ class SequenceParallelContext:
             ValueError: there is padding to the left of a token, descriptions of documents contradict each other, or
                 shapes do not match.
         """
-        rest = dict(batch)
-        inputs = {name: rest.pop(name) for name in ("input_ids", "inputs_embeds") if rest.get(name) is not None}
-        if len(inputs) != 1:
-            raise ValueError(f"a batch needs input_ids or inputs_embeds, one of them, got {sorted(batch)}")
-        [(name, tokens)] = inputs.items()
-        _check_shapes(name, tokens, rest)
-        rows, length = tokens.shape[:2]
-        mask, positions = rest.pop("attention_mask", None), rest.pop("position_ids", None)
-        check_mask(mask)
-        _check_padding(mask)
-        edges = document_edges({**rest, "position_ids": positions}, mask, batch=rows, length=length)
-        for name in (*DOCUMENT_KEYS, "max_length_q", "max_length_k"):
-            rest.pop(name, None)  # these describe complete rows
-        ragged = get_layout(self._resolved_layout(), self.world_size).padded(length, self.world_size) != length
-        if edges is None and not self.causal and (ragged or (mask is not None and not mask.all())):
-            attended = torch.ones(rows, length, device=tokens.device) if mask is None else mask
-            edges, positions = _pack_padding(attended), None
-        if positions is None and edges is not None:
-            positions = restarting_positions(edges, batch=rows, length=length)
-        elif positions is None:
-            positions = torch.arange(length, device=tokens.device).unsqueeze(0)
-        sequences = {**inputs, **_targets(rest), "position_ids": positions.expand(rows, length)}
-        _check_uncut(rest, rows, length)
-
-        if edges is not None and rows > 1:
-            sequences = {name: x.flatten(0, 1).unsqueeze(0) for name, x in sequences.items()}
-        total = sequences["position_ids"].shape[1]
-        padding = get_layout(self._resolved_layout(), self.world_size).padded(total, self.world_size) - total
-        sequences["position_ids"] = _extend_positions(sequences["position_ids"], padding, edges is not None)
-        local = {name: self._cut(name, x) for name, x in sequences.items()}
-        if edges is not None:
-            if padding:  # a document of its own
-                edges = torch.cat([edges, edges.new_tensor([total + padding])])
-            local["cu_seq_lens_q"] = local["cu_seq_lens_k"] = edges
-        return {**rest, **local}
+        rule, ranks = get_layout(self._resolved_layout(), self.world_size), self.world_size
+        complete = normalize_batch(batch, causal=self.causal, padded=lambda length: rule.padded(length, ranks))
+        local = {name: self._cut(name, x) for name, x in complete.sequences.items()}
+        if complete.edges is not None:
+            local["cu_seq_lens_q"] = local["cu_seq_lens_k"] = complete.edges
+        return {**complete.uncut, **local}
 
     def _cut(self, name: str, x: Tensor) -> Tensor:
         padding = IGNORE_INDEX if name in ("labels", "shift_labels") else 0
@@ -208,70 +178,3 @@ def enable_sequence_parallel(model: nn.Module, context: SequenceParallelContext 
         context.resolve_layout(model)
     for layer in layers:
         layer.sequence_parallel_context = context  # type: ignore[assignment]
-
-
-def _check_shapes(name: str, tokens: Tensor, rest: Mapping[str, Any]) -> None:
-    """Raise ValueError if a per-token entry differs in shape from the tokens."""
-    embedded = name == "inputs_embeds"
-    if tokens.dim() != 2 + embedded:
-        raise ValueError(
-            f"{name} must be {'[B, T, D]' if embedded else '[B, T]'}, got shape {tuple(tokens.shape)}; "
-            "a single sequence is a batch of 1"
-        )
-    if tokens.numel() == 0:
-        raise ValueError(f"a sequence needs at least one token, got a batch of shape {tuple(tokens.shape)}")
-    rows, length = tokens.shape[:2]
-    for key in ("labels", "shift_labels", "attention_mask", "position_ids"):
-        x = rest.get(key)
-        if x is None or x.shape == (rows, length) or (key == "position_ids" and x.shape == (1, length)):
-            continue
-        documents = ", and tell documents by cu_seq_lens_q or restarting position_ids"
-        raise ValueError(
-            f"{key} must be [B, T] = {(rows, length)} like {name}, got shape {tuple(x.shape)}; collate it with "
-            f"the tokens{documents if key == 'attention_mask' else ''}"
-        )
-
-
-def _check_padding(mask: Tensor | None) -> None:
-    """Raise ValueError for padding before a token: causal attention ignores padding only on the right."""
-    if mask is None:
-        return
-    mask = mask.bool()
-    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-        raise ValueError(
-            "sequence parallelism accepts padding on the right only, got an attention_mask with padding before a "
-            "token; set tokenizer.padding_side = 'right' or pack the documents"
-        )
-
-
-def _pack_padding(mask: Tensor) -> Tensor:
-    """Return edges `[N + 1]` in the B * T tokens: a row's attended tokens are one document, its padding another."""
-    rows, length = mask.shape
-    starts = torch.arange(rows, device=mask.device) * length
-    ends = starts + (mask != 0).sum(1)
-    return torch.cat([starts, ends, ends.new_tensor([rows * length])]).unique().to(torch.int32)
-
-
-def _check_uncut(rest: Mapping[str, Any], rows: int, length: int) -> None:
-    """Raise ValueError for other per-token entries, which would reach the model uncut."""
-    for name, x in rest.items():
-        if isinstance(x, Tensor) and x.shape[:2] == (rows, length):
-            raise ValueError(
-                "shard_batch cuts no other tensors [B, T, ...] than tokens, labels, positions and masks, got "
-                f"{name!r} of shape {tuple(x.shape)}; take it out of the batch, and cut it with shard where needed"
-            )
-
-
-def _targets(rest: dict[str, Any]) -> dict[str, Tensor]:
-    """`labels` as they are (transformers asks for them) and shifted to the token that predicts them."""
-    labels, shifted = rest.pop("labels", None), rest.pop("shift_labels", None)
-    if shifted is None and labels is not None:
-        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    targets = {"labels": labels, "shift_labels": shifted}
-    return {name: x for name, x in targets.items() if x is not None}
-
-
-def _extend_positions(positions: Tensor, padding: int, packed: bool) -> Tensor:
-    """Positions of the padding: they continue or, where documents are packed, restart at 0."""
-    start = torch.zeros_like(positions[:, -1:]) if packed else positions[:, -1:] + 1
-    return torch.cat([positions, start + torch.arange(padding, device=positions.device)], dim=1)
