@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..modeling import LinearLlama3ForCausalLM
+from ..ops.cross_entropy import IGNORE_INDEX
 from ..ops.precision import working_dtype
 from ..sequence_parallel import SequenceParallelContext
 from ..sequence_parallel.collectives import all_reduce
-from ..sequence_parallel.context import IGNORE_INDEX
 from .data.order import without_labels
 
 
