@@ -132,7 +132,7 @@ def test_a_launch_ends_with_the_reason(kind: str, rank: int, messages: list[str]
         assert kind == "hangs" or expected in ended.errors[1 - rank], ended.errors[1 - rank][-2000:]
     assert checkpoints.newest(out) == out / "checkpoint-1"
     if kind == "full disk":
-        assert checkpoints.problem(out / "checkpoint-2") == "its save did not come to an end"
+        assert checkpoints.find_defect(out / "checkpoint-2") == "its save did not finish"
 
 
 def loss_is_not_finite(folder: str, changes: dict[str, Any]) -> Any:
@@ -184,7 +184,7 @@ def test_torchrun_restarts_a_launch_whose_rank_was_killed_in_a_save(tmp_path: Pa
     ended = launch(restarted, 2, "killed in a save", str(out), folder=tmp_path / "log", restarts=1)
     assert ended.exit_code == 0, ended.errors[0][-2000:]
     assert "step 3, rank 0 of 2: rank 1 has ended without a word" in ended.errors[0], "of the first attempt"
-    assert f"{out / 'checkpoint-2'} is not whole: its save did not come to an end" in ended.errors[0]
+    assert f"{out / 'checkpoint-2'} is not whole: its save did not finish" in ended.errors[0]
     assert_same_run(torch.load(out / "outcome", weights_only=False), tmp_path)
 
 
@@ -256,7 +256,7 @@ def test_sigterm_to_a_launch(tmp_path: Path) -> None:
     started = out / "step-3"
     ended = launch(launched, 2, str(out), folder=tmp_path / "log", interrupt=started.exists)
     (step,) = checkpoints.steps(out)
-    assert ended.exit_code != 0 and 3 <= step < 100 and checkpoints.problem(out / f"checkpoint-{step}") is None
+    assert ended.exit_code != 0 and 3 <= step < 100 and checkpoints.find_defect(out / f"checkpoint-{step}") is None
     assert f"SIGTERM: step {step} is saved in {out}" in ended.errors[0], ended.errors[0][-2000:]
     assert "Traceback" not in ended.errors[0] + ended.errors[1]
     saved = (out / f"checkpoint-{step}" / checkpoints.MANIFEST_NAME).stat().st_mtime

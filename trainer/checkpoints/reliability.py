@@ -124,7 +124,7 @@ class ReliabilityMixin(_Trainer):
 
     def _trouble(self, folder: Path) -> str | None:
         """What any machine finds wrong with a checkpoint; the same on all processes."""
-        own = manifest.problem(folder, contents=True) if self.args.local_process_index == 0 else None
+        own = manifest.find_defect(folder) if self.args.local_process_index == 0 else None
         return next((trouble for trouble in gather_object([own]) if trouble is not None), None)
 
     def _warn(self, message: str) -> None:
