@@ -145,7 +145,7 @@ def describe(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
     parameters = f"{total / 1e6:.1f}M parameters" + (f", {trained / 1e6:.2f}M trained" if trained < total else "")
     number = "a stream of" if isinstance(rows, IterableDataset) else len(rows)
     print(f"{parameters}, {number} rows of {'up to ' if recipe.data.packing == 'none' else ''}{length} tokens")
-    if trainer.adapts:
+    if trainer.adaptive_groups is not None:
         print(f"{_grid(trainer)}, planned for every step of {trainer.get_total_train_batch_size(trainer.args)} rows")
         return
     ranks, layout = (1, "contiguous") if context is None else (context.world_size, context.layout)
@@ -169,7 +169,7 @@ def write_report(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
     """Plot and model card beside the weights."""
     folder, state = Path(trainer.args.output_dir), trainer.state
     tokens = trainer.get_total_train_batch_size(trainer.args) * recipe.sequence_length
-    if trainer.adapts:
+    if trainer.adaptive_groups is not None:
         tokens = state.num_input_tokens_seen // max(state.global_step, 1)
     facts = {
         "processes": _grid(trainer),
@@ -187,8 +187,8 @@ def write_report(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
 
 
 def _grid(trainer: LinearLlama3Trainer) -> str:
-    if trainer.adapts:
-        degrees = ", ".join(map(str, sorted(trainer.costs.by_degree)))
+    if trainer.adaptive_groups is not None:
+        degrees = ", ".join(map(str, sorted(trainer.adaptive_groups.costs.by_degree)))
         return f"adaptive groups of {degrees} of {trainer.args.world_size} processes"
     ranks = 1 if trainer.sequence_parallel_context is None else trainer.sequence_parallel_context.world_size
     return f"{trainer.args.world_size // ranks} data-parallel x {ranks} sequence-parallel processes"

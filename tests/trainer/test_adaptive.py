@@ -66,9 +66,11 @@ def run_plans(kind: str, inside: bool) -> dict[str, tuple[float, Tensor]]:
     for name, layout in PLANS.items():
         order = sorted(i for groups in layout for _, own in groups for i in own)
         assert order == list(range(len(data)))
-        step = planner.realise(hand_made(layout), order)
-        assert step.tokens == sum(LENGTHS)
-        portions[name] = [(portion.group, portion.inputs) for portion in step.portions]
+        step = planner.materialize(hand_made(layout), order)
+        tokens = torch.tensor(step["input_ids"].numel())
+        dist.all_reduce(tokens)
+        assert tokens == sum(LENGTHS)
+        portions[name] = [(batch.group, batch.inputs) for batch in step.micro_batches]
         assert step.targets == sum(int((inputs["shift_labels"] != -100).sum()) for _, inputs in portions[name])
     portions["static"] = [((4, 0), contexts[4, 0].shard_batch(one_row([row]))) for row in data]
     for name, own in portions.items():

@@ -18,6 +18,7 @@ from linear_llama3.sequence_parallel.collectives import all_gather
 from linear_llama3.sequence_parallel.costs import LinkSpeed
 from linear_llama3.sequence_parallel.planner import Cluster, Profile, load_profile, model_costs, plan
 from linear_llama3.trainer.adaptive import profiling
+from linear_llama3.trainer.adaptive.groups import planner_model
 from linear_llama3.trainer.adaptive.profiling import (
     Bench,
     Sample,
@@ -27,7 +28,6 @@ from linear_llama3.trainer.adaptive.profiling import (
     measure_profile,
     non_negative_fit,
 )
-from linear_llama3.trainer.adaptive.trainer import planner_model
 from linear_llama3.trainer.recipes.build import build_config, build_model, load_tokenizer
 from linear_llama3.trainer.recipes.recipe import load_recipe
 from tests.helpers.ranks import run_distributed

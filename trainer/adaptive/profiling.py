@@ -38,7 +38,7 @@ from ..memory.account import memory_account
 from ..memory.peak import allocated_peak
 from ..recipes.build import build_config, load_tokenizer
 from ..recipes.recipe import Recipe, load_recipe
-from .trainer import planner_model
+from .groups import planner_model
 
 DEPTHS = (1, 3)
 SHORTEST = 64  # tokens of a micro-batch

@@ -24,7 +24,7 @@ from ..checkpoints.manifest import ResumeError
 logger = logging.getLogger(__name__)
 
 
-class WholeSteps(IterableDataset):
+class CompleteSteps(IterableDataset):
     """The rows of a stream, without the last ones of a pass if they do not fill a step.
 
     Trainer would accumulate their gradients into the first step of the next pass. accelerate takes this dataset for
