@@ -137,7 +137,7 @@ def warn_of_missing_stop(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
 
 
 def describe(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
-    """Says once what is trained on which grid of processes."""
+    """Print once the model, the data and the grid of processes."""
     if not trainer.is_world_process_zero():
         return
     length, context, rows = recipe.sequence_length, trainer.sequence_parallel_context, trainer.train_dataset
@@ -157,7 +157,7 @@ def describe(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
 
 
 def save(trainer: LinearLlama3Trainer) -> None:
-    """The whole weights, tokenizer and state, also where FSDP2's checkpoints are sharded (its default)."""
+    """Save complete weights, tokenizer and state, even if FSDP2's checkpoints are sharded (its default)."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None:  # sharded, Trainer would leave the weights out
         plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -166,7 +166,7 @@ def save(trainer: LinearLlama3Trainer) -> None:
 
 
 def write_report(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
-    """Plot and model card beside the weights."""
+    """Write plot and model card next to the weights."""
     folder, state = Path(trainer.args.output_dir), trainer.state
     tokens = trainer.get_total_train_batch_size(trainer.args) * recipe.sequence_length
     if trainer.adaptive_groups is not None:

@@ -26,6 +26,12 @@ from .parallelism import (
 from .rows import ReplicaScheduler, gather_rows
 
 
+def bare_model(accelerator: Accelerator, model: Any) -> Any:
+    """Return a model without the wrappers of accelerate and PEFT."""
+    model = accelerator.unwrap_model(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 class SequenceParallelAccelerator(Accelerator):
     """An Accelerator whose `cp` axis shards sequences for linear and softmax layers.
 

@@ -68,7 +68,7 @@ RIGHT_FOR_SHARDS = (__package__, "transformers.trainer", "trl.trainer.sft_traine
 def check_overrides(trainer: type) -> None:
     """Raise ValueError if a class overrides a method that receives a part of a batch, without setting `handles_shards`.
 
-    In a part, logits end at the cut, labels lack their neighbours, and the mean over a part is not the mean.
+    In a part, logits end at the cut, labels lack their neighbors, and the mean over a part is not the mean.
     """
     for owner in trainer.__mro__:
         methods = [name for name in READ_SHARDS if name in vars(owner)]

@@ -19,6 +19,7 @@ from ..ops.precision import working_dtype
 from ..sequence_parallel import SequenceParallelContext
 from ..sequence_parallel.collectives import all_reduce
 from ..sequence_parallel.context import IGNORE_INDEX
+from .accelerator import bare_model
 from .data.order import without_labels
 from .sharding import SequenceParallelMixin
 
@@ -44,7 +45,9 @@ class LanguageLossMixin(SequenceParallelMixin):
 
     def _without_logits(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return the inputs with `skip_logits` if the model computes its own loss and nothing else reads its logits."""
-        language_model = isinstance(self._bare_model(), (LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM))
+        language_model = isinstance(
+            bare_model(self.accelerator, self.model), (LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM)
+        )
         if not (getattr(self.args, "chunked_loss", True) and language_model):
             return inputs
         if self.label_smoother is not None or self.compute_loss_func is not None:
@@ -53,10 +56,6 @@ class LanguageLossMixin(SequenceParallelMixin):
             )
             return inputs
         return inputs if inputs.get("labels") is None else {**inputs, "skip_logits": True}
-
-    def _bare_model(self) -> nn.Module:
-        model: Any = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's
 
     # ---- evaluation
 
@@ -125,7 +124,7 @@ class LanguageLossMixin(SequenceParallelMixin):
 
     def _is_own_loss(self, inputs: dict[str, Any]) -> bool:
         return (
-            isinstance(self._bare_model(), LinearLlama3ForCausalLM)
+            isinstance(bare_model(self.accelerator, self.model), LinearLlama3ForCausalLM)
             and inputs.get("labels") is not None
             and self.label_smoother is None
             and self.compute_loss_func is None

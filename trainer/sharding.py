@@ -146,7 +146,7 @@ class SequenceParallelMixin(Trainer):
             if getattr(self, name) is not None:
                 raise ValueError(
                     f"{name} is not possible under sequence parallelism: it would see one shard and labels without "
-                    "their neighbours; let the model compute the loss"
+                    "their neighbors; let the model compute the loss"
                 )
         if not is_sharded_by(model, context):
             enable_sequence_parallel(model, context)

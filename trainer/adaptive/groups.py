@@ -31,6 +31,7 @@ from ...sequence_parallel.planner import (
     load_profile,
     model_costs,
 )
+from ..accelerator import bare_model
 from ..data.order import DataOrder, content_hash
 from ..failures import annotate_read_errors, on_every_rank
 from ..hooks import check_overrides
@@ -93,7 +94,7 @@ class AdaptiveGroups:
                 "processes the same planner_profile (a file of the same content), model, strategies and sequence_layout"
             )
         self.contexts = group_contexts(
-            self._bare_model(),
+            bare_model(trainer.accelerator, trainer.model),
             self.costs,
             args.sequence_layout,
             devices=args.world_size,
@@ -107,7 +108,7 @@ class AdaptiveGroups:
 
     def _settle_costs(self) -> str:
         """Set the costs that plans rest on, and return their fingerprint."""
-        trainer, args, model = self.trainer, self.trainer.args, self._bare_model()
+        trainer, args, model = self.trainer, self.trainer.args, bare_model(self.trainer.accelerator, self.trainer.model)
         if not isinstance(model, LinearLlama3ForCausalLM) or not model.config.is_causal:
             raise ValueError(
                 f"adaptive groups train causal language models, got a {type(model).__name__}; choose a "
@@ -133,10 +134,6 @@ class AdaptiveGroups:
             self.costs = replace(self.costs, chunks_per_rank=LAYOUTS[args.sequence_layout].chunks_per_rank)
         self._cluster = Cluster(devices=args.world_size, memory=profile.bytes.device)
         return fingerprint((self.costs, self._cluster, args.sequence_layout))
-
-    def _bare_model(self) -> nn.Module:
-        model: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's
 
     # ---- data
 

@@ -142,10 +142,11 @@ class StepPlanner:
             if group.first_rank == self.rank:
                 led.append(batch)
         groups = [[(g.degree, g.first_rank, g.sequences) for g in batch.groups] for batch in step.micro_batches]
+        counted = {"input_ids": torch.zeros(1, 0, dtype=torch.long)}
+        if led:
+            counted = {name: torch.cat([batch[name] for batch in led], dim=1) for name in ("input_ids", "position_ids")}
         return PlannedStep(
-            {name: torch.cat([batch[name] for batch in led], dim=1) for name in ("input_ids", "position_ids")}
-            if led
-            else {"input_ids": torch.zeros(1, 0, dtype=torch.long)},
+            {**counted, "attention_mask": torch.ones_like(counted["input_ids"])},  # no token is padding
             plan=step,
             micro_batches=tuple(micro_batches),
             targets=targets,

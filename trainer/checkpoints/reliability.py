@@ -15,13 +15,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from ...modeling import LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM
+from ..accelerator import bare_model
 from ..data.order import CompleteSteps, DataOrder, content_hash, repeated_rows, without_labels
 from ..failures import annotate_errors, annotate_read_errors
 from ..finite_check import FiniteCheck
 from ..hooks import check_trainer
 from . import manifest
 from .preemption import SaveOnSigterm, outlive_sigterm
-from .resume import UnloggedLoss, find_checkpoint, resumed_loss, stream_position, warn
+from .resume import UnloggedLoss, find_checkpoint, stream_position, warn
 from .saving import complete_checkpoint
 
 
@@ -96,7 +97,8 @@ class ReliabilityMixin(Trainer):
             warn(self.args, f"nothing is left to train: step {self._first_step} of {max_steps} is reached")
             return epochs, 0
         facts = manifest.read_facts(Path(resume_from_checkpoint))
-        self._resumed_loss = resumed_loss(facts)
+        if facts.get("loss") is not None:
+            self._resumed_loss = UnloggedLoss(*facts["loss"])
         if self.args.ignore_data_skip or self.order is None:
             return position
         if facts.get("order") is not None:
@@ -179,10 +181,9 @@ class ReliabilityMixin(Trainer):
 
     def _ignores_rows_without_labels(self) -> bool:
         """Return True if rows without labels add nothing: the loss is a sum over the labels of all processes."""
-        model = self.accelerator.unwrap_model(self.model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's
-        language_model = isinstance(model, (LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM))
-        return language_model and self.args.average_tokens_across_devices and self.compute_loss_func is None
+        model = bare_model(self.accelerator, self.model)
+        ours = isinstance(model, (LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM))
+        return ours and self.args.average_tokens_across_devices and self.compute_loss_func is None
 
     # ---- steps
 

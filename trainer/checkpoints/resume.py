@@ -6,7 +6,6 @@ import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import gather_object
 from transformers import TrainerState, TrainingArguments
@@ -90,8 +89,3 @@ def warn(args: TrainingArguments, message: str) -> None:
     """Log a warning on the first process."""
     if args.process_index == 0:
         logger.warning(message)
-
-
-def resumed_loss(facts: dict[str, Any]) -> UnloggedLoss | None:
-    """Return the unlogged loss of a checkpoint, from what its manifest holds."""
-    return None if facts.get("loss") is None else UnloggedLoss(*facts["loss"])
