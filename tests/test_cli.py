@@ -264,7 +264,7 @@ def test_a_profile_that_could_not_be_written_is_not_measured(
     recipe = recipe_with(tmp_path)
     assert message in str(run("profile", recipe, output).exception) and not started
     with pytest.raises(SystemExit, match=re.escape(message)):
-        profiling.main([str(recipe), output])
+        profiling.main(recipe, Path(output))
 
 
 @pytest.mark.parametrize("name", ["train", "profile", "plan", "evaluate", "needle", "generate", "chat", "serve"])

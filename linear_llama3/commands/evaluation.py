@@ -28,8 +28,8 @@ from ..ops.precision import working_dtype
 from ..sequence_parallel import SequenceParallelContext, enable_sequence_parallel
 from ..sequence_parallel.collectives import all_reduce
 from ..sequence_parallel.context import IGNORE_INDEX
+from ..trainer.command_line import run, user_errors
 from ..trainer.launched import join_on_cpus
-from .command_line import run, user_errors
 
 PIECE = 2048  # tokens whose logits exist at once
 BUCKETS = 63  # powers of two in an int64

@@ -110,6 +110,11 @@ def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
             r"files in data must be text or a list \(of text\) or null, got \['a', 2020\]",
         ),
         ({"tokenizer": ["a"]}, r"tokenizer in recipe .* must be text, got \['a'\]$"),
+        (
+            {"training": {"per_device_train_batch_size": 0}},
+            "training.per_device_train_batch_size must be at least 1, got 0; correct it or leave it out",
+        ),
+        ({"training": {"gradient_accumulation_steps": 0}}, "gradient_accumulation_steps must be at least 1, got 0"),
         ({"training": {"sequence_parallel_size": 2}}, "unknown key 'sequence_parallel_size' in training"),
         ({"modle": {}}, "unknown key 'modle' in recipe .*did you mean 'model'"),
         ({"model": {**MODEL, "hiden_size": 3}}, "unknown key 'hiden_size' in model; did you mean 'hidden_size'"),

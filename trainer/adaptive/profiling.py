@@ -11,11 +11,10 @@ import contextlib
 import datetime
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import accelerate
 import numpy as np
@@ -23,6 +22,7 @@ import psutil
 import torch
 import torch.distributed as dist
 import transformers
+import typer
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -33,7 +33,8 @@ from ...sequence_parallel.costs import LinkSpeed
 from ...sequence_parallel.planner import Profile, aligned_groups
 from ...sequence_parallel.planner.checks import check_output
 from ...sequence_parallel.planner.profile import SUFFIXES, Bytes, Seconds
-from ..launched import fail, launched_processes
+from ..command_line import Changes, RecipeFile, run, user_errors
+from ..launched import launched_processes
 from ..memory.account import memory_account
 from ..memory.peak import allocated_peak
 from ..recipes.build import build_config, load_tokenizer
@@ -276,30 +277,25 @@ def _cpu_info() -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def main(arguments: list[str]) -> None:
-    if len(arguments) < 2:
-        raise SystemExit(
-            "usage: python -m linear_llama3.trainer.adaptive.profiling RECIPE.yaml FILE.json [KEY=VALUE …]"
-        )
-    recipe_file, output, *changes = arguments
-    try:
-        check_output(Path(output), SUFFIXES)
-        recipe = load_recipe(recipe_file, changes)
+def main(
+    recipe_file: RecipeFile,
+    output: Annotated[Path, typer.Argument(metavar="FILE.json", help="The file to write.")],
+    changes: Changes = None,
+) -> None:
+    """Measure a profile in one of the processes of a launch."""
+    with user_errors():
+        check_output(output, SUFFIXES)
+        recipe = load_recipe(recipe_file, changes or [])
         if launched_processes() > 1:
             gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu", False)
             if gpu:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if gpu else "gloo")
-        profile = measure_profile(recipe, name=Path(output).stem)
-    except ValueError as error:
-        fail(error)
+        profile = measure_profile(recipe, name=output.stem)
     if not dist.is_initialized() or dist.get_rank() == 0:
         profile.save(output)
         print(f"profile: {output}")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

@@ -256,6 +256,9 @@ def _check_values(recipe: Recipe) -> None:
     types["fsdp"] |= bool  # transformers 5.23 warns of strings
     check_names(recipe.training, list(types), "training")
     convert(recipe.training, types, "training")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if (count := recipe.training.get(name, 1)) < 1:
+            raise ValueError(f"training.{name} must be at least 1, got {count}; correct it or leave it out")
     _check_validation(recipe)
     if recipe.training.get("deepspeed") is not None:
         raise ValueError("DeepSpeed is not supported, got training.deepspeed; use fsdp, or leave it out")
