@@ -17,7 +17,7 @@ from .command_line import Changes, RecipeFile, run
 from .data.documents import load_documents
 from .data.files import DataError
 from .data.packing import collate_whole
-from .data.tokenization import unlearnt_stop
+from .data.tokenization import describe_missing_stop
 from .data.training_rows import training_rows, without_share
 from .failures import on_every_rank
 from .launched import fail, join_on_cpus
@@ -119,7 +119,7 @@ def warn_of_missing_stop(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
     """Warn if the chat template does not teach the model to stop: the loss of such a run looks healthy."""
     tokenizer, ends = trainer.processing_class, trainer.model.generation_config.eos_token_id
     stops = {ends} if isinstance(ends, int) else set(ends or [])
-    ending = unlearnt_stop(next(iter(load_documents(recipe.data))), tokenizer, stops)
+    ending = describe_missing_stop(next(iter(load_documents(recipe.data))), tokenizer, stops)
     if ending is not None:
         template = recipe.data.chat_template or f"of the tokenizer {recipe.tokenizer}"
         logger.warning(
