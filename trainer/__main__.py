@@ -16,7 +16,7 @@ from .checkpoints.manifest import ResumeError
 from .command_line import Changes, RecipeFile, run
 from .data.documents import load_documents
 from .data.files import DataError
-from .data.packing import collate_whole
+from .data.packing import collate_documents
 from .data.tokenization import describe_missing_stop
 from .data.training_rows import training_rows, without_share
 from .failures import on_every_rank
@@ -74,7 +74,7 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
         rows, validation_rows = make_rows(recipe, tokenizer)
     collator = default_data_collator
     if recipe.data.packing == "none":
-        collator = partial(collate_whole, padding=tokenizer.pad_token_id or 0)
+        collator = partial(collate_documents, padding=tokenizer.pad_token_id or 0)
     trainer = LinearLlama3Trainer(
         model=build_model(recipe, tokenizer),
         args=args,

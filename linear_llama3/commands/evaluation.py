@@ -224,11 +224,10 @@ def plus_minus(value: float, error: float | None, digits: int) -> str:
 
 def check_evaluation(model: str, files: list[str], output: Path, **_: Any) -> None:
     """Raise ValueError for invalid arguments of `evaluate`."""
-    from ..trainer.data.documents import find_files
-    from ..trainer.recipes.recipe import DataRecipe
+    from ..trainer.data.files import expand
 
     check_inputs(model, output)
-    find_files(DataRecipe(files=files))
+    expand(files, "FILE...")
 
 
 def evaluate(

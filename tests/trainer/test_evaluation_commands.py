@@ -191,7 +191,7 @@ def test_what_other_processes_are_given(folder: Path, tmp_path: Path, monkeypatc
     ("arguments", "message", "code"),
     [
         (["evaluate", "none", "1.txt"], "error: the model must be a folder or a Hub name with a config, got 'none'", 1),
-        (["evaluate", "linear", "none.txt"], "error: data.files must name files, folders or patterns", 1),
+        (["evaluate", "linear", "none.txt"], "error: FILE... must name files, folders or patterns with files, got 'none.txt'", 1),
         (["evaluate", "linear", "1.txt", "--length", "5000"], "error: the data must fill at least one row", 1),
         (["evaluate", "linear", "1.txt", "--length", "1"], "--length", 2),
         (["evaluate", "linear", "1.txt", "--rows", "0"], "--rows", 2),
