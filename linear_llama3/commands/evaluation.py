@@ -207,7 +207,7 @@ def check_inputs(model: str, output: Path) -> None:
 
 
 def load_for_evaluation(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase, bool]:
-    """Load model and tokenizer, with every row sharded over the launch; return them, and True on the writing process."""
+    """Return model and tokenizer, with rows sharded over the launch, and True on the process that writes results."""
     from ..trainer.accelerator import SequenceParallelAccelerator
 
     join_on_cpus()

@@ -165,7 +165,7 @@ def parquet(rows: int = 1000, text: Any = "abcdefgh") -> bytes:
 
 
 def damaged_parquet() -> bytes:
-    """Bytes in the middle of the rows are others, the schema at the end is whole."""
+    """Bytes in the middle of the rows are others, the schema at the end is intact."""
     whole = bytearray(parquet())
     whole[4:40] = b"\xff" * 36
     return bytes(whole)

@@ -145,7 +145,7 @@ def test_checkpoints_keep_the_inputs_of_layers_here_or_on_the_host() -> None:
     assert "in host memory" in host.table() and "layer inputs" in device.table()
 
 
-@pytest.mark.parametrize("options", [{}, {"documents": 5}, {"ranks": 2}], ids=["", "packed", "sharded"])
+@pytest.mark.parametrize("options", [{"ranks": 2}, slow({"documents": 5}), slow({})], ids=["W2", "packed", "plain"])
 def test_a_gpu_keeps_no_more_than_a_cpu_and_leaves_nothing_behind(options: dict[str, Any]) -> None:
     """Its kernels take half precision as it is, and repeat no key or value for the heads of a group."""
     pytest.importorskip("triton")

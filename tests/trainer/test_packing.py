@@ -32,7 +32,7 @@ def packed(
 
 
 def pieces(sizes: list[int], length: int, long_documents: str) -> list[list[int]]:
-    """What of every document is kept, in parts of at most `length` tokens."""
+    """Return the kept parts of every document, of at most `length` tokens each."""
     found = []
     for document in documents(sizes):
         ids = document["input_ids"]

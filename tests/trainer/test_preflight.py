@@ -186,7 +186,7 @@ def test_runs_into_one_folder(
 
 
 def test_data_that_a_stream_reaches_late(tmp_path: Path) -> None:
-    """As all mistakes in data, a message and no traceback."""
+    """The error is a message without a traceback, like every mistake in data."""
     write_tokenizer(tmp_path / "tokenizer")
     (tmp_path / "a.jsonl").write_text('{"text": "abcdefgh"}\n' * 100 + "{")  # behind the first documents tokenized
     file = recipe_with(tmp_path, sequence_length=9)

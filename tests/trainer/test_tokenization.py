@@ -75,7 +75,7 @@ def test_the_assistants_turns_are_learnt(letters: PreTrainedTokenizerBase) -> No
 
 
 def test_a_template_without_marks(letters: PreTrainedTokenizerBase) -> None:
-    """What a turn adds to the prompt that asks for it, the line's end included."""
+    """Targets are what a turn adds to the prompt that asks for it, with the end of the line."""
     letters.chat_template = UNMARKED
     text = ".ystem..be.kind..ser..a.b..ssistant..yes_..ser..c..ssistant...no._."
     mark = "                                     yes_.                   .no._."
