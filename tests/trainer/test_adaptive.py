@@ -23,7 +23,7 @@ from linear_llama3.sequence_parallel.planner import (
 )
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
 from linear_llama3.trainer.adaptive.planned_steps import StepPlanner, group_contexts
-from linear_llama3.trainer.data.packing import collate_whole
+from linear_llama3.trainer.data.packing import collate_documents
 from tests.helpers.adaptive import LENGTHS, MODELS, flat_costs, one_row, profile_file, rows, tiny_model
 from tests.helpers.ranks import run_distributed
 from tests.helpers.training import arguments, outcome, reset_accelerate, shard_on_cpus
@@ -172,7 +172,7 @@ def train(kind: str, folder: str, profile: str | None, checkpoint: str | None = 
         args=args,
         train_dataset=data,
         eval_dataset=rows(8),
-        data_collator=functools.partial(collate_whole, padding=0),
+        data_collator=functools.partial(collate_documents, padding=0),
         callbacks=[StopAt(stop)] if stop else [],
     )
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -1,4 +1,4 @@
-"""What a run shows and leaves: speed in the log, one bar, curves, a card with recipe and command."""
+"""Output of a run: speed in the log, one bar, curves, a card with recipe and command."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_speed_without_evaluations_and_saves(tmp_path: Path, monkeypatch: pytest
 
 
 def train_with_a_bar(folder: str) -> tuple[str, str, list[dict[str, Any]], float]:
-    """What a rank of two writes to its terminal and to its log, and the FLOPs of all batches."""
+    """Return the terminal output and the log of one of two ranks, and the FLOPs of all batches."""
     reset_accelerate()
     args = LinearLlama3TrainingArguments(**arguments(folder, 1, disable_tqdm=False))
     error, out = io.StringIO(), io.StringIO()
