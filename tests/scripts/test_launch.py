@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.trainer.test_recipe import recipe_with, write_corpus, write_tokenizer
+from tests.helpers.recipes import recipe_with, write_corpus, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "scripts" / "launch"
@@ -188,8 +188,7 @@ def build(recipe, build_trainer=program.build_trainer):
     return trainer
 
 program.build_trainer = build
-program.main(sys.argv[1:])
-program.leave()
+program.run(program.main)
 """
 
 

@@ -1,4 +1,4 @@
-"""Every recipe of scripts/recipes runs, in small: two steps on two processes, on data of the quickstart's script."""
+"""Every recipe of scripts/recipes runs with small sizes: two steps on two processes, on the quickstart's data."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from linear_llama3.trainer.__main__ import build_trainer, main
 from linear_llama3.trainer.adaptive.profiling import measure_profile
 from linear_llama3.trainer.recipes.recipe import load_recipe
 from tests.helpers.ranks import run_distributed
+from tests.helpers.training import reset_accelerate
 from tests.test_cli import command
-from tests.trainer.test_exactness import reset_accelerate
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["sequence_length=256", "training.max_steps=2", "training.disable_tqdm=true"]
@@ -35,12 +35,13 @@ def arguments(name: str, *changes: str) -> list[str]:
 
 
 def train(folder: str, name: str, *changes: str) -> None:
-    """As `python -m linear_llama3.trainer` in `folder`."""
+    """Train like `python -m linear_llama3.trainer` in `folder`."""
     reset_accelerate()
     before, datasets.config.HF_DATASETS_CACHE = os.getcwd(), Path(folder) / "cache"
     os.chdir(folder)
     try:
-        main(arguments(name, *changes))
+        recipe, *values = arguments(name, *changes)
+        main(Path(recipe), values)
     finally:
         os.chdir(before)
         reset_accelerate()
@@ -48,7 +49,7 @@ def train(folder: str, name: str, *changes: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the quickstart leaves: data, a tokenizer, a model."""
+    """Create the quickstart's data, tokenizer and model."""
     folder = tmp_path_factory.mktemp("recipes")
     (folder / "scripts").symlink_to(ROOT / "scripts")
     data = runpy.run_path(str(ROOT / "scripts/quickstart_data.py"))
@@ -64,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def difference(folder: Path, trained: Any) -> float:
-    """How far the weights have gone from the quickstart's, relative to these."""
+    """Return the largest relative difference to the quickstart's weights."""
     start = LinearLlama3ForCausalLM.from_pretrained(folder / "runs/quickstart/model").state_dict()
     now = trained.state_dict()
     return max(float((now[name] - x).norm() / x.norm()) for name, x in start.items())
@@ -76,13 +77,15 @@ def test_quickstart(folder: Path) -> None:
     assert (folder / "runs/quickstart/model/loss.png").is_file()
 
 
+@pytest.mark.slow
 def test_long_context(folder: Path) -> None:
     run_distributed(train, 2, str(folder), "long_context", "sequence_length=512")
     model = AutoModelForCausalLM.from_pretrained(folder / "runs/quickstart/long_context")
     assert model.config.rope_parameters["rope_theta"] == 2e6 and model.config.max_position_embeddings == 512
-    assert 0 < difference(folder, model) < 0.5, "it goes on from the weights"
+    assert 0 < difference(folder, model) < 0.5, "it starts from the weights"
 
 
+@pytest.mark.slow
 def test_sft(folder: Path) -> None:
     run_distributed(train, 2, str(folder), "sft")
     assert 0 < difference(folder, AutoModelForCausalLM.from_pretrained(folder / "runs/quickstart/sft")) < 0.5
@@ -90,8 +93,8 @@ def test_sft(folder: Path) -> None:
     assert "generation" in tokenizer.chat_template, "the template is saved with the tokenizer"
 
 
-def learnt(folder: str) -> list[str]:
-    """The targets of the conversations' rows as text, one for each unbroken stretch of them."""
+def learned_texts(folder: str) -> list[str]:
+    """Return each unbroken stretch of targets in the rows as text."""
     os.chdir(folder)
     reset_accelerate()
     datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
@@ -109,9 +112,10 @@ def learnt(folder: str) -> list[str]:
     return found
 
 
-def test_what_sft_learns(folder: Path) -> None:
-    """Answers, each closed by the end token, and nothing else; those beyond the row are cut."""
-    (found,) = run_distributed(learnt, 1, str(folder))
+@pytest.mark.slow
+def test_sft_learns_answers_and_their_end(folder: Path) -> None:
+    """Only answers are targets, each with the end token; those beyond the row are cut."""
+    (found,) = run_distributed(learned_texts, 1, str(folder))
     lines = (folder / "runs/quickstart/chats.jsonl").read_text().splitlines()
     answers = [m["content"] for line in lines for m in json.loads(line)["messages"][1::2]]
     assert len(found) > 5
@@ -120,6 +124,7 @@ def test_what_sft_learns(folder: Path) -> None:
     assert sum(text.endswith("<|end|>") for text in found) > 5
 
 
+@pytest.mark.slow
 def test_lora_by_the_command(folder: Path) -> None:
     """`linear-llama3 train`, which starts both processes through accelerate."""
     before = os.getcwd()
@@ -152,6 +157,7 @@ def test_lora_by_the_command(folder: Path) -> None:
     assert "LoRA adapters" in card
 
 
+@pytest.mark.slow
 def test_pretrain(folder: Path) -> None:
     """With a small model, and a stream of local files in place of the Hub's."""
     run_distributed(
@@ -174,7 +180,7 @@ def test_pretrain(folder: Path) -> None:
 
 
 def profile(folder: str, *changes: str) -> None:
-    """As `python -m linear_llama3.trainer.adaptive.profiling` in `folder`."""
+    """Measure like `python -m linear_llama3.trainer.adaptive.profiling` in `folder`."""
     before = os.getcwd()
     os.chdir(folder)
     try:
@@ -186,6 +192,7 @@ def profile(folder: str, *changes: str) -> None:
         os.chdir(before)
 
 
+@pytest.mark.slow
 def test_adaptive(folder: Path) -> None:
     changes = ["sequence_length=256", *SMALL_MODEL]
     run_distributed(profile, 2, str(folder), *changes)
