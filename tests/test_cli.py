@@ -26,7 +26,7 @@ from linear_llama3 import cli
 from linear_llama3.trainer import launched
 from linear_llama3.trainer.adaptive import profiling
 from linear_llama3.trainer.recipes.recipe import load_recipe
-from tests.trainer.test_recipe import recipe_with, write_corpus, write_tokenizer
+from tests.helpers.recipes import recipe_with, write_corpus, write_tokenizer
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.trainer.test_recipe import recipe_with, write_corpus, write_tokenizer
+from tests.helpers.recipes import recipe_with, write_corpus, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "scripts" / "launch"

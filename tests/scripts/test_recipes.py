@@ -22,8 +22,8 @@ from linear_llama3.trainer.__main__ import build_trainer, main
 from linear_llama3.trainer.adaptive.profiling import measure_profile
 from linear_llama3.trainer.recipes.recipe import load_recipe
 from tests.helpers.ranks import run_distributed
+from tests.helpers.training import reset_accelerate
 from tests.test_cli import command
-from tests.trainer.test_exactness import reset_accelerate
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["sequence_length=256", "training.max_steps=2", "training.disable_tqdm=true"]
