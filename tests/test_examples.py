@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import reset_accelerate
+from tests.helpers.training import reset_accelerate
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
