@@ -29,7 +29,7 @@ AVOIDED = {  # pattern (a space matches any white space): what to write instead
     r"beside": "next to; besides, in addition to",
     r"likewise": "also, in the same way; repeat the reason",
     r"but for": "except, apart from",
-    r"(would|could|will|may|must|can|might) else|(?<=;\s)else"
+    r"(would|could|will|may|must|can|might) else|(?<=\w;\s)else"
     r"|(?<!thing\s)(?<!one\s)(?<!or\s)(?<!body\s)(?<!where\s)else(?=[.;])": "otherwise",
     r"(is|are|be) no (JSON|multiple|power|text|prefix|patch|Triton|number|model)": "is not a",
     r"(was|is|were) got": "the value, received",

@@ -36,7 +36,7 @@ def test_slow_links_need_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(slow_network.shutil, "which", lambda tool: "/sbin/" + tool)
     with pytest.raises(SystemExit, match="needs root"):
-        slow_network.explain_if_impossible()
+        slow_network.require_network_tools()
     monkeypatch.setattr(slow_network.shutil, "which", lambda tool: None)
     with pytest.raises(SystemExit, match="needs ip and tc"):
-        slow_network.explain_if_impossible()
+        slow_network.require_network_tools()

@@ -19,7 +19,7 @@ from tests.helpers.recipes import recipe_with, write_corpus, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "scripts" / "launch"
-LATEST = "training.resume_from_checkpoint=latest"  # a launch that comes back goes on
+LATEST = "training.resume_from_checkpoint=latest"  # a repeated launch continues
 SETTINGS = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "270", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
@@ -28,7 +28,7 @@ def documents(name: str) -> list[dict[str, Any]]:
 
 
 def options(command: list[str]) -> dict[str, str]:
-    """Of torchrun; the rest is what it starts."""
+    """Return torchrun's options, and check the command that it starts."""
     assert command[0] == "torchrun"
     end = command.index("-m")
     assert command[end : end + 2] == ["-m", "linear_llama3.trainer"] and command[end + 2].endswith(".yaml")
@@ -141,7 +141,7 @@ def slurm(folder: Path, job: int = 7) -> dict[str, str]:
     ],
 )
 def test_slurm_puts_back_what_it_stopped(signalled: bool, status: int, requeued: bool, tmp_path: Path) -> None:
-    """Both ranks hear of SIGTERM and may save; then the job is queued again, unless it was done."""
+    """Both ranks receive SIGTERM and may save; then the job is queued again, unless it has finished."""
     train = f"trap 'kill %1; echo saved; exit {status}' TERM; sleep 30 & touch {tmp_path}/started$SLURM_PROCID; wait"
     stub(tmp_path, "torchrun", train if signalled else f"exit {status}")
     job = subprocess.Popen(

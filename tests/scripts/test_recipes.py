@@ -35,7 +35,7 @@ def arguments(name: str, *changes: str) -> list[str]:
 
 
 def train(folder: str, name: str, *changes: str) -> None:
-    """As `python -m linear_llama3.trainer` in `folder`."""
+    """Run the equivalent of `python -m linear_llama3.trainer` in `folder`."""
     reset_accelerate()
     before, datasets.config.HF_DATASETS_CACHE = os.getcwd(), Path(folder) / "cache"
     os.chdir(folder)
@@ -48,7 +48,7 @@ def train(folder: str, name: str, *changes: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the quickstart leaves: data, a tokenizer, a model."""
+    """Return a folder with the quickstart's results: data, a tokenizer, a model."""
     folder = tmp_path_factory.mktemp("recipes")
     (folder / "scripts").symlink_to(ROOT / "scripts")
     data = runpy.run_path(str(ROOT / "scripts/quickstart_data.py"))
@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def difference(folder: Path, trained: Any) -> float:
-    """How far the weights have gone from the quickstart's, relative to these."""
+    """Return the largest relative change of a weight since the quickstart."""
     start = LinearLlama3ForCausalLM.from_pretrained(folder / "runs/quickstart/model").state_dict()
     now = trained.state_dict()
     return max(float((now[name] - x).norm() / x.norm()) for name, x in start.items())
@@ -80,7 +80,7 @@ def test_long_context(folder: Path) -> None:
     run_distributed(train, 2, str(folder), "long_context", "sequence_length=512")
     model = AutoModelForCausalLM.from_pretrained(folder / "runs/quickstart/long_context")
     assert model.config.rope_parameters["rope_theta"] == 2e6 and model.config.max_position_embeddings == 512
-    assert 0 < difference(folder, model) < 0.5, "it goes on from the weights"
+    assert 0 < difference(folder, model) < 0.5, "it starts from these weights"
 
 
 def test_sft(folder: Path) -> None:
@@ -174,7 +174,7 @@ def test_pretrain(folder: Path) -> None:
 
 
 def profile(folder: str, *changes: str) -> None:
-    """As `python -m linear_llama3.trainer.adaptive.profiling` in `folder`."""
+    """Run the equivalent of `python -m linear_llama3.trainer.adaptive.profiling` in `folder`."""
     before = os.getcwd()
     os.chdir(folder)
     try:
