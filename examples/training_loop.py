@@ -8,6 +8,7 @@ Both print the same losses. On two processes the script also compares the first 
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -25,7 +26,7 @@ def main() -> None:
     text = Path(argparse.__file__).read_bytes()  # a Python module as training text; a token is a byte
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     rows = [{"input_ids": row, "labels": row} for row in ids.split(LENGTH)[:40]]
-    loader = DataLoader(rows, batch_size=2, shuffle=True)  # type: ignore[arg-type]
+    loader: Any = DataLoader(rows, batch_size=2, shuffle=True)  # type: ignore[arg-type]
 
     config = LinearLlama3Config(  # three GLA layers, one softmax layer
         vocab_size=256,

@@ -32,7 +32,7 @@ from linear_llama3.trainer.memory.account import MemoryAccount, memory_account
 from linear_llama3.trainer.memory.peak import allocated_peak
 
 MODELS = ("linear-llama3-1b-basic-pure", "linear-llama3-1b-basic-hybrid-1-4")
-MEASURES: dict[str, dict[str, bool]] = {  # each in addition to those before it
+MEASURES: dict[str, dict[str, Any]] = {  # each in addition to those before it
     "none": {"chunked_loss": False},
     "loss in pieces": {"chunked_loss": True},
     "checkpointing": {"checkpointing": True},
@@ -50,9 +50,9 @@ SMALL = {  # a model for CPUs; its tiles are small as well
 SMALL_TOKENS, SMALL_TILE = 2048, 2**18
 
 
-def measures() -> list[tuple[str, dict[str, bool]]]:
+def measures() -> list[tuple[str, dict[str, Any]]]:
     """Return the names of the measures with the options that are on, cumulatively."""
-    switched: dict[str, bool] = {}
+    switched: dict[str, Any] = {}
     return [(name, switched := switched | more) for name, more in MEASURES.items()]
 
 
@@ -81,7 +81,7 @@ def training_step(
     """Run a step on one row; gradients are kept."""
     enable_sequence_tiling(model, tiling)
     if checkpointing:  # releases before 5.23 have the old name only
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False}, offload=offload)
     ids = torch.randint(model.config.vocab_size, (1, tokens), device=model.device)
 
@@ -94,7 +94,7 @@ def training_step(
     return step
 
 
-def measured_bytes(config: LinearLlama3Config, tokens: int, switched: dict[str, bool]) -> int:
+def measured_bytes(config: LinearLlama3Config, tokens: int, switched: dict[str, Any]) -> int:
     """Return the peak bytes of two real steps on this GPU; more than any device has if they do not fit."""
     try:
         with torch.device("cuda"):
@@ -113,7 +113,7 @@ def measured_bytes(config: LinearLlama3Config, tokens: int, switched: dict[str, 
         torch.cuda.empty_cache()
 
 
-def account(config: LinearLlama3Config, tokens: int, switched: dict[str, bool]) -> MemoryAccount:
+def account(config: LinearLlama3Config, tokens: int, switched: dict[str, Any]) -> MemoryAccount:
     return memory_account(config, tokens=tokens, dtype=torch.bfloat16, **switched)
 
 
@@ -123,7 +123,7 @@ def lengths(name: str, goal: int, memories: list[float]) -> Iterator[dict[str, A
     for measure, switched in measures():
         half, full = (account(config, tokens, switched) for tokens in (goal // 2, goal))
 
-        def needed(tokens: int, switched: dict[str, bool] = switched) -> int:
+        def needed(tokens: int, switched: dict[str, Any] = switched) -> int:
             return measured_bytes(config, tokens, switched) if gpu else account(config, tokens, switched).total
 
         def found(limit: float, half: int = half.total, full: int = full.total) -> int:
@@ -157,10 +157,10 @@ def small_steps() -> list[dict[str, Any]]:
             step = training_step(model, SMALL_TOKENS, **switched)
             step()  # makes the gradients
             measured = allocated_peak(step)
-            whole_account = memory_account(
+            full_account = memory_account(
                 config, tokens=SMALL_TOKENS, dtype=torch.bfloat16, gpu=device == "cuda", **switched
             )
-            computed = whole_account.total - sum(whole_account.lines[x] for x in CONSTANT)
+            computed = full_account.total - sum(full_account.lines[x] for x in CONSTANT)
             rows.append({
                 "model": "hybrid 1/4" if interval else "pure", "measure": measure,
                 "measured": measured, "account": computed, "ratio": computed / measured,

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +46,13 @@ def inputs(tokens: int, gate: str) -> dict[str, Tensor]:
     return named
 
 
-def forward(variables: dict[str, Tensor], backend: str) -> None:
+def forward(variables: dict[str, Any], backend: str) -> None:
     with torch.no_grad():
         linear_attention(**variables, backend=backend)
 
 
-def forward_backward(variables: dict[str, Tensor], backend: str) -> None:
-    leaves = {name: x.detach().requires_grad_() for name, x in variables.items()}
+def forward_backward(variables: dict[str, Any], backend: str) -> None:
+    leaves: dict[str, Any] = {name: x.detach().requires_grad_() for name, x in variables.items()}
     out, _ = linear_attention(**leaves, backend=backend)
     out.square().sum().backward()
 

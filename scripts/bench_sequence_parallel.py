@@ -110,7 +110,8 @@ def measure(
     local = {name: shard(x, **where).clone() for name, x in complete.items()}
     leaves = [local[name].requires_grad_() for name in "qkv"]
     op = sharded_linear if linear else sharded_softmax
-    times, results = [], []
+    times: list[float] = []
+    results: list[Tensor] = []
     for repeat in range(job.repeats + 1):  # the first one counts, and warms up
         results = []
         before, resident = sent_bytes(), reset_peak()

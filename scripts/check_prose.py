@@ -66,13 +66,11 @@ def check_text(text: str, first_line: int = 1) -> Iterator[Finding]:
 
 def check_python(source: str) -> Iterator[Finding]:
     """Yield findings in docstrings, comments and strings of three words or more."""
-    tree = ast.parse(source)
+    nodes = list(ast.walk(ast.parse(source)))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = [
-        node.body[0].value for node in ast.walk(tree) if isinstance(node, documented) and ast.get_docstring(node)
-    ]
-    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-    for node in ast.walk(tree):
+    owners = [node for node in nodes if isinstance(node, documented) and ast.get_docstring(node)]
+    parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in nodes:
         if isinstance(node, ast.JoinedStr):
             text = "".join(str(part.value) if isinstance(part, ast.Constant) else "_" for part in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
@@ -81,9 +79,9 @@ def check_python(source: str) -> Iterator[Finding]:
             continue
         if len(re.findall(r"[A-Za-z]{2,}(?=[ \n])", text)) >= 2:
             yield from check_text(text, node.lineno)
-    for docstring in docstrings:
-        if opening := OPENING.match(docstring.value):
-            yield docstring.lineno, opening[0].strip(), "open a docstring with a verb or a noun"
+    for owner in owners:
+        if opening := OPENING.match(ast.get_docstring(owner) or ""):
+            yield owner.body[0].lineno, opening[0].strip(), "open a docstring with a verb or a noun"
     comments = [
         token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT
     ]

@@ -42,7 +42,7 @@ def write_chats(files: list[Path], path: Path) -> int:
             for function in functions[first : first + TURNS]:
                 question = f"What does {function.name}({ast.unparse(function.args)}) do?"
                 messages.append({"role": "user", "content": question})
-                messages.append({"role": "assistant", "content": ast.get_docstring(function)})
+                messages.append({"role": "assistant", "content": ast.get_docstring(function) or ""})
             chats.append({"messages": messages})
     path.write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
     return len(chats)
