@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..ops.precision import working_dtype
-from ..ops.tiles import in_tiles
+from ..ops.token_tiles import in_tiles
 from .configuration import LinearLlama3Config
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}

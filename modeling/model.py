@@ -18,8 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
+from ..ops.documents import DOCUMENT_KEYS, check_mask, document_edges, restarting_positions
 from ..sequence_parallel import SequenceParallelContext
-from ..sequence_parallel.packing import DOCUMENT_KEYS, check_mask, document_edges, restarting_positions
 from .cache import RecurrentCache, ShardedCache, new_cache
 from .configuration import LinearLlama3Config
 from .decoder_layer import LinearLlama3DecoderLayer

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.helpers.checkpoint import load
 
-SCALE = 2.0  # lora_alpha / r
+SCALE = 2  # lora_alpha / r
 
 
 def adapted(folder: str | Path, target_modules: Any = "all-linear") -> PeftModel:
