@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.generation import MODELS, feed, generate, greedy
-from tests.helpers.tiny import VOCAB, tiny_model, tokens
+from tests.helpers.tiny import MIXER_NAMES, VOCAB, tiny_model, tokens
 
 
 @pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 1, 1, 4], [7, 5]], ids=["one", "prefill-decode", "chunks"])
@@ -38,6 +38,16 @@ def test_cached_with_left_padding(interval: int, pieces: list[int]) -> None:
     logits, _ = feed(model, x, pieces, attention_mask=mask)
     torch.testing.assert_close(logits[:1, 5:], model(x[:1, 5:]).logits, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(logits[1:], model(x[1:]).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+@torch.no_grad()
+def test_right_padding_neither_writes_to_the_state_nor_decays_it(mixer: str) -> None:
+    model, x = tiny_model(mixer, full_attention_interval=0), tokens(1, 9)
+    expected = model(x[:, :6]).past_key_values
+    padded = model(x, attention_mask=torch.tensor([[1] * 6 + [0] * 3])).past_key_values
+    for layer, reference in zip(padded.layers, expected.layers, strict=True):
+        torch.testing.assert_close(layer.recurrent_states[0], reference.recurrent_states[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("interval", [2, 0])
