@@ -102,7 +102,7 @@ def profile(
 def presets(
     names: Annotated[list[str] | None, typer.Argument(metavar="PRESET", help="Names of presets. Default: all.")] = None,
 ) -> None:
-    """List presets with their layers, parameters and state sizes."""
+    """List named models with their layers, parameters and sizes of states."""
     from .commands.presets import list_presets, table
 
     with user_errors():

@@ -16,7 +16,5 @@ def assert_sharded_equals(by_rank: list[Result], expected: Result) -> None:
         np.testing.assert_allclose(got[0], logits, rtol=1e-5, atol=1e-5)
         assert abs(got[1] - loss) < 1e-6 * abs(loss)
         assert got[2].keys() == grads.keys()
-        for name, reference in grads.items():
-            np.testing.assert_allclose(
-                got[2][name], reference, rtol=1e-4, atol=1e-5 * np.abs(reference).max(), err_msg=name
-            )
+        for name, grad in grads.items():
+            np.testing.assert_allclose(got[2][name], grad, rtol=1e-4, atol=1e-5 * np.abs(grad).max(), err_msg=name)
