@@ -234,7 +234,7 @@ def test_wrong_values_of_a_file_are_refused(entry: str, good: Any, tmp_path: Pat
 def test_wrong_states_are_refused(state: Any, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(with_entry(MEASURED, "model.state", state)))
-    with pytest.raises(ValueError, match=r"model.state must be three whole numbers .*, got .* in .*mine.json"):
+    with pytest.raises(ValueError, match=r"model.state must be three integers .*, got .* in .*mine.json"):
         load_profile(path)
 
 
@@ -257,7 +257,7 @@ def test_profiles_made_by_hand_are_checked(seven: Profile) -> None:
         replace(seven.bytes, sharded="false")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"links.2.bandwidth must be a finite number above 0, got 0"):
         replace(seven, links={2: LinkSpeed(0.0, 0)})
-    with pytest.raises(ValueError, match="processes must be told by a measured profile, got None"):
+    with pytest.raises(ValueError, match="a measured profile must state its processes, got None"):
         replace(seven, origin="measured")
 
 
@@ -270,7 +270,7 @@ def test_costs_made_by_hand_are_checked(field: str) -> None:
         with pytest.raises(ValueError, match=f"DegreeCosts.{field} must be a finite number, 0 or more, got"):
             DegreeCosts(**{**GOOD, field: wrong})  # type: ignore[arg-type]
     DegreeCosts(**{**GOOD, field: np.float32(2)})
-    with pytest.raises(ValueError, match=r"chunks_per_rank must be a whole number from 1 .*, got 0"):
+    with pytest.raises(ValueError, match=r"chunks_per_rank must be an integer from 1 .*, got 0"):
         Costs(by_degree={1: DegreeCosts(**GOOD)}, chunks_per_rank=0)
 
 

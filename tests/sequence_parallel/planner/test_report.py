@@ -85,7 +85,7 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
     for wrong in ("x", "5.5", "0", "-3", "9" * 13, "9" * 20, "9" * 5000, "1e3", "nan"):
         path.write_text(f"1 2 {wrong} 4")
         with pytest.raises(
-            SystemExit, match=f"error: a file of lengths holds whole numbers from 1 on, .* got '{wrong}'"
+            SystemExit, match=f"error: a file of lengths must hold integers from 1 on, .* got '{wrong}'"
         ):
             report(str(path), batch=1, steps=1)
     path.write_bytes(b"\xff\xfe 1")
