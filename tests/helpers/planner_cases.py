@@ -46,7 +46,7 @@ def seconds(lengths: list[int], degree: int, costs: Costs) -> float:
 
 
 def fits(lengths: list[int], degree: int, cluster: Cluster, costs: Costs) -> bool:
-    """A group's tokens in equal shares for its ranks, each of them padded to whole chunks."""
+    """A group's tokens in equal shares for its ranks, each of them padded to full chunks."""
     chunks = degree * costs.chunks_per_rank
     padded = sum(lengths) + -sum(lengths) % chunks
     c = costs.by_degree[degree]

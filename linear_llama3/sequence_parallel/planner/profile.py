@@ -108,7 +108,7 @@ class Profile:
         if self.origin not in ORIGINS:
             raise ValueError(f"a profile's origin must be one of {ORIGINS}, got {self.origin!r}")
         if self.origin == "measured" and self.processes is None:
-            raise ValueError("a measured profile must state its processes, got None")
+            raise ValueError("processes must be stated by a measured profile, got None")
         for degree, (latency, bandwidth) in self.links.items():
             check("a degree in links", "Degree", degree)
             check(f"links.{degree}.latency", "Amount", latency)

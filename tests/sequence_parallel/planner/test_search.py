@@ -114,7 +114,7 @@ def test_local_search_improves_poor_plans() -> None:
             (row, groups[row]) for costs, groups in placed for row in np.flatnonzero(costs < IMPOSSIBLE)
         ):
             kind = group_kinds(options[row])
-            before = Assignment(np.arange(len(kind)) % 2, kind, groups)
+            before = Assignment(np.arange(len(kind)) % 2, kind, groups[row])
             after = local_search(table, before)
             assert after.cost(table) <= before.cost(table)
             assert set(after.group.tolist()) == set(range(len(kind)))
@@ -140,7 +140,7 @@ def test_lower_bounds_hold_for_every_assignment(seed: int) -> None:
 
 
 def test_bounds_of_thousands_of_groups_do_not_overflow() -> None:
-    """Where fixed times dominate: the weighted mean of 2,800 and 1,400 groups, by Python's integers."""
+    """Fixed times dominate here: the weighted mean of 2,800 and 1,400 groups, by Python's integers."""
     costs = {d: replace(FREE, fixed=1000, per_token=1e-9 / d**0.5) for d in (1, 2)}
     table = tabulate([100] * 6000, Cluster(devices=4, memory=1e6), Costs(by_degree=costs))
     option, every = [2800, 1400], [sum(column) for column in table.times.T.tolist()]
