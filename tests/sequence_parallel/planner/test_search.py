@@ -110,9 +110,9 @@ def test_local_search_improves_poor_plans() -> None:
         options = 2 * partitions(4, tuple(table.degrees.tolist()))
         options = options[options.sum(1) <= 16]
         placed = [longest_first(table, options, rule) for rule in RULES]
-        for row, groups in (
-            (row, groups[row]) for costs, groups in placed for row in np.flatnonzero(costs < IMPOSSIBLE)
-        ):
+        costs, groups = (np.concatenate(arrays) for arrays in zip(*placed, strict=True))
+        options = np.concatenate([options] * len(RULES))
+        for row in np.flatnonzero(costs < IMPOSSIBLE):
             kind = group_kinds(options[row])
             before = Assignment(np.arange(len(kind)) % 2, kind, groups[row])
             after = local_search(table, before)
