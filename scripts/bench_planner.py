@@ -1,4 +1,7 @@
-"""Time the planner and compare its plans with their lower bounds: python scripts/bench_planner.py [--devices 64 1024] [--profile flexsp-gpt-7b-a100]"""
+"""Time the planner and compare its plans with their lower bounds.
+
+python scripts/bench_planner.py [--devices 64 1024] [--profile flexsp-gpt-7b-a100]
+"""
 
 from __future__ import annotations
 
