@@ -253,3 +253,13 @@ def test_equal_sequences_and_groups_are_chosen_by_position() -> None:
         (2, 0, (0, 2, 4)),
         (2, 2, (1, 3, 5)),
     ]
+
+
+def test_plans_of_one_degree_are_always_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best one degree is found even where the rest of the search finds nothing."""
+    case = random_case(3, sequences=40, devices=8)
+    monkeypatch.setattr(search, "split", lambda *arguments: [])
+    monkeypatch.setattr(search, "partitions", lambda devices, degrees: np.zeros((0, len(degrees)), dtype=np.int64))
+    one = plan_one_degree(*case)
+    assert one is not None
+    assert plan(*case).seconds <= one.seconds
