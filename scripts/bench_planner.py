@@ -1,4 +1,7 @@
-"""Time the planner: python scripts/bench_planner.py [--devices 64 1024] [--profile flexsp-gpt-7b-a100]"""
+"""Time the planner and compare its plans with their lower bounds.
+
+python scripts/bench_planner.py [--devices 64 1024] [--profile flexsp-gpt-7b-a100]
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from linear_llama3.sequence_parallel.planner import Cluster, load_profile, model_costs, plan
+from linear_llama3.sequence_parallel.planner import Cluster, load_profile, lower_bound, model_costs, plan
 from linear_llama3.sequence_parallel.planner.lengths import read_lengths
 from linear_llama3.sequence_parallel.planner.report import MODELS
 
@@ -31,21 +34,25 @@ def main() -> None:
     arguments = parser.parse_args()
 
     profile = load_profile(arguments.profile)
-    print(f"profile {profile.name} ({profile.origin}), {arguments.sequences} sequences a step, seconds of one core\n")
+    print(
+        f"profile {profile.name} ({profile.origin}), {arguments.sequences} sequences a step: "
+        "seconds of planning on one core, step time over its lower bound\n"
+    )
     print(f"| devices | lengths | {' | '.join(MODELS)} |\n|---|---|{'---|' * len(MODELS)}")
     for devices in arguments.devices:
         cluster = Cluster(devices=devices, memory=profile.bytes.device)
         for kind, lengths in LENGTHS.items():
-            seconds = []
+            cells = []
             for every in MODELS.values():
                 costs = model_costs(profile, devices, model=profile.model.with_softmax_every(every))
                 held = max(costs.capacity(degree, cluster.memory) for degree in costs.by_degree)
                 longest = min(held, arguments.max_length)
                 step = lengths(arguments.sequences, longest, np.random.default_rng(0)).astype(int).clip(1, longest)
                 start = time.process_time()
-                plan(step.tolist(), cluster, costs)
-                seconds.append(f"{time.process_time() - start:.2f}")
-            print(f"| {devices} | {kind} | {' | '.join(seconds)} |", flush=True)
+                planned = plan(step.tolist(), cluster, costs).seconds
+                elapsed = time.process_time() - start
+                cells.append(f"{elapsed:.2f} s, {planned / lower_bound(step.tolist(), cluster, costs):.3f}")
+            print(f"| {devices} | {kind} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ that hides a transfer is left out. "auto" takes the least time forward + backwar
   TokenRing inside a node for H_q <= 2 H_kv, the only case in which its queries weigh less than K and V. RSA never:
   its scores take memory of C * T.
 
-The planner of adaptive groups (`planner/`) reads the same formulas with measured link speeds, and without torch: at
-run time this file imports none.
+The planner of adaptive groups (`planner/`) uses the same formulas with the measured speed of each link.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import sqrt
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    import torch.distributed as dist
-    from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor
 
-    from .sequence_shard import SequenceShard
+from .collectives import number_of_nodes
+from .sequence_shard import SequenceShard
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +89,6 @@ def sizes_of(
     recomputed: bool = False,
 ) -> Sizes:
     """Sizes for the cost model from q `[B, n, H_q, D_k]` and v `[B, n, H_kv, D_v]`; the same on every rank."""
-    from .collectives import number_of_nodes
-
     return Sizes(
         batch=q.shape[0],
         tokens=shard.local,

@@ -1,4 +1,4 @@
-"""Random steps with random costs, and all their plans by plain enumeration: nothing here calls the planner."""
+"""Random steps with random costs, and all their plans by plain enumeration: none of this calls the planner."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def seconds(lengths: list[int], degree: int, costs: Costs) -> float:
 
 
 def fits(lengths: list[int], degree: int, cluster: Cluster, costs: Costs) -> bool:
-    """A group's tokens in equal shares for its ranks, each of them padded to whole chunks."""
+    """A group's tokens in equal shares for its ranks, each of them padded to full chunks."""
     chunks = degree * costs.chunks_per_rank
     padded = sum(lengths) + -sum(lengths) % chunks
     c = costs.by_degree[degree]
@@ -57,17 +57,17 @@ def fastest(case: Case, *, micro_batches: int | None = None, degree: int | None 
     """Seconds of the best of all plans; inf if there is none. Every sequence, as a bit, in every group.
 
     Args:
-        micro_batches: how many; None: any number.
+        micro_batches: their number; None: any.
         degree: of all groups; None: any degrees.
     """
     lengths, cluster, costs = case
     everything = (1 << len(lengths)) - 1
 
-    def parts(whole: int) -> list[int]:
-        found, part = [], whole
+    def parts(members: int) -> list[int]:
+        found, part = [], members
         while part:
             found.append(part)
-            part = (part - 1) & whole
+            part = (part - 1) & members
         return found
 
     @cache
@@ -77,7 +77,7 @@ def fastest(case: Case, *, micro_batches: int | None = None, degree: int | None 
 
     @cache
     def groups(members: int, devices: int, largest: int) -> float:
-        """These sequences on so many devices, in groups no larger than `largest`."""
+        """Seconds of these sequences on this number of devices, in groups no larger than `largest`."""
         if not members or not devices:
             return inf if members or devices else 0.0
         best = inf

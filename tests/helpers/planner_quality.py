@@ -1,7 +1,6 @@
-"""How far plans are from the best of all: python -m tests.helpers.planner_quality [--sequences 11]
+"""Compare plans with the best of all plans: python -m tests.helpers.planner_quality [--sequences 11]
 
-The best is searched by `exact_parts`, which test_plan.py compares with plain enumeration, for more sequences than the
-planner does.
+The best is that of `planner_exact.py`, which test_search.py compares with plain enumeration.
 """
 
 from __future__ import annotations
@@ -9,31 +8,27 @@ from __future__ import annotations
 import argparse
 
 from linear_llama3.sequence_parallel.planner import plan
-from linear_llama3.sequence_parallel.planner.exact import exact_parts
-from linear_llama3.sequence_parallel.planner.group_costs import Table, tabulate
-from linear_llama3.sequence_parallel.planner.placement import Part
-from tests.helpers.planner_cases import Case, random_case, seconds
+from linear_llama3.sequence_parallel.planner.group_costs import tabulate
+from linear_llama3.sequence_parallel.planner.search import search
+from tests.helpers.planner_cases import Case, random_case
+from tests.helpers.planner_exact import exact_cost
 
 DEVICES = (2, 3, 4, 6, 8)
 
 
 def slower_than_best(case: Case) -> float | None:
-    """Seconds of the plan over those of the best one; None where there is none.
+    """Cost of the plan over that of the best one; None if there is none.
 
     Raises:
-        ValueError: the planner found none, but there is one.
+        AssertionError: the planner found none, but there is one.
     """
     table = tabulate(*case)
-    best = exact_parts(table)
-    return plan(*case).seconds / sum(_slowest(case, table, part) for part in best) if best else None
-
-
-def _slowest(case: Case, table: Table, part: Part) -> float:
-    """Seconds of a micro-batch, by definition."""
-    lengths, _, costs = case
-    degrees, groups = part.placement.degrees.tolist(), part.placement.groups
-    ids = [table.ids[part.rows[groups == n]].tolist() for n in range(len(degrees))]
-    return max(seconds([lengths[i] for i in own], d, costs) for d, own in zip(degrees, ids, strict=True))
+    best = exact_cost(table)
+    if best is None:
+        return None
+    found = search(table)
+    assert found is not None, "a plan exists, but none was found"
+    return found.cost(table) / best
 
 
 def main() -> None:

@@ -1,9 +1,17 @@
-"""Adaptive groups: which ranks share which sequences, chosen anew for every step. Imports no torch."""
+"""Adaptive groups: choose for every step which ranks share which sequences (FlexSP, arXiv:2412.01523)."""
 
-from .group_costs import Costs, DegreeCosts
-from .planner import lower_bound, plan, plan_one_degree
+from .group_costs import Cluster, Costs, DegreeCosts
 from .profile import Model, Profile, load_profile, model_costs
-from .step_plan import Cluster, Group, MicroBatch, StepPlan, aligned_groups, fewest_groups
+from .step_plan import (
+    Group,
+    MicroBatch,
+    StepPlan,
+    aligned_groups,
+    fewest_groups,
+    lower_bound,
+    plan,
+    plan_one_degree,
+)
 
 __all__ = [
     "Cluster",

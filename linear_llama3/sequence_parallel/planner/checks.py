@@ -1,4 +1,4 @@
-"""What fields of the planner's records may hold, by the names of their types, and which files can be written."""
+"""Checks of record fields by the names of their types, and of output files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Count = int
 Size = int
 
 LARGEST = sys.float_info.max
-MOST = 2**31  # layers, heads, channels ...: products of them stay finite
+LARGEST_COUNT = 2**31  # layers, heads, channels ...: products of them stay finite
 
 
 def _number(value: object, kind: type, least: float, most: float) -> bool:
@@ -26,16 +26,16 @@ def _number(value: object, kind: type, least: float, most: float) -> bool:
 
 
 def _size(value: object) -> bool:
-    return _number(value, Integral, 1, MOST)
+    return _number(value, Integral, 1, LARGEST_COUNT)
 
 
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Amount": ("a finite number, 0 or more", lambda value: _number(value, Real, 0.0, LARGEST)),
     "Positive": ("a finite number above 0", lambda value: _number(value, Real, sys.float_info.min, LARGEST)),
-    "Count": ("a whole number from 0 to 2**31", lambda value: _number(value, Integral, 0, MOST)),
-    "Size": ("a whole number from 1 to 2**31", _size),
+    "Count": ("an integer from 0 to 2**31", lambda value: _number(value, Integral, 0, LARGEST_COUNT)),
+    "Size": ("an integer from 1 to 2**31", _size),
     "tuple[Size, Size, Size]": (
-        "three whole numbers from 1 to 2**31",
+        "three integers from 1 to 2**31",
         lambda value: isinstance(value, tuple) and len(value) == 3 and all(map(_size, value)),
     ),
     "Degree": ("a power of two from 2 on", lambda value: _size(value) and value > 1 and value & (value - 1) == 0),
@@ -45,7 +45,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check(entry: str, kind: str, value: object) -> None:
-    """ValueError unless the value is of a kind of `RULES`; "... | None" allows None too."""
+    """Raise ValueError unless the value follows the rule for its kind; "... | None" also allows None."""
     kind, _, optional = kind.partition(" | ")
     rule, holds = RULES[kind]
     if not (holds(value) or (optional and value is None)):
@@ -53,10 +53,10 @@ def check(entry: str, kind: str, value: object) -> None:
 
 
 def check_fields(record: Any, name: str = "") -> None:
-    """ValueError for a field of a dataclass that is not what `RULES` say of its type; others are left alone.
+    """Raise ValueError for a field that breaks the rule for its type; types without a rule are not checked.
 
     Args:
-        name: of the record, by which the message tells its fields.
+        name: prefix of the fields in messages.
     """
     for field in fields(record):
         if str(field.type).partition(" | ")[0] in RULES:
@@ -64,7 +64,7 @@ def check_fields(record: Any, name: str = "") -> None:
 
 
 def check_output(path: Path, suffixes: Collection[str]) -> None:
-    """ValueError unless a file of that name can be written: to be asked before long work."""
+    """Raise ValueError unless a file of this name can be written; called before long work."""
     if path.suffix not in suffixes:
         raise ValueError(f"the name of a file to write must end in {' or '.join(suffixes)}, got {path}; choose another")
     target = path if path.exists() else path.parent

@@ -1,4 +1,4 @@
-"""Time and memory of a group, by its degree, and the integers that the search works on."""
+"""Time and memory of a group by its degree, and the same as integers for the search."""
 
 from __future__ import annotations
 
@@ -11,16 +11,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checks import Amount, Size, check_fields
-from .step_plan import Cluster, bytes_text
 
 Integers = NDArray[np.int64]
-MOST_TOKENS = 2**40  # of a group, whatever its memory
-TICKS = 2**36  # of a step whose sequences all run one after another; products with weights stay in 63 bits
+TOKEN_LIMIT = 2**40  # of a group, whatever its memory
+COST_UNITS = 2**36  # in a step whose sequences all run one after another; products with weights stay in 63 bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """Equal devices that are planned together."""
+
+    devices: int
+    memory: float  # bytes of each device that a run may fill
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "memory"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} of a cluster must be positive, got {getattr(self, name)}")
+
+    def __str__(self) -> str:
+        return f"{self.devices} devices with {bytes_text(self.memory)} each"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DegreeCosts:
-    """A group of one degree with sequences of lengths s, n tokens together, forward and backward:
+    """Forward and backward pass of a group of one degree, with sequences of lengths s and n tokens in total:
 
     fixed + sum(per_token s + per_square s^2) seconds and fixed_bytes + bytes_per_token n bytes on each rank.
     """
@@ -30,7 +45,7 @@ class DegreeCosts:
     per_square: Amount
     fixed_bytes: Amount
     bytes_per_token: Amount
-    linear: str = ""  # the strategies that this is of, if there are layers of the kind
+    linear: str = ""  # strategies, of the kinds of layers that there are
     softmax: str = ""
 
     def __post_init__(self) -> None:
@@ -39,9 +54,9 @@ class DegreeCosts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """Of groups of all degrees that may be used (powers of two). `profile.model_costs` makes them of a model.
+    """Costs of groups of every degree that may be used; degrees are powers of two. `profile.model_costs` makes them.
 
-    Causal work is taken as even over the ranks of a group, transfers as not hidden by computing.
+    Causal work is assumed even over the ranks of a group, and transfers not hidden behind computation.
     """
 
     by_degree: Mapping[int, DegreeCosts]
@@ -59,7 +74,7 @@ class Costs:
         return c.fixed + sum(c.per_token * s + c.per_square * s * s for s in lengths)
 
     def memory(self, tokens: int, degree: int) -> float:
-        """Bytes on each rank of a group with so many tokens, padding included."""
+        """Bytes on each rank of a group with this number of tokens, padding included."""
         c, multiple = self.by_degree[degree], degree * self.chunks_per_rank
         return c.fixed_bytes + c.bytes_per_token * (-(-tokens // multiple) * multiple)
 
@@ -70,22 +85,22 @@ class Costs:
         if free <= 0:
             return 0
         tokens = free / c.bytes_per_token if c.bytes_per_token else inf
-        return floor(min(tokens, MOST_TOKENS) / multiple) * multiple
+        return floor(min(tokens, TOKEN_LIMIT) / multiple) * multiple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """Sequences and degrees of a step in integers: sums are exact in any order, on any processor.
+class CostTable:
+    """Lengths, degrees and costs of a step as integers, whose sums are exact in any order, on any processor.
 
-    Floating-point sums may round differently on another processor or numpy, and two ranks would make two plans.
+    Floating-point sums may round differently on another processor or in another numpy, and ranks would make two plans.
     """
 
     devices: int
     ids: Integers  # [K] positions in the caller's lengths
     lengths: Integers  # [K], descending
     degrees: Integers  # [D], ascending
-    times: Integers  # [K, D] ticks of a sequence in a group
-    fixed: Integers  # [D] ticks
+    times: Integers  # [K, D] cost of a sequence in a group
+    fixed: Integers  # [D] cost of a group
     capacity: Integers  # [D] tokens of a group
 
     def __len__(self) -> int:
@@ -93,21 +108,21 @@ class Table:
 
     @property
     def allowed(self) -> NDArray[np.bool_]:
-        """[K, D]: the sequence fits a group of this degree."""
+        """Sequences that fit a group of a degree `[K, D]`."""
         return self.lengths[:, None] <= self.capacity
 
     @property
     def work(self) -> Integers:
-        """[K] device-ticks that a sequence takes at least."""
+        """Least cost of a sequence times devices `[K]`."""
         return np.where(self.allowed, self.times * self.degrees, np.iinfo(np.int64).max).min(1)
 
-    def part(self, rows: slice | Integers) -> Table:
-        """Some of the sequences."""
+    def part(self, rows: slice | Integers) -> CostTable:
+        """Select some of the sequences."""
         return replace(self, ids=self.ids[rows], lengths=self.lengths[rows], times=self.times[rows])
 
 
-def tabulate(lengths: Sequence[int], cluster: Cluster, costs: Costs) -> Table:
-    """The table of a step; ValueError for lengths that cannot be planned."""
+def tabulate(lengths: Sequence[int], cluster: Cluster, costs: Costs) -> CostTable:
+    """Tabulate a step; ValueError for lengths that cannot be planned."""
     given = np.asarray(lengths)
     if given.ndim != 1 or len(given) == 0 or given.dtype.kind not in "iu" or given.min() < 1:
         raise ValueError(f"lengths must be one or more positive integers, got {np.array2string(given, threshold=8)}")
@@ -122,19 +137,19 @@ def tabulate(lengths: Sequence[int], cluster: Cluster, costs: Costs) -> Table:
     token, square, fixed = np.array([(c.per_token, c.per_square, c.fixed) for c in by_degree], dtype=np.float64).T
     seconds = token * s + square * (s * s)
     slowest = float(seconds.max() * len(ordered) + fixed.max())
-    if not TICKS * float_info.min <= slowest < inf:
+    if not COST_UNITS * float_info.min <= slowest < inf:
         raise ValueError(
             f"costs must give a step a finite time above 0, got {slowest} s for {len(ordered)} sequences of up to "
             f"{ordered[0]:,} tokens; give seconds in `DegreeCosts` or the profile"
         )
-    tick = slowest / TICKS
-    return Table(
+    unit = slowest / COST_UNITS
+    return CostTable(
         devices=cluster.devices,
         ids=order,
         lengths=ordered,
         degrees=degrees,
-        times=np.rint(seconds / tick).astype(np.int64),
-        fixed=np.rint(fixed / tick).astype(np.int64),
+        times=np.rint(seconds / unit).astype(np.int64),
+        fixed=np.rint(fixed / unit).astype(np.int64),
         capacity=capacity,
     )
 
@@ -153,3 +168,12 @@ def _check_longest(longest: int, degrees: Integers, capacity: Integers, cluster:
             f"{bytes_text(need)} on each, and {best} devices hold {capacity.max():,} tokens; leave longer sequences "
             "out or cut them, recompute activations, or plan for more devices or memory"
         )
+
+
+def bytes_text(size: float) -> str:
+    """Format a size for messages: 24.4 KiB, 1.5 GiB."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:,.1f} GiB"

@@ -1,4 +1,4 @@
-"""Lengths of sequences: from a file, or drawn like Wikipedia's articles."""
+"""Lengths of sequences, from a file or drawn like Wikipedia's articles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DIGITS = 12  # of a length
 
 
 def read_lengths(name: str, count: int) -> Integers:
-    """The first `count` lengths of a text file with whole numbers between white space; "wikipedia" draws them."""
+    """Read the first `count` lengths of a text file, integers between white space; "wikipedia" draws them instead."""
     if name == "wikipedia":
         longer, known = np.log(np.random.default_rng(0).random(count)), sorted(WIKIPEDIA)
         return np.exp(np.interp(longer, np.log(known), np.log([WIKIPEDIA[share] for share in known]))).astype(np.int64)
@@ -29,7 +29,7 @@ def read_lengths(name: str, count: int) -> Integers:
     lengths = [int(word) if word.isdecimal() and len(word) <= DIGITS else 0 for word in words]
     if 0 in lengths:
         raise ValueError(
-            f"a file of lengths holds whole numbers from 1 on, of {DIGITS} digits at most, and white space, got "
+            f"a file of lengths must hold integers from 1 on, of {DIGITS} digits at most, and white space, got "
             f"{words[lengths.index(0)]!r} in {name}; count tokens"
         )
     if len(lengths) < count:

@@ -1,14 +1,14 @@
-"""What a model costs on a machine: profiles (JSON), and the costs of groups that follow from them.
+"""Profiles of a model on a machine (JSON), and the costs of groups that follow from them.
 
-A profile holds coefficients of forward and backward passes; those that come with the package lie in `profiles/` and say
-what they are: "published" constants of a paper, "simulated" ones (data sheets and assumptions), or "measured" ones.
+A profile holds coefficients of forward and backward passes. The profiles in `profiles/` come with the package and state
+their origin: "published" constants of a paper, "simulated" ones (data sheets and assumptions), or "measured" ones.
 
     seconds of a group of degree d with sequences of lengths s =  micro_batch
         + sum over s of (token + layers * layer's token) s / d + softmax layers * softmax_square s^2 / d
-        + what its layers send (`costs.py`, with the link of degree d): the K/V of softmax layers grow with the tokens,
-          the states of linear layers depend on the degree alone
+        + transfers of its layers (`costs.py`, with the link of degree d): the K/V of softmax layers grow with the
+          tokens, the states of linear layers depend only on the degree
     bytes of a rank  =  states (/ devices if sharded) + (token + layers * layer's token) tokens / d
-        + what LASP-2H gathers in one layer, of the whole group, and the states that LASP-2 gathers
+        + K/V that LASP-2H gathers in one layer, of all tokens of the group, and the states that LASP-2 gathers
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ PROFILES = Path(__file__).parent / "profiles"
 SUFFIXES = (".json",)
 ORIGINS = ("published", "simulated", "measured")
 AUTO = {"linear": ("lasp2", "all_to_all", "all_scan", "lasp1"), "softmax": ("ulysses", "lasp2h", "ring")}
-TYPICAL = 4096  # tokens of a rank at which "auto" compares
+AUTO_TOKENS = 4096  # of a rank, at which "auto" compares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What the costs need to know of a model."""
+    """Sizes of a model that its costs depend on."""
 
     hidden_size: Size
     intermediate_size: Size
@@ -44,7 +44,7 @@ class Model:
     kv_heads: Size
     head_dim: Size
     mixer: str | None  # of linear layers; None, in a profile: any
-    state: tuple[Size, Size, Size]  # of linear layers: heads, D_k, D_v, a normaliser's column included
+    state: tuple[Size, Size, Size]  # of linear layers: heads, D_k, D_v, including a normalizer's column
     decays: bool  # travel with the state
     element: Size  # bytes of an activation in training
 
@@ -53,11 +53,11 @@ class Model:
 
     @property
     def chunks_per_rank(self) -> int:
-        """Of the layout "auto": zigzag for hybrids, contiguous for pure linear models."""
+        """Chunks per rank of the layout "auto": zigzag for hybrids, contiguous for pure linear models."""
         return 2 if self.softmax_layers else 1
 
     def with_softmax_every(self, interval: int | None) -> Model:
-        """As many layers, of which each interval-th is a softmax layer; None: none is."""
+        """Return the model with a softmax layer in every `interval` layers; None: all layers are linear."""
         layers = self.softmax_layers + self.linear_layers
         count = layers // interval if interval else 0
         return replace(self, softmax_layers=count, linear_layers=layers - count)
@@ -65,10 +65,10 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seconds:
-    """Forward and backward; of a single device where not said otherwise."""
+    """Seconds of forward and backward on a single device."""
 
-    micro_batch: Amount  # whatever it holds
-    token: Amount  # of all that every layer has, and of embedding and head
+    micro_batch: Amount  # fixed
+    token: Amount  # of the parts that every layer has, embedding and head
     softmax_square: Amount  # of one softmax layer, times length squared
     softmax_token: Amount = 0.0  # of one softmax layer
     linear_token: Amount = 0.0  # of one linear layer
@@ -80,9 +80,9 @@ class Seconds:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bytes:
     device: Positive  # that a run may fill
-    states: Amount  # parameters, gradients and optimiser
+    states: Amount  # parameters, gradients and optimizer
     sharded: bool  # states are divided over all devices (FSDP, ZeRO)
-    token: Amount  # activations, as of `Seconds`
+    token: Amount  # activations, of the same parts as in `Seconds`
     softmax_token: Amount = 0.0
     linear_token: Amount = 0.0
 
@@ -97,25 +97,25 @@ class Profile:
     source: str  # where the figures are from
     hardware: str
     processes: Size | None = None  # that were measured at once; None: not measured
-    gradient_checkpointing: bool | None  # None: not told
+    gradient_checkpointing: bool | None  # None: unknown
     model: Model
     seconds: Seconds
     bytes: Bytes
-    links: Mapping[int, LinkSpeed]  # by degree: the slowest link of a group of neighbours
+    links: Mapping[int, LinkSpeed]  # by degree: the slowest link of a group of consecutive ranks
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.origin not in ORIGINS:
             raise ValueError(f"a profile's origin must be one of {ORIGINS}, got {self.origin!r}")
         if self.origin == "measured" and self.processes is None:
-            raise ValueError("processes must be told by a measured profile, got None")
+            raise ValueError("processes must be stated by a measured profile, got None")
         for degree, (latency, bandwidth) in self.links.items():
             check("a degree in links", "Degree", degree)
             check(f"links.{degree}.latency", "Amount", latency)
             check(f"links.{degree}.bandwidth", "Positive", bandwidth)
 
     def require(self, model: Model) -> None:
-        """ValueError unless this is a profile of that model. Layers may be of other kinds, but as many."""
+        """Raise ValueError unless this is a profile of that model; its layers may be of other kinds."""
         mixed = replace(model, softmax_layers=self.model.softmax_layers, linear_layers=self.model.linear_layers)
         if self.model.mixer is None:
             mixed = replace(mixed, mixer=None)
@@ -136,12 +136,12 @@ class Profile:
 
 
 def profile_names() -> list[str]:
-    """Of the profiles that come with the package."""
+    """Names of the profiles that come with the package."""
     return sorted(path.stem for path in PROFILES.glob("*.json"))
 
 
 def load_profile(name: str | Path) -> Profile:
-    """A profile of the package by its name, or of a file; ValueError where it is none."""
+    """Load a profile of the package by its name, or a file; ValueError for anything else."""
     path = Path(name)
     if path.suffix not in SUFFIXES:
         path = PROFILES / f"{name}.json"
@@ -176,10 +176,10 @@ def _from_json(data: Any) -> Profile:
 def model_costs(
     profile: Profile, devices: int, *, model: Model | None = None, linear: str = "auto", softmax: str = "auto"
 ) -> Costs:
-    """Costs of groups of every degree that the profile has a link for and the strategies allow.
+    """Compute the costs of groups of every degree that has a link in the profile and that the strategies allow.
 
     Args:
-        model: the profile's, with layers of other kinds if wanted.
+        model: default the profile's; its layers may be of other kinds.
         linear: a name of `linear_costs`, or "auto": the fastest for each degree.
         softmax: a name of `softmax_costs`, or "auto": the fastest of Ulysses where heads divide, Ring, and LASP-2H
             where it gathers no more than `GATHERED_LIMIT`.
@@ -211,9 +211,11 @@ def _device_costs(profile: Profile, model: Model, devices: int) -> DegreeCosts:
 def _group_costs(
     profile: Profile, model: Model, devices: int, degree: int, link: LinkSpeed, strategies: Mapping[str, str]
 ) -> DegreeCosts | None:
-    """None where a strategy that was asked for cannot serve the degree."""
+    """Compute the costs of one degree; None if a requested strategy does not support it."""
     one = _device_costs(profile, model, devices)
-    own = (profile.bytes.device - one.fixed_bytes) / one.bytes_per_token if one.bytes_per_token else TYPICAL  # tokens
+    own = (
+        (profile.bytes.device - one.fixed_bytes) / one.bytes_per_token if one.bytes_per_token else AUTO_TOKENS
+    )  # tokens
     gathered = 2 * model.kv_heads * model.head_dim * (model.element + FLOAT32)  # bytes a token of the group, LASP-2H
     chosen, transfer, slope = {"linear": "", "softmax": ""}, 0.0, 0.0
     for kind, layers in (("linear", model.linear_layers), ("softmax", model.softmax_layers)):
@@ -224,7 +226,7 @@ def _group_costs(
                 allowed.remove("lasp2h")
             name = strategies[kind]
             if name == "auto":
-                name = min(allowed, key=lambda option: options[option][0] + TYPICAL * options[option][1])
+                name = min(allowed, key=lambda option: options[option][0] + AUTO_TOKENS * options[option][1])
             if name not in options:
                 return None
             chosen[kind] = name
@@ -245,7 +247,7 @@ def _group_costs(
 def _transfers(
     kind: str, model: Model, degree: int, link: LinkSpeed, *, recomputed: bool
 ) -> dict[str, tuple[float, float]]:
-    """Seconds of a layer's transfers by strategy: those of any group, and those of each token of a rank."""
+    """Seconds of a layer's transfers by strategy: a fixed part, and a part for each token of a rank."""
     common: dict[str, Any] = {"batch": 1, "element": model.element, "ranks": degree, "decays": model.decays}
     common |= {"chunks_per_rank": model.chunks_per_rank, "recomputed": recomputed}
     if kind == "linear":

@@ -1,4 +1,4 @@
-"""What adaptive groups would bring, predicted without any device: `linear-llama3 plan`.
+"""Prediction of what adaptive groups would gain, without any device: `linear-llama3 plan`.
 
 linear-llama3 plan --lengths FILE --devices 64 --plot plan.png
 """
@@ -12,21 +12,22 @@ import numpy as np
 import typer
 
 from .checks import check_output
-from .group_costs import Integers
+from .group_costs import Cluster, Integers
 from .lengths import read_lengths
-from .planner import lower_bound, plan, plan_one_degree
 from .profile import Profile, load_profile, model_costs, profile_names
-from .step_plan import Cluster, StepPlan
+from .step_plan import StepPlan, lower_bound, plan, plan_one_degree
 
-MODELS = {"softmax": 1, "hybrid 1/4": 4, "hybrid 1/8": 8, "pure linear": None}  # every n-th layer is a softmax layer
-ENOUGH = 1.03  # a static plan is as good if it takes no longer than this times the adaptive one: half of the error that
-# FlexSP reports for its cost model
+MODELS = {"softmax": 1, "hybrid 1/4": 4, "hybrid 1/8": 8, "pure linear": None}  # every n-th layer is softmax
+PACKING_TOLERANCE = (
+    1.03  # packing is enough if its step takes at most this factor longer: half of the error that FlexSP
+)
+# reports for its cost model
 IMAGES = (".png", ".pdf", ".svg", ".jpg")
 WAYS = ("static", "best one degree", "adaptive", "lower bound")
 
 
 class Forecast:
-    """Of one model over some steps."""
+    """Predicted seconds of one model's steps, by the way of grouping."""
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class Forecast:
         linear: str = "auto",
         softmax: str = "auto",
     ) -> None:
-        """longest: tokens that the one degree of a static run has to hold."""
+        """longest: tokens of a sequence that the degree of a static run must hold."""
         self.name, self.steps = name, steps
         model = profile.model.with_softmax_every(MODELS[name])
         self.costs = model_costs(profile, cluster.devices, model=model, linear=linear, softmax=softmax)
@@ -54,7 +55,7 @@ class Forecast:
 
     @property
     def packing_is_enough(self) -> bool:
-        return self.seconds["static"] <= ENOUGH * self.seconds["adaptive"]
+        return self.seconds["static"] <= PACKING_TOLERANCE * self.seconds["adaptive"]
 
     def lengths_by_degree(self) -> dict[int, Integers]:
         found: dict[int, list[int]] = {}
@@ -65,27 +66,29 @@ class Forecast:
 
 
 def _mean(plans: list[StepPlan] | list[StepPlan | None]) -> float:
-    """Seconds of a step; infinite where there is no plan."""
+    """Mean seconds of a step; infinite if one has no plan."""
     return float(np.mean([step.seconds if step else np.inf for step in plans]))
 
 
 def report(
     lengths: Annotated[str, typer.Option(help='A text file with a length on each line, or "wikipedia".')] = "wikipedia",
-    devices: Annotated[int, typer.Option(min=1, help="How many.")] = 64,
-    profile: Annotated[str, typer.Option(help="A JSON file, or: " + ", ".join(profile_names()))] = "flexsp-gpt-7b-a100",
+    devices: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 64,
+    profile: Annotated[
+        str, typer.Option(help=f"JSON file of a profile or {', '.join(profile_names())}.")
+    ] = "flexsp-gpt-7b-a100",
     memory: Annotated[
-        float | None, typer.Option(help="GiB of a device; default: the profile's; inf: as much as wanted.")
+        float | None, typer.Option(help="GiB of each device; inf for no limit. Default: the profile's.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 512,
-    steps: Annotated[int, typer.Option(min=1, help="Steps to plan.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, help="Number of steps to plan.")] = 4,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Cut longer sequences; the static degree holds it.")
+        int | None, typer.Option(min=1, help="Cut sequences to this length, which the static degree must hold.")
     ] = None,
     linear: Annotated[str, typer.Option(help="Strategy of linear layers.")] = "auto",
     softmax: Annotated[str, typer.Option(help="Strategy of softmax layers.")] = "auto",
-    plot: Annotated[Path | None, typer.Option(help=f"An image to write ({', '.join(IMAGES)}).")] = None,
+    plot: Annotated[Path | None, typer.Option(help=f"Image to write ({', '.join(IMAGES)}).")] = None,
 ) -> None:
-    """Predict what adaptive sequence-parallel groups would bring, for softmax, hybrid and linear models."""
+    """Predict the step time with adaptive sequence-parallel groups, for softmax, hybrid and linear models."""
     try:
         if plot is not None:
             check_output(plot, IMAGES)
@@ -140,7 +143,7 @@ def describe(forecasts: list[Forecast], profile: Profile, cluster: Cluster) -> s
 
 
 def draw(forecasts: list[Forecast], profile: Profile, cluster: Cluster, path: Path) -> None:
-    """Seconds of a step above; below, the lengths that every degree takes."""
+    """Plot the seconds of a step above, and below the lengths that each degree gets."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3 * len(forecasts), 7), layout="constrained")

@@ -1,4 +1,4 @@
-"""Costs by layer kind and strategy are those of the design: sums over layers, written out here once more."""
+"""Costs by kind of layer and strategy, against sums over layers that are written out here."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def of(profile: Profile, degree: int, every: int | None, **strategies: str) -> D
     return model_costs(profile, 64, model=model, **strategies).by_degree[degree]
 
 
-@pytest.mark.parametrize("degree", [2, 8, 16])
+@pytest.mark.parametrize("degree", [2, 8, 16], ids="D{}".format)
 def test_ulysses(seven: Profile, degree: int) -> None:
-    """Eight activations of a token are moved in a layer, forward and backward, but for each rank's own part."""
+    """Eight activations of a token are moved in a layer, forward and backward, except each rank's own part."""
     group = of(seven, degree, 1, softmax="ulysses")
     moved = 8 * HIDDEN * 2 * LAYERS * (degree - 1) / degree
     assert group.fixed == pytest.approx(B1)
@@ -58,7 +58,7 @@ def test_ulysses(seven: Profile, degree: int) -> None:
 
 @pytest.mark.parametrize(("strategy", "moved"), [("lasp2h", 2 + 4), ("ring", 0.75 * (2 + 2 + 4))])
 def test_keys_and_values(seven: Profile, strategy: str, moved: float) -> None:
-    """Of K and V every rank sends its own to all: so a token costs as much as in any degree, but for the own part."""
+    """Every rank sends its own K and V to all others: a token costs the same in any degree, except for the own part."""
     model = replace(seven.model, kv_heads=8)
     grouped = replace(seven, model=model)
     group = model_costs(grouped, 64, softmax=strategy).by_degree[8]
@@ -72,7 +72,7 @@ STATE = HEADS * DIM * DIM * 4  # float32
 
 
 @pytest.mark.parametrize(("every", "linear_layers", "chunks"), [(4, 24, 2), (8, 28, 2), (None, 32, 1)])
-@pytest.mark.parametrize("degree", [8, 64])
+@pytest.mark.parametrize("degree", [8, 64], ids="D{}".format)
 def test_states(seven: Profile, every: int | None, linear_layers: int, chunks: int, degree: int) -> None:
     """They cost a group, not a token; the gather grows with the degree, the scan by all-to-all does not."""
     softmax = {8: "ulysses", 64: "ring"}[degree]  # 32 heads
@@ -176,14 +176,14 @@ def test_a_profile_of_another_model_is_refused(seven: Profile) -> None:
         seven.require(replace(seven.model, linear_layers=1))
 
 
-@pytest.mark.parametrize("field", [field.name for field in fields(Model) if not field.name.endswith("_layers")])
-def test_all_that_costs_depend_on_is_compared(seven: Profile, field: str) -> None:
+def test_a_profile_is_refused_for_any_other_size_of_the_model(seven: Profile) -> None:
     own = replace(seven, model=replace(seven.model, mixer="gla"))
     other = {"state": (32, 128, 129), "mixer": "basic", "decays": True, "tied_embeddings": False}
-    model = replace(own.model, **{field: other.get(field, 7)})
-    with pytest.raises(ValueError, match=f"with {field} .*, the model .*; make a profile of this model"):
-        model_costs(own, 64, model=model)
-    model_costs(seven, 64, model=replace(seven.model, mixer="gla"))  # it is of no mixer, and so of any
+    for field in (field.name for field in fields(Model) if not field.name.endswith("_layers")):
+        model = replace(own.model, **{field: other.get(field, 7)})
+        with pytest.raises(ValueError, match=f"with {field} .*, the model .*; make a profile of this model"):
+            model_costs(own, 64, model=model)
+    model_costs(seven, 64, model=replace(seven.model, mixer="gla"))  # a profile without a mixer is of any
 
 
 def entries(data: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
@@ -206,10 +206,9 @@ MEASURED["links"] = {degree: SIMULATED["links"][degree] for degree in ("2", "64"
 MAY_BE_NULL = ("gradient_checkpointing", "model.mixer")
 
 
-@pytest.mark.parametrize(("entry", "good"), list(entries(MEASURED)))
-def test_wrong_values_of_a_file_are_refused(entry: str, good: Any, tmp_path: Path) -> None:
-    """By entry, value and file; the numbers must be finite and not negative, and numbers."""
-    path, count = tmp_path / "mine.json", entry == "processes" or entry.startswith("model.")
+def wrong_values(entry: str, good: Any) -> list[Any]:
+    """Numbers must be finite, not negative, and numbers; counts must be integers."""
+    count = entry == "processes" or entry.startswith("model.")
     if isinstance(good, bool):
         wrong = ["false", 0, 1]
     elif isinstance(good, str):
@@ -218,35 +217,41 @@ def test_wrong_values_of_a_file_are_refused(entry: str, good: Any, tmp_path: Pat
         wrong = [math.nan, math.inf, -math.inf, -1, -1e-300, "1", True, [1], {"a": 1}, 10**400]
         wrong += [good + 0.5, float(good)] if count else []
         wrong += [0] if (count and "_layers" not in entry) or entry.endswith(("device", "bandwidth")) else []
-    wrong += [] if entry in MAY_BE_NULL else [None]
+    return wrong + ([] if entry in MAY_BE_NULL else [None])
+
+
+@pytest.mark.parametrize("section", ["", "model.", "seconds.", "bytes.", "links."])
+def test_wrong_values_of_a_file_are_refused(section: str, tmp_path: Path) -> None:
+    """The message names entry, value and file."""
+    path = tmp_path / "mine.json"
     path.write_text(json.dumps(MEASURED))
     load_profile(path)
-    for value in wrong:
-        path.write_text(json.dumps(with_entry(MEASURED, entry, value)))
-        with pytest.raises(ValueError) as caught:
+    own = [(entry, good) for entry, good in entries(MEASURED) if entry.rpartition(".")[0].startswith(section[:-1])]
+    for entry, good in own if section else [(entry, good) for entry, good in own if "." not in entry]:
+        for value in wrong_values(entry, good):
+            path.write_text(json.dumps(with_entry(MEASURED, entry, value)))
+            with pytest.raises(ValueError) as caught:
+                load_profile(path)
+            message = str(caught.value)
+            expected = f"{entry} must be ", f"got {value!r}", str(path), "`linear-llama3 profile`"
+            assert all(part in message for part in expected), message
+
+
+def test_wrong_states_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    for state in ([8, 128], [8, 128, 0], [8, 128, 1.5], 8, None, "abc"):
+        path.write_text(json.dumps(with_entry(MEASURED, "model.state", state)))
+        with pytest.raises(ValueError, match=r"model.state must be three integers .*, got .* in .*mine.json"):
             load_profile(path)
-        message = str(caught.value)
-        expected = f"{entry} must be ", f"got {value!r}", str(path), "`linear-llama3 profile`"
-        assert all(part in message for part in expected), message
 
 
-@pytest.mark.parametrize("state", [[8, 128], [8, 128, 0], [8, 128, 1.5], 8, None, "abc"])
-def test_wrong_states_are_refused(state: Any, tmp_path: Path) -> None:
+def test_links_are_of_powers_of_two(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps(with_entry(MEASURED, "model.state", state)))
-    with pytest.raises(ValueError, match=r"model.state must be three whole numbers .*, got .* in .*mine.json"):
-        load_profile(path)
-
-
-@pytest.mark.parametrize("degree", ["abc", "3", "1", "0", "-2", "2.0"])
-def test_links_are_of_powers_of_two(degree: str, tmp_path: Path) -> None:
-    path = tmp_path / "mine.json"
-    links = {**MEASURED["links"], degree: {"latency": 0.0, "bandwidth": 1.0}}
-    path.write_text(json.dumps({**MEASURED, "links": links}))
-    with pytest.raises(
-        ValueError, match=f"degree in links must be a power of two from 2 on, got '?{degree}'? in .*mine"
-    ):
-        load_profile(path)
+    for degree in ("abc", "3", "1", "0", "-2", "2.0"):
+        links = {**MEASURED["links"], degree: {"latency": 0.0, "bandwidth": 1.0}}
+        path.write_text(json.dumps({**MEASURED, "links": links}))
+        with pytest.raises(ValueError, match=f"links must be a power of two from 2 on, got '?{degree}'? in .*mine"):
+            load_profile(path)
 
 
 def test_profiles_made_by_hand_are_checked(seven: Profile) -> None:
@@ -257,7 +262,7 @@ def test_profiles_made_by_hand_are_checked(seven: Profile) -> None:
         replace(seven.bytes, sharded="false")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"links.2.bandwidth must be a finite number above 0, got 0"):
         replace(seven, links={2: LinkSpeed(0.0, 0)})
-    with pytest.raises(ValueError, match="processes must be told by a measured profile, got None"):
+    with pytest.raises(ValueError, match="processes must be stated by a measured profile, got None"):
         replace(seven, origin="measured")
 
 
@@ -270,7 +275,7 @@ def test_costs_made_by_hand_are_checked(field: str) -> None:
         with pytest.raises(ValueError, match=f"DegreeCosts.{field} must be a finite number, 0 or more, got"):
             DegreeCosts(**{**GOOD, field: wrong})  # type: ignore[arg-type]
     DegreeCosts(**{**GOOD, field: np.float32(2)})
-    with pytest.raises(ValueError, match=r"chunks_per_rank must be a whole number from 1 .*, got 0"):
+    with pytest.raises(ValueError, match=r"chunks_per_rank must be an integer from 1 .*, got 0"):
         Costs(by_degree={1: DegreeCosts(**GOOD)}, chunks_per_rank=0)
 
 
@@ -286,7 +291,7 @@ def test_steps_take_a_finite_time_above_zero(changes: dict[str, float]) -> None:
 
 
 def test_numbers_may_be_large() -> None:
-    """Memory without an end is a plan without limits; whole numbers beyond 64 bits are seconds like others."""
+    """Infinite memory sets no limit; integers beyond 64 bits are seconds like others."""
     two = {1: DegreeCosts(**GOOD), 2: DegreeCosts(**{**GOOD, "per_token": 0.9})}
     lengths = [100, 50, 30, 20, 20, 10, 5, 5, 5, 5, 5, 5]
     enough = plan(lengths, Cluster(devices=2, memory=1e6), Costs(by_degree=two))

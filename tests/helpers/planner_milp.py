@@ -1,12 +1,12 @@
-"""FlexSP's mixed-integer program of one micro-batch (arXiv 2412.01523, section 4.1, equations 17 to 22): a reference.
+"""Oracle: FlexSP's mixed-integer program of one micro-batch (arXiv:2412.01523, section 4.1, equations 17 to 22).
 
-For every degree d there are N / d virtual groups p. Chosen are which of them exist, m_p in {0, 1}, and how many
-sequences of bucket q each takes, A_qp:
+For every degree d there are N / d virtual groups p. The variables are m_p in {0, 1}, group p exists, and A_qp, the
+sequences of bucket q in group p:
 
     least C with  fixed_p m_p + sum_q t_qp A_qp <= C     sum_q s_q A_qp <= capacity_p m_p     m_p <= sum_q A_qp
                   sum_p A_qp = members of bucket q       sum_p d_p m_p = N
 
-As in the paper's code the groups cover all devices and none is empty: a rank without a group would keep the others
+The groups cover all devices and none is empty, as in the paper's code: a rank without a group would keep the others
 waiting in collectives over all ranks. Equal virtual groups are ordered, so that solvers need not tell them apart.
 """
 
@@ -16,27 +16,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .buckets import bucket_starts
-from .group_costs import Integers, Table
-from .placement import Placement
+from linear_llama3.sequence_parallel.planner.group_costs import CostTable, Integers
+from linear_llama3.sequence_parallel.planner.search import Assignment
 
 BUCKETS = 16
-SECONDS = 10.0  # after which the solver hands over what it has
+SECONDS = 10.0  # after which the solver returns the best so far
 
 
 class Solution(NamedTuple):
-    placement: Placement | None  # None: none exists, or none was found in time
-    bound: float  # ticks that no placement of the bucketed lengths stays below, as far as the solver got
+    assignment: Assignment | None  # None: none exists, or none was found in time
+    bound: float  # cost that no assignment of the bucketed lengths stays below, as far as the solver got
     optimal: bool  # proven; of the bucketed lengths
     exact: bool  # every bucket holds sequences of one length only
 
 
-def solve_milp(table: Table, *, buckets: int = BUCKETS, seconds: float = SECONDS) -> Solution:
-    """By scipy's HiGHS. A time limit makes the answer depend on the machine: not for plans that ranks make alone."""
-    try:
-        from scipy.optimize import Bounds, milp
-    except ImportError as error:
-        raise ImportError('solver="milp" needs scipy: pip install scipy') from error
+def solve_milp(table: CostTable, *, buckets: int = BUCKETS, seconds: float = SECONDS) -> Solution:
+    """Solve by scipy's HiGHS."""
+    from scipy.optimize import Bounds, milp
 
     starts = _starts(table, buckets)
     count = np.diff(np.append(starts, len(table)))  # [Q]
@@ -59,10 +55,10 @@ def solve_milp(table: Table, *, buckets: int = BUCKETS, seconds: float = SECONDS
     x = np.rint(result.x).astype(np.int64)
     used = np.flatnonzero(x[1 : groups + 1])
     taken = x[groups + 1 :].reshape(len(starts), groups)[:, used]  # [Q, G]
-    return Solution(_placement(table, taken, kind[used]), bound, result.status == 0, exact)
+    return Solution(_assignment(taken, kind[used]), bound, result.status == 0, exact)
 
 
-def _starts(table: Table, buckets: int) -> Integers:
+def _starts(table: CostTable, buckets: int) -> Integers:
     """First row of every bucket: more of them where rounding would take over half of the memory that is left."""
     room = int((table.capacity // table.degrees).max()) * table.devices - int(table.lengths.sum())
     while True:
@@ -73,7 +69,7 @@ def _starts(table: Table, buckets: int) -> Integers:
         buckets *= 2
 
 
-def _constraints(table: Table, starts: Integers, count: Integers, kind: Integers, scale: float) -> Any:
+def _constraints(table: CostTable, starts: Integers, count: Integers, kind: Integers, scale: float) -> Any:
     """Variables in the order C, m [P], A [Q, P]."""
     from scipy.optimize import LinearConstraint
     from scipy.sparse import bmat, csr_array, diags_array, eye_array, kron
@@ -107,9 +103,33 @@ def _constraints(table: Table, starts: Integers, count: Integers, kind: Integers
     return [LinearConstraint(of_group, -np.inf, 0), LinearConstraint(members, exactly, exactly)]
 
 
-def _placement(table: Table, taken: Integers, kind: Integers) -> Placement:
-    """taken: [Q, G] sequences of every bucket in every group."""
+def _assignment(taken: Integers, kind: Integers) -> Assignment:
+    """taken: sequences of every bucket in every group `[Q, G]`."""
     groups = np.concatenate([np.repeat(np.arange(len(kind)), row) for row in taken])
-    load = table.fixed[kind]
-    np.add.at(load, groups, table.times[np.arange(len(table)), kind[groups]])
-    return Placement(int(load.max()), table.degrees[kind], groups)
+    return Assignment(np.zeros_like(kind), kind, groups)
+
+
+def bucket_starts(lengths: Integers, count: int) -> Integers:
+    """First positions of `count` consecutive buckets; every length counts as its bucket's longest, its first.
+
+    The least sum of what is added, by dynamic programming: error[q][k] of the first k lengths in q buckets is the
+    minimum over j of error[q - 1][j] + (k - j) lengths[j] - sum(lengths[j:k]).
+
+    Args:
+        lengths: [K], descending, K >= count.
+    """
+    sums = np.concatenate([[0], np.cumsum(lengths)])
+    ends = np.arange(len(lengths) + 1)
+    added = (ends - ends[:-1, None]) * lengths[:, None] - (sums - sums[:-1, None])  # [j, k] of one bucket
+    never = np.int64(2**60)
+    added[ends <= ends[:-1, None]] = never
+    error, choices = np.where(ends == 0, 0, never), []
+    for _ in range(count):
+        total = np.minimum(error[:-1, None] + added, never)
+        choices.append(total.argmin(0))
+        error = total.min(0)
+    starts, end = [], len(lengths)
+    for choice in reversed(choices):
+        end = int(choice[end])
+        starts.append(end)
+    return np.array(starts[::-1])
