@@ -60,9 +60,9 @@ class StaticTrainer(LinearLlama3Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        groups, degree = self.adaptive_groups, self.args.world_size
-        assert groups is not None
-        groups.costs = replace(groups.costs, by_degree={degree: groups.costs.by_degree[degree]})
+        assert self.adaptive_groups is not None
+        degree, costs = self.args.world_size, self.adaptive_groups.costs
+        self.adaptive_groups.costs = replace(costs, by_degree={degree: costs.by_degree[degree]})
 
 
 def documents(count: int, longest: int, vocabulary: int) -> list[dict[str, np.ndarray]]:
