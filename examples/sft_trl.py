@@ -48,8 +48,6 @@ def main() -> None:
         assistant_only_loss=True,
         logging_steps=10,
         save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
     )
     set_seed(args.seed)
     sums = [(f"{a} + {b} =", str(a + b)) for a in range(20) for b in range(20)]

@@ -1,4 +1,4 @@
-"""Settings of the whole test session."""
+"""Settings of the complete test session."""
 
 from __future__ import annotations
 

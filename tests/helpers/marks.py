@@ -1,4 +1,4 @@
-"""What some tests need of the machine."""
+"""Marks for tests that need a particular machine."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def test_autocast() -> None:
 
 
 class Adapted(nn.Module):
-    """As LoRA's layers: a frozen head, and a product of two thin matrices behind a dropout."""
+    """A layer like LoRA's: a frozen head, and a product of two thin matrices behind a dropout."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

@@ -188,7 +188,7 @@ def test_state_carries_over_any_split(gate: str) -> None:
 @pytest.mark.parametrize("documents", [None, (0, 1, 30, 70)])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_bidirectional_is_the_full_product(documents: tuple[int, ...] | None, normalize: bool) -> None:
-    """`causal=False`: o = (q k^T) v over the whole document, as one matrix product without a mask."""
+    """`causal=False`: o = (q k^T) v over the complete document, as one matrix product without a mask."""
     case = Case(tokens=70, groups=2, documents=documents, normalize=normalize, causal=False)
     got = run(case, "chunked")
     inputs = case.inputs()

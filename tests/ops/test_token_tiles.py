@@ -1,4 +1,4 @@
-"""Tiles of a sequence compute what the whole does, and keep only its inputs."""
+"""Tiles of a sequence compute the result of the complete sequence, and keep only its inputs."""
 
 from __future__ import annotations
 

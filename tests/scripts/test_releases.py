@@ -1,8 +1,9 @@
-"""The ends of the dependency ranges."""
+"""The oldest and newest releases of the dependency ranges."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def test_ranges_of_guarded_libraries_have_both_ends() -> None:
 def test_the_hosted_matrix_has_both_ends() -> None:
     jobs = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))["jobs"]
     assert jobs["releases"]["strategy"]["matrix"]["release"] == ["oldest", "newest"]
+
+
+def test_the_tested_files_exist() -> None:
+    text = (ROOT / "scripts/test_releases.sh").read_text(encoding="utf-8")
+    names = re.findall(r"\btests/[\w/.]+", text.split("tests=(", 2)[2].split(")")[0])
+    assert len(names) >= 5 and all((ROOT / name).exists() for name in names)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What tells a resume that it goes on in the same data."""
+"""The order of the data tells a resume whether it continues in the same data."""
 
 from __future__ import annotations
 
