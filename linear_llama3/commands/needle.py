@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling.loading import load_config, load_tokenizer
-from ..sequence_parallel.context import IGNORE_INDEX
+from ..ops.cross_entropy import IGNORE_INDEX
 from ..trainer.command_line import run, user_errors
 from .evaluation import check_inputs, load_for_evaluation, plus_minus, score_tokens, sum_over_ranks
 
@@ -81,8 +81,8 @@ def text_haystack(tokenizer: PreTrainedTokenizerBase) -> Generator:
 def token_haystack(vocab_size: int, answer: int = 1) -> Generator:
     """Return a generator of random tokens with (marker, key, value ...) among them and at the end.
 
-    It suits models that were trained on token ids. The marker, the last token of the vocabulary, occurs in no other
-    place; a guess is right with probability 1 / (vocab_size - 1) for each token of the answer.
+    It suits models that were trained on token ids. The marker is the last token of the vocabulary and occurs only
+    there; a guess is right with probability 1 / (vocab_size - 1) for each token of the answer.
     """
     if vocab_size < 3 or answer < 1:
         raise ValueError(
