@@ -155,14 +155,14 @@ def plot_needle(cells: list[dict[str, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     lengths, depths = (sorted({cell[key] for cell in cells}) for key in ("length", "depth"))
-    accuracy = {(cell["length"], cell["depth"]): cell["accuracy"] for cell in cells}
     figure = Figure(figsize=(2 + 0.8 * len(lengths), 1.6 + 0.5 * len(depths)), layout="constrained")
     axes = figure.subplots()
-    grid = [[accuracy[length, depth] for length in lengths] for depth in depths]
+    grid = torch.zeros(len(depths), len(lengths))
+    for cell in cells:
+        row, column = depths.index(cell["depth"]), lengths.index(cell["length"])
+        grid[row, column] = cell["accuracy"]
+        axes.text(column, row, f"{cell['accuracy']:.0%}", ha="center", va="center")
     image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    for row, values in enumerate(grid):
-        for column, value in enumerate(values):
-            axes.text(column, row, f"{value:.0%}", ha="center", va="center")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axes.set(xlabel="tokens", ylabel="depth of the needle")

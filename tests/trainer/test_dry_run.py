@@ -105,14 +105,17 @@ def sent(recipe: str, changes: list[str]) -> tuple[float, int]:
 @pytest.mark.parametrize(
     "changes",
     [
-        ["sequence_parallel.linear=lasp2", "sequence_parallel.softmax=lasp2h"],
-        ["sequence_parallel.linear=lasp1", "sequence_parallel.softmax=rsa", "sequence_parallel.layout=contiguous"],
+        pytest.param(["sequence_parallel.linear=lasp2", "sequence_parallel.softmax=lasp2h"], marks=pytest.mark.slow),
+        pytest.param(
+            ["sequence_parallel.linear=lasp1", "sequence_parallel.softmax=rsa", "sequence_parallel.layout=contiguous"],
+            marks=pytest.mark.slow,
+        ),
         ["sequence_parallel.linear=all_to_all", "sequence_parallel.softmax=ulysses", "model.linear_attention_type=gla"],
         ["sequence_parallel.linear=lasp2", "sequence_parallel.softmax=lasp2h", "training.gradient_checkpointing=true"],
         ["sequence_parallel.linear=auto", "sequence_parallel.softmax=rsa", "training.gradient_checkpointing=true"],
-        ["model.full_attention_interval=0"],
+        pytest.param(["model.full_attention_interval=0"], marks=pytest.mark.slow),
         ["data.packing=none", "model.linear_attention_type=basic"],
-        ["data.packing=none", "model.linear_attention_type=retention"],
+        pytest.param(["data.packing=none", "model.linear_attention_type=retention"], marks=pytest.mark.slow),
     ],
     ids=lambda changes: " ".join(change.split(".")[1] for change in changes),
 )

@@ -134,7 +134,7 @@ def sharded_results(layout: str) -> tuple[dict[str, Any], list[dict[str, float]]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharded_is_whole(ranks: int, layout: str) -> None:
     model = tiny_model("gla").double()
     unsharded = measure_loss(model, batches())

@@ -61,7 +61,7 @@ def test_coefficients_are_found_again() -> None:
     assert fit_bytes(known_samples()) == pytest.approx([1e6, 700, 30, 50], rel=1e-6)
 
 
-@pytest.mark.parametrize(("layers", "every"), [(7, 3), (6, 0)])
+@pytest.mark.parametrize(("layers", "every"), [(7, 3), pytest.param(6, 0, marks=pytest.mark.slow)])
 def test_a_profile_predicts_the_depth_of_the_recipe(
     layers: int, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,20 +90,17 @@ def _wrapped(documents: Iterable[Piece], length: int) -> Iterator[list[Piece]]:
 
 
 def _windows(pieces: Iterable[Piece], length: int) -> Iterator[list[Piece]]:
+    """Pack the pieces of one window after another by best fit."""
     window: list[Piece] = []
     tokens = 0
-    for piece in pieces:
-        window.append(piece)
-        tokens += len(piece.ids)
-        if tokens >= WINDOW * length:
-            yield from _fitted(window, length)
+    for piece in chain(pieces, [None]):
+        if piece is not None:
+            window.append(piece)
+            tokens += len(piece.ids)
+        if piece is None or tokens >= WINDOW * length:
+            for row in best_fit([len(piece.ids) for piece in window], length):
+                yield [window[index] for index in row]
             window, tokens = [], 0
-    yield from _fitted(window, length)
-
-
-def _fitted(pieces: list[Piece], length: int) -> Iterator[list[Piece]]:
-    for row in best_fit([len(piece.ids) for piece in pieces], length):
-        yield [pieces[index] for index in row]
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -113,25 +111,17 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     first document.
     """
     rows: list[list[int]] = []
-    open_rows: dict[int, list[int]] = {}  # space left -> rows
-    spaces: list[int] = []  # keys of open_rows, sorted
+    open_rows: list[tuple[int, int]] = []  # (space left, row), sorted
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        at = bisect_left(spaces, lengths[index])
-        if at < len(spaces):
-            space = spaces[at]
-            row = open_rows[space].pop()
-            if not open_rows[space]:
-                del open_rows[space], spaces[at]
+        at = bisect_left(open_rows, (lengths[index], 0))
+        if at < len(open_rows):
+            space, row = open_rows.pop(at)
         else:
             space, row = capacity, len(rows)
             rows.append([])
         rows[row].append(index)
-        space -= lengths[index]
-        if space and space not in open_rows:
-            open_rows[space] = []
-            insort(spaces, space)
-        if space:
-            open_rows[space].append(row)
+        if space > lengths[index]:
+            insort(open_rows, (space - lengths[index], row))
     return sorted(sorted(row) for row in rows)
 
 

@@ -140,6 +140,9 @@ def yaml_type(hint: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if isinstance(value, bool) and not any(x in (bool, Any) or get_origin(x) is Literal for x in options):
+        return False  # Python takes a bool for an int, and so do older releases of huggingface_hub
     try:
         type_validator("", value, hint)
     except TypeError:
