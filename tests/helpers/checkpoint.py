@@ -73,7 +73,7 @@ def assert_documents_alone(
             assert run["history"][step] == pytest.approx((loss.item(), norm.item()), rel=2e-5)
         with torch.no_grad():
             for parameter, gradient in zip(parameters.values(), gradients, strict=True):
-                parameter -= learning_rate * gradient
+                parameter.sub_(learning_rate * gradient)
     for name, parameter in parameters.items():
         update = parameter.detach() - before[name]
         rounding = steps * torch.finfo(torch.float32).eps / 2 * parameter.detach().norm()

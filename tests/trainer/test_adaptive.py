@@ -14,57 +14,25 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
 
-from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.sequence_parallel import enable_sequence_parallel
-from linear_llama3.sequence_parallel.costs import LinkSpeed
 from linear_llama3.sequence_parallel.planner import (
     Cluster,
-    Costs,
-    DegreeCosts,
     Group,
     MicroBatch,
-    Profile,
     StepPlan,
 )
-from linear_llama3.sequence_parallel.planner.profile import Bytes, Seconds
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
 from linear_llama3.trainer.adaptive.planned_steps import StepPlanner, group_contexts
-from linear_llama3.trainer.adaptive.trainer import planner_model
 from linear_llama3.trainer.data.packing import collate_whole
+from tests.helpers.adaptive import LENGTHS, MODELS, flat_costs, one_row, profile_file, rows, tiny_model
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import arguments, outcome, reset_accelerate, tiny_config
-from tests.trainer.test_fsdp import shard_on_cpus
+from tests.helpers.training import arguments, outcome, reset_accelerate, shard_on_cpus
 
-LENGTHS = [29, 17, 11, 7, 6, 5, 3, 2, 13, 4, 1, 8]  # of 12 rows
-MODELS = {"hybrid": ("gla", 2), "gla": ("gla", None), "linear": ("basic", None)}
 PLANS: dict[str, list[list[tuple[int, list[int]]]]] = {  # micro-batches of (degree, positions)
     "2+1+1": [[(2, [0, 3, 9]), (1, [1, 10, 6, 4]), (1, [2, 5, 7, 8, 11])]],
     "1+1+2, 4": [[(1, [1, 10]), (1, [2, 5]), (2, [0, 3])], [(4, [8, 4, 6, 7, 9, 11])]],
     "2+2, 1+1+1+1, 4": [[(2, [0]), (2, [1, 2, 10])], [(1, [3]), (1, [4, 9]), (1, [5, 6]), (1, [7])], [(4, [8, 11])]],
 }
-STRATEGIES = {2: ("lasp1", "ring"), 4: ("all_scan", "lasp2h")}
-
-
-def tiny_model(kind: str) -> LinearLlama3ForCausalLM:
-    torch.manual_seed(0)
-    mixer, interval = MODELS[kind]
-    return LinearLlama3ForCausalLM(tiny_config(linear_attention_type=mixer, full_attention_interval=interval))
-
-
-def rows(count: int = len(LENGTHS)) -> list[dict[str, Tensor]]:
-    """Documents with very uneven labels."""
-    generator = torch.Generator().manual_seed(1)
-    out = []
-    for i, length in enumerate((LENGTHS * 2)[:count]):
-        ids = torch.randint(23, (length,), generator=generator)
-        labels = ids.clone()
-        labels[: length // 2 if i % 3 == 0 else 0] = -100
-        out.append({"input_ids": ids, "labels": labels})
-    return out
-
-
-def one_row(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: x[None] for name, x in batch[0].items()}
 
 
 def hand_made(layout: list[list[tuple[int, list[int]]]]) -> StepPlan:
@@ -77,17 +45,6 @@ def hand_made(layout: list[list[tuple[int, list[int]]]]) -> StepPlan:
         ]
         batches.append(MicroBatch(groups=tuple(made)))
     return StepPlan(devices=4, micro_batches=tuple(batches))
-
-
-def flat_costs(degrees: list[int]) -> Costs:
-    def costs(degree: int) -> DegreeCosts:
-        linear, softmax = STRATEGIES.get(degree, ("", ""))
-        return DegreeCosts(
-            fixed=1.0, per_token=1 / degree, per_square=0.0, fixed_bytes=0, bytes_per_token=1, linear=linear,
-            softmax=softmax,
-        )  # fmt: skip
-
-    return Costs(by_degree={degree: costs(degree) for degree in degrees})
 
 
 def documents_inside(data: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -152,24 +109,6 @@ def test_any_plan_equals_one_process(kind: str, inside: bool) -> None:
         for name, (loss, gradients) in results.items():
             assert loss == pytest.approx(total, rel=1e-10), name
             assert abs(gradients - expected).max() < 1e-10, name
-
-
-def profile_file(folder: Path, kind: str, devices: int) -> str:
-    """By which the longest row needs all devices, and a step several micro-batches."""
-    profile = Profile(
-        name="test",
-        origin="simulated",
-        source="made up",
-        hardware="none",
-        gradient_checkpointing=None,
-        model=planner_model(tiny_model(kind).config, 4),
-        seconds=Seconds(micro_batch=0.01, token=1e-3, softmax_square=0.0),
-        bytes=Bytes(device=1e5 / devices, states=1e3, sharded=False, token=2e3),
-        links={2: LinkSpeed(1e-4, 1e9), 4: LinkSpeed(2e-4, 1e9)},
-    )
-    path = folder / f"profile-{devices}.json"
-    profile.save(path)
-    return str(path)
 
 
 class FsdpTrainer(LinearLlama3Trainer):

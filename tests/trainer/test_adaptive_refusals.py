@@ -20,9 +20,9 @@ from linear_llama3 import LinearLlama3Config, LinearLlama3ForMaskedLM
 from linear_llama3.sequence_parallel.planner import Cluster, Costs, StepPlan, plan_one_degree
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
 from linear_llama3.trainer.adaptive import planned_steps
+from tests.helpers.adaptive import flat_costs, one_row, profile_file, rows, tiny_model
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_adaptive import flat_costs, one_row, profile_file, rows, tiny_model
-from tests.trainer.test_exactness import arguments, reset_accelerate
+from tests.helpers.training import arguments, reset_accelerate
 
 Rows = list[dict[str, Tensor]]
 

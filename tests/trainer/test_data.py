@@ -19,7 +19,7 @@ from linear_llama3.trainer.data import training_rows as rows_of
 from linear_llama3.trainer.data.documents import DataError, load_documents
 from linear_llama3.trainer.data.training_rows import training_rows
 from linear_llama3.trainer.recipes.recipe import DataRecipe
-from tests.trainer.test_recipe import write_tokenizer
+from tests.helpers.recipes import write_tokenizer
 
 TEXTS = ["abcdef", "g", "", "hijklmnopqrst", "uv", "wxyz"]
 CHATS = [{"prompt": text[:1], "completion": text[1:]} for text in TEXTS if len(text) > 1]

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from linear_llama3.trainer.data.order import WholeSteps, content_hash
 from linear_llama3.trainer.data.training_rows import training_rows
 from linear_llama3.trainer.recipes.recipe import DataRecipe
-from tests.trainer.test_recipe import write_corpus, write_tokenizer
+from tests.helpers.recipes import write_corpus, write_tokenizer
 
 
 class FirstWorkerOnly(IterableDataset):

@@ -19,7 +19,7 @@ from linear_llama3.trainer.recipes.build import build_model, load_tokenizer
 from linear_llama3.trainer.recipes.dry_run import dry_run
 from linear_llama3.trainer.recipes.recipe import load_recipe
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_recipe import MODEL, recipe_with, write_tokenizer
+from tests.helpers.recipes import MODEL, recipe_with, write_tokenizer
 
 LENGTH = 32
 

@@ -21,8 +21,8 @@ from linear_llama3.commands.evaluation import measure_loss, plot_loss_by_context
 from linear_llama3.commands.needle import needle_accuracy, plot_needle, text_haystack, token_haystack
 from linear_llama3.sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
 from tests.helpers.ranks import run_distributed
+from tests.helpers.recipes import write_tokenizer
 from tests.helpers.tiny import VOCAB, tiny_config, tiny_model, tokens
-from tests.trainer.test_recipe import write_tokenizer
 
 DOCUMENTS = [9, 4, 6, 1, 18]  # two rows of 19
 

@@ -20,8 +20,8 @@ from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM, LinearLla
 from linear_llama3.commands.evaluation import evaluate
 from linear_llama3.commands.needle import needle
 from tests.helpers.ranks import run_distributed
+from tests.helpers.recipes import write_tokenizer
 from tests.helpers.tiny import SIZES, tiny_model
-from tests.trainer.test_recipe import write_tokenizer
 
 SENTENCE = "the quick brown fox jumps over the lazy dog."
 TEXTS = [SENTENCE * n for n in (1, 3, 2)]

@@ -22,7 +22,7 @@ from linear_llama3.trainer.checkpoints import manifest as checkpoints
 from linear_llama3.trainer.failures import TrainingFailure, _less_memory, _lost
 from tests.helpers.launch import launch
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import SequentialTrainer, arguments, outcome, reset_accelerate, rows, tiny_model
+from tests.helpers.training import SequentialTrainer, arguments, outcome, reset_accelerate, rows, tiny_model
 
 REACHED = 1  # the last step with a checkpoint
 STEPS = 4

@@ -21,7 +21,7 @@ from linear_llama3.trainer.data.documents import find_files, load_documents
 from linear_llama3.trainer.data.files import DataError
 from linear_llama3.trainer.data.training_rows import training_rows
 from linear_llama3.trainer.recipes.recipe import DataRecipe
-from tests.trainer.test_recipe import write_tokenizer
+from tests.helpers.recipes import write_tokenizer
 
 both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["stored", "stream"])
 NAMES = ["a[1]", "a*", "a?", "a::b", "file::b", "zip::b", "hf:", "a{b}", "a#b%20", "~a", "-", "'a b'"]  # next to a1

@@ -11,16 +11,22 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 import transformers
-from accelerate import PartialState
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from linear_llama3.trainer import LinearLlama3TrainingArguments
 from linear_llama3.trainer.__main__ import save
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import SequentialTrainer, arguments, outcome, reset_accelerate, rows, tiny_model
+from tests.helpers.training import (
+    SequentialTrainer,
+    arguments,
+    outcome,
+    reset_accelerate,
+    rows,
+    shard_on_cpus,
+    tiny_model,
+)
 
 STEPS, STOP = 4, 3  # a step is half an epoch
 
@@ -29,19 +35,6 @@ class FsdpTrainer(SequentialTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         shard_on_cpus(self)
-
-
-def shard_on_cpus(trainer: Any) -> None:
-    """FSDP2 for a Trainer whose Accelerator has just been made."""
-    state = trainer.accelerator.state
-    PartialState._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
-    state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LinearLlama3DecoderLayer"],
-        cpu_ram_efficient_loading=False,
-    )
-    trainer.is_fsdp_enabled = True
 
 
 def train(

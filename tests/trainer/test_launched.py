@@ -23,8 +23,8 @@ from linear_llama3.trainer import (
 from linear_llama3.trainer import __main__ as program
 from linear_llama3.trainer.launched import SIZES, check_launch, launched_processes
 from tests.helpers.launch import launch
-from tests.trainer.test_exactness import reset_accelerate, rows, tiny_model
-from tests.trainer.test_recipe import recipe_with, write_corpus, write_tokenizer
+from tests.helpers.recipes import recipe_with, write_corpus, write_tokenizer
+from tests.helpers.training import reset_accelerate, rows, tiny_model
 
 
 class PlainTrainer(SequenceParallelMixin, Trainer):

@@ -13,8 +13,7 @@ from torch import nn
 from linear_llama3.ops import tiles
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
 from tests.helpers.ranks import run_distributed
-
-from .test_exactness import (
+from tests.helpers.training import (
     SequentialTrainer,
     arguments,
     assert_same,

@@ -13,7 +13,7 @@ from torch import Tensor
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForMaskedLM
 from linear_llama3.trainer import LinearLlama3TrainingArguments, SequenceParallelAccelerator
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import GRIDS, SequentialTrainer, arguments, assert_same, outcome, reset_accelerate
+from tests.helpers.training import GRIDS, SequentialTrainer, arguments, assert_same, outcome, reset_accelerate
 
 LENGTH, VOCAB, MASK = 13, 23, 22
 

@@ -22,8 +22,7 @@ from linear_llama3.sequence_parallel.traffic import Traffic
 from linear_llama3.trainer import LinearLlama3TrainingArguments, SequenceParallelAccelerator
 from linear_llama3.trainer.parallelism import keep_precision
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import SequentialTrainer, arguments, reset_accelerate, tiny_config
-from tests.trainer.test_fsdp import shard_on_cpus
+from tests.helpers.training import SequentialTrainer, arguments, reset_accelerate, shard_on_cpus, tiny_config
 
 LABELS = 511  # 512 in bfloat16
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16)  # casts inputs, as by default

@@ -13,7 +13,7 @@ from linear_llama3.sequence_parallel import SequenceParallelConfig
 from linear_llama3.trainer import SequenceParallelAccelerator
 from linear_llama3.trainer.parallelism import sequence_groups, warn_across_nodes
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import reset_accelerate
+from tests.helpers.training import reset_accelerate
 
 RANKS = 4
 

@@ -14,9 +14,9 @@ from transformers import Trainer, TrainingArguments
 
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.trainer import LinearLlama3TrainingArguments, SequenceParallelMixin
+from tests.helpers.adaptive import one_row, profile_file, tiny_model
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_adaptive import one_row, profile_file, tiny_model
-from tests.trainer.test_exactness import SequentialTrainer, arguments, reset_accelerate
+from tests.helpers.training import SequentialTrainer, arguments, reset_accelerate
 
 ALPHA, LENGTH, ROWS = 5.0, 301, 2
 

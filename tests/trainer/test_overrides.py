@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import Trainer
 
 from linear_llama3.trainer import LinearLlama3TrainingArguments, SequenceParallelMixin
+from tests.helpers.adaptive import profile_file
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_adaptive import profile_file
-from tests.trainer.test_exactness import SequentialTrainer, arguments, outcome, reset_accelerate, rows, tiny_model
+from tests.helpers.training import SequentialTrainer, arguments, outcome, reset_accelerate, rows, tiny_model
 
 
 def shifted_cross_entropy(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:

@@ -17,7 +17,7 @@ from linear_llama3.sequence_parallel import SequenceParallelConfig
 from linear_llama3.trainer import LinearLlama3TrainingArguments
 from linear_llama3.trainer.parallelism import attach, resolve_parallelism
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import SequentialTrainer, reset_accelerate, rows, tiny_model
+from tests.helpers.training import SequentialTrainer, reset_accelerate, rows, tiny_model
 
 
 def degree_of(setting: str, size: int | str) -> int | str:

@@ -14,8 +14,8 @@ from linear_llama3.trainer.checkpoints import manifest as checkpoints
 from linear_llama3.trainer.recipes.preflight import NothingLeft, check_before_launch, check_output_dir, check_trackers
 from linear_llama3.trainer.recipes.recipe import load_recipe
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import arguments, reset_accelerate, rows, tiny_model
-from tests.trainer.test_recipe import MODEL, recipe_with, write_corpus, write_tokenizer
+from tests.helpers.recipes import MODEL, recipe_with, write_corpus, write_tokenizer
+from tests.helpers.training import arguments, reset_accelerate, rows, tiny_model
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 

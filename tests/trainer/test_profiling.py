@@ -31,7 +31,7 @@ from linear_llama3.trainer.adaptive.trainer import planner_model
 from linear_llama3.trainer.recipes.build import build_config, build_model, load_tokenizer
 from linear_llama3.trainer.recipes.recipe import load_recipe
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_recipe import MODEL, recipe_with, write_tokenizer
+from tests.helpers.recipes import MODEL, recipe_with, write_tokenizer
 
 MICRO, LAYER, TOKEN, LINEAR, SOFTMAX, SQUARE = 0.02, 3e-3, 1e-5, 4e-6, 2e-6, 3e-9
 LENGTHS = [[64], [16] * 4, [512], [128] * 4, [4096], [1024] * 4]

@@ -18,8 +18,8 @@ from linear_llama3.trainer.progress import SpeedMeter, summary
 from linear_llama3.trainer.recipes.recipe import load_recipe
 from linear_llama3.trainer.recipes.report import launch_command, plot_loss, recipe_text, speed, write_model_card
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import arguments, reset_accelerate, rows, tiny_model
-from tests.trainer.test_recipe import recipe_with
+from tests.helpers.recipes import recipe_with
+from tests.helpers.training import arguments, reset_accelerate, rows, tiny_model
 
 
 def test_speed_without_evaluations_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

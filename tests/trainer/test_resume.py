@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
 from linear_llama3.trainer.checkpoints import reliability
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import arguments, outcome, reset_accelerate, rows, tiny_model
+from tests.helpers.training import arguments, outcome, reset_accelerate, rows, tiny_model
 
 pytestmark = pytest.mark.skipif(
     transformers.__version__.startswith("5.17."), reason="transformers 5.17 cannot resume on several CPU processes"

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from linear_llama3.trainer.data.files import DocumentError
 from linear_llama3.trainer.data.tokenization import tokenize, unlearnt_stop
-from tests.trainer.test_recipe import write_tokenizer
+from tests.helpers.recipes import write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CHAT = (ROOT / "scripts/recipes/chat.jinja").read_text()

@@ -21,8 +21,8 @@ from linear_llama3.trainer.data.files import DataError
 from linear_llama3.trainer.data.training_rows import training_rows, without_share
 from linear_llama3.trainer.recipes.recipe import DataRecipe, load_recipe
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import GRIDS, arguments, reset_accelerate, rows, tiny_model
-from tests.trainer.test_recipe import launch, recipe_with, write_corpus, write_tokenizer
+from tests.helpers.recipes import launch, recipe_with, write_corpus, write_tokenizer
+from tests.helpers.training import GRIDS, arguments, reset_accelerate, rows, tiny_model
 
 
 def mean_over_targets(model: LinearLlama3ForCausalLM, data: list[dict[str, Tensor]]) -> float:
