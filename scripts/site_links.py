@@ -1,7 +1,7 @@
 """MkDocs hook: let pages link to the rest of the repository.
 
-On GitHub `[text](../modeling/model.py)` opens the file. The site holds only docs/, so the link leads to `repo_url` if mkdocs.yml
-names one, and is plain text otherwise. Images outside docs/ are copied into the site.
+On GitHub `[text](../modeling/model.py)` opens the file. The site holds only docs/, so the link leads to `repo_url` if
+mkdocs.yml names one, and is plain text otherwise. Images outside docs/ are copied into the site.
 """
 
 from __future__ import annotations
