@@ -16,7 +16,7 @@ import torch
 from transformers import default_data_collator, set_seed
 
 from linear_llama3.trainer import SequenceParallelAccelerator
-from linear_llama3.trainer.__main__ import leave
+from linear_llama3.trainer.command_line import leave
 from linear_llama3.trainer.data.training_rows import training_rows
 from linear_llama3.trainer.launched import join_on_cpus
 from linear_llama3.trainer.recipes.build import build_model, load_tokenizer

@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,6 @@ from linear_llama3.trainer.recipes import recipe as recipes
 from scripts import recipe_reference
 from tests.helpers import markdown
 from tests.helpers.markdown import ROOT, Block
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 MIXERS = importlib.import_module(LinearLlama3Config.__module__).MIXERS
@@ -155,10 +151,9 @@ def test_python_block_compiles_and_its_names_exist(block: Block) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported:
             assert hasattr(imported[node.value.id], node.attr), f"{node.value.id} has no {node.attr}"
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            inspect.signature(imported.get(node.func.id, print)).bind_partial(
-                **{keyword.arg: None for keyword in node.keywords if keyword.arg}
-            )
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in imported:
+            keywords = {keyword.arg: None for keyword in node.keywords if keyword.arg}
+            inspect.signature(imported[node.func.id]).bind_partial(**keywords)
 
 
 def test_planner_block_plans_what_its_comment_says() -> None:

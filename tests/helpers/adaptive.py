@@ -15,7 +15,7 @@ from linear_llama3.sequence_parallel.planner import (
     Profile,
 )
 from linear_llama3.sequence_parallel.planner.profile import Bytes, Seconds
-from linear_llama3.trainer.adaptive.trainer import planner_model
+from linear_llama3.trainer.adaptive.groups import planner_model
 from tests.helpers.training import tiny_config
 
 LENGTHS = [29, 17, 11, 7, 6, 5, 3, 2, 13, 4, 1, 8]  # of 12 rows

@@ -30,7 +30,7 @@ def quickstart(folder: str) -> None:
     changes = {"tokenizer": f"{folder}/tokenizer", "data.files": str(ROOT / "LICENSE"), "sequence_length": 256}
     changes |= {f"model.{key}": value for key, value in model.items()}
     changes |= {f"training.{key}": value for key, value in training.items()}
-    main([str(ROOT / "scripts/recipes/quickstart.yaml"), *(f"{key}={value}" for key, value in changes.items())])
+    main(ROOT / "scripts/recipes/quickstart.yaml", [f"{key}={value}" for key, value in changes.items()])
 
 
 def load(folder: str | Path) -> LinearLlama3ForCausalLM:

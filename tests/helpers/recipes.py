@@ -41,7 +41,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def recipe_with(folder: Path, **changes: Any) -> Path:
-    """A recipe that is right but for `changes`; None removes a key."""
+    """Write a valid recipe with these changes; None removes a key."""
     content = {
         "model": MODEL,
         "tokenizer": str(folder / "tokenizer"),

@@ -188,8 +188,7 @@ def build(recipe, build_trainer=program.build_trainer):
     return trainer
 
 program.build_trainer = build
-program.main(sys.argv[1:])
-program.leave()
+program.run(program.main)
 """
 
 

@@ -43,7 +43,8 @@ def train(folder: str, name: str, *changes: str) -> None:
     before, datasets.config.HF_DATASETS_CACHE = os.getcwd(), Path(folder) / "cache"
     os.chdir(folder)
     try:
-        main(arguments(name, *changes))
+        recipe, *values = arguments(name, *changes)
+        main(Path(recipe), values)
     finally:
         os.chdir(before)
         reset_accelerate()

@@ -1,4 +1,4 @@
-"""Whatever the groups, losses, gradients and trained parameters are those of one process."""
+"""Losses, gradients and trained parameters in any groups equal those of one process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from linear_llama3.sequence_parallel.planner import (
 )
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
 from linear_llama3.trainer.adaptive.planned_steps import StepPlanner, group_contexts
-from linear_llama3.trainer.data.packing import collate_whole
+from linear_llama3.trainer.data.packing import collate_documents
 from tests.helpers.adaptive import LENGTHS, MODELS, flat_costs, one_row, profile_file, rows, tiny_model
 from tests.helpers.ranks import run_distributed
 from tests.helpers.training import arguments, outcome, reset_accelerate, shard_on_cpus
@@ -66,9 +66,11 @@ def run_plans(kind: str, inside: bool) -> dict[str, tuple[float, Tensor]]:
     for name, layout in PLANS.items():
         order = sorted(i for groups in layout for _, own in groups for i in own)
         assert order == list(range(len(data)))
-        step = planner.realise(hand_made(layout), order)
-        assert step.tokens == sum(LENGTHS)
-        portions[name] = [(portion.group, portion.inputs) for portion in step.portions]
+        step = planner.materialize(hand_made(layout), order)
+        tokens = torch.tensor(step["input_ids"].numel())
+        dist.all_reduce(tokens)
+        assert tokens == sum(LENGTHS)
+        portions[name] = [(batch.group, batch.inputs) for batch in step.micro_batches]
         assert step.targets == sum(int((inputs["shift_labels"] != -100).sum()) for _, inputs in portions[name])
     portions["static"] = [((4, 0), contexts[4, 0].shard_batch(one_row([row]))) for row in data]
     for name, own in portions.items():
@@ -89,7 +91,15 @@ def run_plans(kind: str, inside: bool) -> dict[str, tuple[float, Tensor]]:
     return results
 
 
-@pytest.mark.parametrize(("kind", "inside"), [*((kind, False) for kind in MODELS), ("hybrid", True)])
+@pytest.mark.parametrize(
+    ("kind", "inside"),
+    [
+        ("hybrid", True),
+        ("linear", False),
+        pytest.param("hybrid", False, marks=pytest.mark.slow),
+        pytest.param("gla", False, marks=pytest.mark.slow),
+    ],
+)
 def test_any_plan_equals_one_process(kind: str, inside: bool) -> None:
     """float64, every row by itself through the plain model, and in the same way with one degree for all.
 
@@ -120,7 +130,7 @@ class FsdpTrainer(LinearLlama3Trainer):
 
 
 class StopAt(TrainerCallback):
-    """As a machine that is switched off behind a save."""
+    """Stops a run after a save, like a machine that is switched off."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -130,7 +140,7 @@ class StopAt(TrainerCallback):
 
 
 def train(kind: str, folder: str, profile: str | None, checkpoint: str | None = None, **changes: Any) -> dict[str, Any]:
-    """Epochs of 20 shuffled rows in steps of 8, 8 and 4; without a profile on whole rows."""
+    """Train epochs of 20 shuffled rows in steps of 8, 8 and 4; without a profile on complete rows."""
     reset_accelerate()
     world = dist.get_world_size()
     stop, fsdp = changes.pop("stop", None), changes.pop("fsdp", False) and world > 1
@@ -162,7 +172,7 @@ def train(kind: str, folder: str, profile: str | None, checkpoint: str | None = 
         args=args,
         train_dataset=data,
         eval_dataset=rows(8),
-        data_collator=functools.partial(collate_whole, padding=0),
+        data_collator=functools.partial(collate_documents, padding=0),
         callbacks=[StopAt(stop)] if stop else [],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -181,12 +191,18 @@ def assert_equal(run: dict[str, Any], one: dict[str, Any], where: Any) -> None:
     assert run["tokens"] == one["tokens"], where
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_training_equals_one_process(kind: str, tmp_path: Path) -> None:
-    """The same order of the rows, losses, gradient norms, parameters, tokens; then an evaluation on whole rows."""
+@pytest.mark.parametrize(
+    ("kind", "worlds"),
+    [
+        pytest.param("gla", (4,), id="gla-W4"),
+        *(pytest.param(kind, (4, 2, 1), id=kind, marks=pytest.mark.slow) for kind in MODELS),
+    ],
+)
+def test_training_equals_one_process(kind: str, worlds: tuple[int, ...], tmp_path: Path) -> None:
+    """The same order of the rows, losses, gradient norms, parameters, tokens; then an evaluation on complete rows."""
     (one,) = run_distributed(train, 1, kind, str(tmp_path / "one"), None)
     assert one["eval"] < one["history"][0][0] - 0.1, "nothing was learnt"
-    for world in (4, 2, 1):
+    for world in worlds:
         profile = profile_file(tmp_path, kind, world)
         for run in run_distributed(train, world, kind, str(tmp_path / "many"), profile):
             assert_equal(run, one, world)
@@ -200,13 +216,16 @@ def test_training_equals_one_process(kind: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(
     transformers.__version__.startswith("5.17."), reason="transformers 5.17 cannot resume on several CPU processes"
 )
-def test_a_resume_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
-    """On as many ranks, on fewer, and on one degree for all: the rows of a step stay the same."""
+@pytest.mark.parametrize(
+    "resumed", [[(2, True)], pytest.param([(4, True), (1, False)], marks=pytest.mark.slow)], ids=["W2", "W4-static"]
+)
+def test_a_resume_continues_in_the_middle_of_an_epoch(resumed: list[tuple[int, bool]], tmp_path: Path) -> None:
+    """On four ranks, on fewer, and with a static degree: the rows of a step stay the same."""
     (one,) = run_distributed(train, 1, "hybrid", str(tmp_path / "one"), None)
     saved = str(tmp_path / "saved")
     run_distributed(train_until, 4, saved, profile_file(tmp_path, "hybrid", 4), 2)
     checkpoint = f"{saved}/checkpoint-2"
-    for world, adaptive in ((4, True), (2, True), (1, False)):
+    for world, adaptive in resumed:
         profile = profile_file(tmp_path, "hybrid", world) if adaptive else None
         for run in run_distributed(train, world, "hybrid", str(tmp_path / "on"), profile, checkpoint):
             assert_equal(run, one, (world, adaptive))
@@ -220,7 +239,11 @@ def train_with(folder: str, profile: str | None, changes: dict[str, Any]) -> dic
     return train("hybrid", folder, profile, None, **changes)
 
 
-@pytest.mark.parametrize("changes", [{"lora": True}, {"gradient_checkpointing": True}, {"fsdp": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora": True, "gradient_checkpointing": True}, pytest.param({"fsdp": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_with_adapters_checkpointing_shards(changes: dict[str, Any], tmp_path: Path) -> None:
     (one,) = run_distributed(train_with, 1, str(tmp_path / "one"), None, changes)
     profile = profile_file(tmp_path, "hybrid", 4)

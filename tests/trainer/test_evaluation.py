@@ -212,7 +212,7 @@ def test_a_model_that_copies_half_of_an_answer_finds_none() -> None:
 
 
 def test_a_model_that_guesses() -> None:
-    """Of 8 possible answers one in 8; 4 standard deviations of 300 samples are 0.076."""
+    """One in 8 possible answers is right; 4 standard deviations of 300 samples are 0.076."""
     model = tiny_model("basic", vocab_size=9, pad_token_id=None, bos_token_id=None, eos_token_id=None)
     model.lm_head.weight.data[8] = 0  # never the marker
     model.lm_head.weight.data.mul_(0.1)

@@ -57,10 +57,18 @@ def train_with(linear: str, softmax: str, layout: str, folder: str) -> dict[str,
     return train(2, 2, True, False, folder, linear_strategy=linear, softmax_strategy=softmax, sequence_layout=layout)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(layout, marks=[pytest.mark.slow] * (layout == "contiguous")) for layout in LAYOUTS]
+)
 @pytest.mark.parametrize(
     ("linear", "softmax"),
-    [("lasp1", "ring"), ("all_scan", "token_ring"), ("all_to_all", "rsa"), ("lasp2", "ulysses"), ("auto", "auto")],
+    [
+        ("lasp1", "ring"),
+        pytest.param("all_scan", "token_ring", marks=pytest.mark.slow),
+        ("all_to_all", "rsa"),
+        pytest.param("lasp2", "ulysses", marks=pytest.mark.slow),
+        ("auto", "auto"),
+    ],
 )
 def test_strategies_by_name(linear: str, softmax: str, layout: str, tmp_path: Path) -> None:
     (one,) = run_distributed(train, 1, 1, 1, True, False, str(tmp_path))
@@ -70,13 +78,20 @@ def test_strategies_by_name(linear: str, softmax: str, layout: str, tmp_path: Pa
         assert abs(run["logits"] - one["logits"]).max() < 1e-4
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_any_grid_equals_one_process(packed: bool, checkpointing: bool, tmp_path: Path) -> None:
-    results = {
-        grid: run_distributed(train, grid[0], *grid, packed, checkpointing, str(tmp_path))
-        for grid in (GRIDS if not checkpointing else GRIDS[:2])
-    }
+@pytest.mark.parametrize(
+    ("grids", "packed", "checkpointing"),
+    [
+        pytest.param([(1, 1), (2, 1), (4, 2)], True, False, id="packed"),
+        pytest.param([(1, 1), (2, 2)], True, True, id="packed-checkpointing"),
+        pytest.param(GRIDS, False, False, id="rows-all_grids", marks=pytest.mark.slow),
+        pytest.param(GRIDS, True, False, id="packed-all_grids", marks=pytest.mark.slow),
+        pytest.param(GRIDS, False, True, id="rows-checkpointing-all_grids", marks=pytest.mark.slow),
+    ],
+)
+def test_any_grid_equals_one_process(
+    grids: list[tuple[int, int]], packed: bool, checkpointing: bool, tmp_path: Path
+) -> None:
+    results = {grid: run_distributed(train, grid[0], *grid, packed, checkpointing, str(tmp_path)) for grid in grids}
     (one,) = results[1, 1]
     assert one["history"][0][0] != pytest.approx(one["history"][1][0], rel=1e-2), "nothing was learnt"
     assert one["tokens"] == 8 * LENGTH
@@ -123,12 +138,12 @@ def train_as(kind: str, degree: int, folder: str) -> dict[str, Any]:
         reset_accelerate()
 
 
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["environment", "config", "stream"])
-def test_other_ways_to_the_same_run(kind: str, tmp_path: Path) -> None:
+def test_other_ways_to_the_same_run(kind: str, world: int, tmp_path: Path) -> None:
     (one,) = run_distributed(train, 1, 1, 1, False, False, str(tmp_path))
-    for world in (2, 4):
-        for run in run_distributed(train_as, world, kind, 2, str(tmp_path)):
-            assert_same(run, one, (kind, world))
+    for run in run_distributed(train_as, world, kind, 2, str(tmp_path)):
+        assert_same(run, one, (kind, world))
 
 
 def train_after_evaluation(degree: int, folder: str) -> dict[str, Any]:

@@ -78,9 +78,18 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.skipif(
     transformers.__version__.startswith("5.17."), reason="transformers 5.17 cannot resume on several CPU processes"
 )
-def test_shards_of_the_model_and_of_sequences(one: dict[str, Any], tmp_path: Path) -> None:
-    """Runs, their distributed checkpoints at other degrees, and the whole weights at the end."""
-    for world, degree, checkpointing in ((2, 2, False), (4, 2, True)):
+@pytest.mark.parametrize(
+    ("grids", "resumes"),
+    [
+        pytest.param([(2, 2, False)], [("2-2", 4, 4)], id="W2"),
+        pytest.param([(2, 2, False), (4, 2, True)], [("4-2", 2, 2), ("2-2", 4, 4)], id="W2-W4", marks=pytest.mark.slow),
+    ],
+)
+def test_shards_of_the_model_and_of_sequences(
+    grids: list[tuple[int, int, bool]], resumes: list[tuple[str, int, int]], one: dict[str, Any], tmp_path: Path
+) -> None:
+    """Runs, their distributed checkpoints at other degrees, and the complete weights at the end."""
+    for world, degree, checkpointing in grids:
         folder = tmp_path / f"{world}-{degree}"
         for run in run_distributed(train, world, degree, str(folder), None, 1, checkpointing):
             assert_equal(run, one, (world, degree))
@@ -89,12 +98,13 @@ def test_shards_of_the_model_and_of_sequences(one: dict[str, Any], tmp_path: Pat
         weights = load_file(folder / "model.safetensors")
         assert weights.keys() == one["parameters"].keys()
         assert all(abs(weights[name].numpy() - p).max() < 1e-5 for name, p in one["parameters"].items())
-    for before, world, degree in (("4-2", 2, 2), ("2-2", 4, 4)):
+    for before, world, degree in resumes:
         checkpoint = str(tmp_path / before / f"checkpoint-{STOP}")
         for run in run_distributed(train, world, degree, str(tmp_path / "on"), checkpoint):
             assert_equal(run, one, (before, world, degree))
 
 
+@pytest.mark.slow
 def test_replicas_of_shards(one: dict[str, Any], tmp_path: Path) -> None:
     """HSDP: 2 replicas x 2 shards x 2 ranks of a sequence."""
     for run in run_distributed(train, 8, 2, str(tmp_path), None, 2):

@@ -83,6 +83,7 @@ def commands(folder: str, recipe: str) -> None:
     needle.needle(f"{folder}/out", [16], [0.5], samples=2, tokens=True, output=Path(folder))
 
 
+@pytest.mark.slow
 def test_commands_join_the_processes_of_a_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes have the losses of one, and print each table once."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -19,7 +19,7 @@ RANKS = 4
 
 
 def warnings_of_a_launch(degree: int, per_node: int) -> list[str]:
-    """What this rank says while `degree` ranks are joined, on nodes of `per_node`."""
+    """Return this rank's warnings when `degree` ranks are joined, on nodes of `per_node`."""
     heard: list[str] = []
     handler, before = logging.Handler(), os.environ["LOCAL_WORLD_SIZE"]
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]

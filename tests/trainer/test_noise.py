@@ -79,8 +79,15 @@ def assert_strength(noise: np.ndarray, length: int) -> None:
     assert abs(noise.mean()) < 0.05 * bound
 
 
-@pytest.mark.parametrize("cls", [SequentialTrainer, MixedIn])
-@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize(
+    ("cls", "packed"),
+    [
+        pytest.param(SequentialTrainer, False, id="rows"),
+        pytest.param(MixedIn, True, id="mixin-packed"),
+        pytest.param(SequentialTrainer, True, id="packed", marks=pytest.mark.slow),
+        pytest.param(MixedIn, False, id="mixin-rows", marks=pytest.mark.slow),
+    ],
+)
 def test_strength(cls: type, packed: bool, tmp_path: Path) -> None:
     """The noise has the distribution of one process with rows of LENGTH tokens, packed or not."""
     for world in (1, 4):

@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is refused, and a whole run through accelerate."""
+"""Recipes: the values that are read and refused, and a complete run through accelerate."""
 
 from __future__ import annotations
 
@@ -70,6 +70,11 @@ def test_values_that_yaml_reads_otherwise(tmp_path: Path) -> None:
     training = load_recipe(path, ["training.save_total_limit=2.0", "training.hub_strategy=end"]).training
     assert (training["save_strategy"], training["logging_strategy"], training["hub_strategy"]) == ("no", "no", "end")
     assert (training["run_name"], training["weight_decay"], training["max_grad_norm"]) == ("2020-01-01", 0.05, 1.0)
+    for number in (10, 0.5, None):  # of type float | None
+        assert (
+            load_recipe(path, [f"training.neftune_noise_alpha={number or 'null'}"]).training["neftune_noise_alpha"]
+            == number
+        )
     assert training["save_total_limit"] == 2 and isinstance(training["save_total_limit"], int)
     assert load_recipe(path).training_arguments().save_strategy == "no"
 
@@ -103,6 +108,10 @@ def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
             "learning_rate in training must be a number, got '0.5'; write it without quotes",
         ),
         ({"training": {"max_steps": 0.5}}, r"max_steps in training must be an integer, got 0\.5$"),
+        (
+            {"training": {"neftune_noise_alpha": True}},
+            "neftune_noise_alpha in .* must be .*a number.*, got True$",
+        ),
         ({"training": {"bf16": 1}}, "bf16 in training must be true or false, got 1$"),
         ({"training": {"report_to": 3}}, r"must be null or text or a list \(of text\), got 3; write it in quotes"),
         (
@@ -110,6 +119,11 @@ def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
             r"files in data must be text or a list \(of text\) or null, got \['a', 2020\]",
         ),
         ({"tokenizer": ["a"]}, r"tokenizer in recipe .* must be text, got \['a'\]$"),
+        (
+            {"training": {"per_device_train_batch_size": 0}},
+            "training.per_device_train_batch_size must be at least 1, got 0; correct it or leave it out",
+        ),
+        ({"training": {"gradient_accumulation_steps": 0}}, "gradient_accumulation_steps must be at least 1, got 0"),
         ({"training": {"sequence_parallel_size": 2}}, "unknown key 'sequence_parallel_size' in training"),
         ({"modle": {}}, "unknown key 'modle' in recipe .*did you mean 'model'"),
         ({"model": {**MODEL, "hiden_size": 3}}, "unknown key 'hiden_size' in model; did you mean 'hidden_size'"),
@@ -243,6 +257,7 @@ def test_the_weights_are_saved_whole_under_fsdp2() -> None:
     assert saved == [StateDictType.FULL_STATE_DICT]
 
 
+@pytest.mark.slow
 def test_a_run_through_accelerate(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus")
     write_tokenizer(tmp_path / "tokenizer")

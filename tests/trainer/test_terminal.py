@@ -28,6 +28,7 @@ def transformers_settings() -> Iterator[None]:
     transformers.logging.enable_progress_bar()
 
 
+@pytest.mark.slow
 def test_measuring_memory_prints_nothing() -> None:
     code = """
 import torch
