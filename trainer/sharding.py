@@ -74,7 +74,7 @@ class SequenceParallelMixin(Trainer):
             args.parallelism_config = parallelism
             check_engine(self.accelerator)
             self.accelerator = SequenceParallelAccelerator(
-                **{**self._accelerator_arguments, "parallelism_config": parallelism},
+                **{**self._accelerator_arguments, "parallelism_config": parallelism, "cpu": args.use_cpu},
                 sequence_parallel_config=sequence_parallel_config(args),
             )
             self.sequence_parallel_context = self.accelerator.sequence_parallel_context
