@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sequence_parallel.packing import document_edges
+from ..ops.documents import document_edges
 from .attention import LinearLlama3Attention
 from .mixers import LearnedFeatureMap, LinearAttention
 

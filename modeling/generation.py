@@ -9,7 +9,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
-from ..sequence_parallel.packing import check_mask
+from ..ops.documents import check_mask
 from .cache import CountingCache, new_cache
 from .configuration import LinearLlama3Config
 from .inputs import SWITCH_OFF, Masks, layer_masks

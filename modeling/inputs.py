@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_recurrent_attention_mask
 from transformers.utils import logging
 
+from ..ops.documents import restarting_positions
 from ..sequence_parallel import SequenceParallelContext
-from ..sequence_parallel.packing import restarting_positions
 from .cache import CountingCache, ShardedCache
 from .configuration import LinearLlama3Config
 from .releases import CACHE_NAME

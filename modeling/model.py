@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
-from ..sequence_parallel.packing import DOCUMENT_KEYS, check_mask, document_edges, restarting_positions
+from ..ops.documents import DOCUMENT_KEYS, check_mask, document_edges, restarting_positions
 from .buffers import LinearLlama3RotaryEmbedding, as_integers
 from .cache import CountingCache, ShardedCache, new_cache
 from .configuration import LinearLlama3Config

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from ..ops.documents import check_mask
 from ..sequence_parallel import SequenceParallelContext
 from ..sequence_parallel.collectives import fingerprints
-from ..sequence_parallel.handover import gather_end, gather_tokens
-from ..sequence_parallel.packing import check_mask
+from ..sequence_parallel.gather import gather_to_rank, send_final_state
 from .cache import CountingCache, ShardedCache, keep_state, new_cache
 from .releases import CACHE_NAME
 
@@ -75,12 +75,12 @@ def _hand_over(
     where: dict[str, Any] = {"group": context.group, "layout": context.layout, "dst": dst}
     for index, layer in enumerate(shards.layers):
         if isinstance(layer, LinearAttentionCacheLayerMixin):
-            state = gather_end(layer.recurrent_states.pop(0), **where)
+            state = send_final_state(layer.recurrent_states.pop(0), **where)
             if cache is not None and state is not None:
                 keep_state(cache, state, index)
         else:
-            keys = gather_tokens(layer.keys, length=shards.length, dim=2, **where)
-            values = gather_tokens(layer.values, length=shards.length, dim=2, **where)
+            keys = gather_to_rank(layer.keys, length=shards.length, dim=2, **where)
+            values = gather_to_rank(layer.values, length=shards.length, dim=2, **where)
             layer.keys = layer.values = None
             if cache is not None:
                 cache.update(keys, values, index)

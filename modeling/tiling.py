@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..ops.tiles import in_tiles
+from ..ops.token_tiles import in_tiles
 
 if TYPE_CHECKING:
     from .configuration import LinearLlama3Config

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
 from linear_llama3.modeling import enable_sequence_tiling
-from linear_llama3.ops import tiles
+from linear_llama3.ops import token_tiles
 from linear_llama3.ops.cross_entropy import chunked_cross_entropy
 from linear_llama3.trainer.memory.account import MemoryAccount, memory_account
 from linear_llama3.trainer.memory.peak import allocated_peak
@@ -147,7 +147,7 @@ def lengths(name: str, goal: int, memories: list[float]) -> Iterator[dict[str, A
 def small_steps() -> list[dict[str, Any]]:
     """A small model on this device: bytes that a step allocates, and its account."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    whole, tiles.TILE_NUMBERS = tiles.TILE_NUMBERS, SMALL_TILE
+    whole, token_tiles.TILE_NUMBERS = token_tiles.TILE_NUMBERS, SMALL_TILE
     rows = []
     for interval in (0, 4):
         config = LinearLlama3Config(**SMALL, full_attention_interval=interval)
@@ -165,7 +165,7 @@ def small_steps() -> list[dict[str, Any]]:
                 "model": "hybrid 1/4" if interval else "pure", "measure": measure,
                 "measured": measured, "account": computed, "ratio": computed / measured,
             })  # fmt: skip
-    tiles.TILE_NUMBERS = whole
+    token_tiles.TILE_NUMBERS = whole
     return rows
 
 

@@ -84,7 +84,7 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
         data_collator=collator,
     )
     if trainer.sequence_parallel_context is not None:
-        trainer.sequence_parallel_context.settle(trainer.model)
+        trainer.sequence_parallel_context.resolve_layout(trainer.model)
     if args.overwrite_output_dir and trainer.is_world_process_zero():
         manifest.clear(Path(args.output_dir))
     if recipe.data.format == "chat" and trainer.is_world_process_zero():

@@ -12,8 +12,8 @@ from accelerate.state import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
+from ..ops.cross_entropy import IGNORE_INDEX
 from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
-from ..sequence_parallel.context import IGNORE_INDEX
 from .launched import check_launch, launched_processes
 from .parallelism import (
     PeerCheck,

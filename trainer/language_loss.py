@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from ..modeling import LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM
+from ..ops.cross_entropy import IGNORE_INDEX
 from ..ops.precision import working_dtype
 from ..sequence_parallel import SequenceParallelContext
 from ..sequence_parallel.collectives import all_reduce
-from ..sequence_parallel.context import IGNORE_INDEX
 from .accelerator import bare_model
 from .data.order import without_labels
 from .sharding import SequenceParallelMixin

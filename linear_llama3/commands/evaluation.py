@@ -24,10 +24,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ..modeling import LinearLlama3ForCausalLM
 from ..modeling.loading import load_model, load_tokenizer, load_tokenizer_of
+from ..ops.cross_entropy import IGNORE_INDEX
 from ..ops.precision import working_dtype
 from ..sequence_parallel import SequenceParallelContext, enable_sequence_parallel
 from ..sequence_parallel.collectives import all_reduce
-from ..sequence_parallel.context import IGNORE_INDEX
 from ..trainer.command_line import run, user_errors
 from ..trainer.launched import join_on_cpus
 

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling.loading import load_config, load_tokenizer
-from ..sequence_parallel.context import IGNORE_INDEX
+from ..ops.cross_entropy import IGNORE_INDEX
 from ..trainer.command_line import run, user_errors
 from .evaluation import check_inputs, load_for_evaluation, plus_minus, score_tokens, sum_over_ranks
 

@@ -21,12 +21,12 @@ FLASH_CAPABILITY = (8, 0)  # and the oldest GPU that it runs on
 
 
 def operand_dtype(q: Tensor, v: Tensor) -> torch.dtype:
-    """What a tile is computed from: the CUDA operator takes half precision as it is, the others work in float32."""
+    """The dtype that a tile is computed in: the CUDA operator reads half precision, the others work in float32."""
     return q.dtype if _flash_on_cuda(q, v) else working_dtype(q)
 
 
-def fitting(tile: Tile, q: Tensor, v: Tensor) -> Iterator[Tile]:
-    """`tile`, cut small where its scores are formed."""
+def split_for_kernel(tile: Tile, q: Tensor, v: Tensor) -> Iterator[Tile]:
+    """Split the tile where its scores are formed."""
     if _flash_on_cpu(q, v) or (_flash_on_cuda(q, v) and tile.window is None):
         yield tile
     else:
@@ -34,7 +34,7 @@ def fitting(tile: Tile, q: Tensor, v: Tensor) -> Iterator[Tile]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
-    """out `[B, H_q, T_q, D_v]` and lse."""
+    """Compute out `[B, H_q, T_q, D_v]` and lse."""
     q, k, v = (_dense(x) for x in (q, k, v))
     if _flash_on_cpu(q, v):
         hidden = tile.hidden(q.device)
@@ -56,7 +56,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[T
 def attend_backward(
     q: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of the tile, from the out and lse over all keys."""
+    """Compute dq, dk, dv of the tile, from the out and lse over all keys."""
     q, k, v, out, d_out = (_dense(x) for x in (q, k, v, out, d_out))
     if _flash_on_cpu(q, v):
         bias = _bias(tile.hidden(q.device), q.dtype)

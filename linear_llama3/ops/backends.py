@@ -1,4 +1,4 @@
-"""Which implementation of the recurrence serves a call."""
+"""The choice of an implementation of the recurrence."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_backend(name: str) -> None:
 
 
 def triton_obstacle(k: Tensor, *, causal: bool = True) -> str | None:
-    """Why the kernels cannot serve this, in words that follow "backend 'triton'"; None: they can."""
+    """The reason why the kernels cannot serve a call, to follow "backend 'triton'"; None if they can."""
     if not causal:
         return "is causal: without a mask attention is two plain matrix products, got causal=False"
     if k.dtype not in (torch.bfloat16, torch.float16, torch.float32):

@@ -1,9 +1,12 @@
-"""Linear attention without a causal mask: every token of a document reads the document's one total state."""
+"""Linear attention without a causal mask: every token of a document reads the document's one total state.
+
+Two differentiable steps, so that a caller may sum the states of documents that span several devices in between.
+Shapes as in `recurrent_linear_attention`.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,24 +22,29 @@ def bidirectional_linear_attention(
     scale: float,
     boundaries: tuple[int, ...],
     initial_state: Tensor | None = None,
-    complete: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `recurrent_linear_attention`; plain autograd.
-
-    `complete` turns the states of this device's pieces of documents `[N, B, H_kv, D_k, D_v]` into those of the
-    whole documents, where documents reach over several devices.
-    """
-    work = working_dtype(q)
-    batch, _, kv_heads, _ = k.shape
-    q, k, v = q.to(work) * scale, k.to(work), v.to(work)
-    # A device without a token has one piece, an empty one: it takes part in `complete`, backward too.
-    pieces = list(itertools.pairwise(boundaries)) or [(0, 0)]
-    states = torch.stack([torch.einsum("bthk,bthv->bhkv", k[:, a:b], v[:, a:b]) for a, b in pieces])
+    """Compute out `[B, T, H_q, D_v]` and the state of every document `[B or N, H_kv, D_k, D_v]`."""
+    states = document_states(k, v, boundaries)
     if initial_state is not None:
-        states = states + initial_state.to(work).unflatten(0, (-1, batch))
-    if complete is not None:
-        states = complete(states)
+        states = states + initial_state.to(states.dtype).unflatten(0, (-1, k.shape[0]))
+    return read_states(q, states, scale=scale, boundaries=boundaries), states.flatten(0, 1)
 
-    q = q.unflatten(2, (kv_heads, -1))  # [B, T, H_kv, G, D_k]
-    outs = [torch.einsum("bthgk,bhkv->bthgv", q[:, a:b], state) for (a, b), state in zip(pieces, states, strict=True)]
-    return torch.cat(outs, dim=1).flatten(2, 3), states.flatten(0, 1)
+
+def document_states(k: Tensor, v: Tensor, boundaries: tuple[int, ...]) -> Tensor:
+    """The sum of k v^T over each document, `[N, B, H_kv, D_k, D_v]`; one sum of zero where there are no tokens."""
+    work = working_dtype(k)
+    k, v = k.to(work), v.to(work)
+    return torch.stack([torch.einsum("bthk,bthv->bhkv", k[:, a:b], v[:, a:b]) for a, b in _pieces(boundaries)])
+
+
+def read_states(q: Tensor, states: Tensor, *, scale: float, boundaries: tuple[int, ...]) -> Tensor:
+    """The outputs `[B, T, H_q, D_v]` of queries that read the state of their document."""
+    q = (q.to(states.dtype) * scale).unflatten(2, (states.shape[2], -1))  # [B, T, H_kv, G, D_k]
+    pieces = zip(_pieces(boundaries), states, strict=True)
+    outs = [torch.einsum("bthgk,bhkv->bthgv", q[:, a:b], state) for (a, b), state in pieces]
+    return torch.cat(outs, dim=1).flatten(2, 3)
+
+
+def _pieces(boundaries: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The documents; an empty one on a device without tokens, which takes part in sums all the same."""
+    return list(itertools.pairwise(boundaries)) or [(0, 0)]

@@ -1,4 +1,4 @@
-"""How a stream of packed documents falls into chunks: no chunk crosses a document's edge.
+"""The chunks of a stream of packed documents: no chunk crosses a document's edge.
 
 Names: B batch, T tokens, H kv heads, G query heads per kv head, n chunks of C tokens in a block.
 """
@@ -18,7 +18,7 @@ FEWEST_TOKENS = 256  # in a block, however wide: a state is kept for each
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Block:
-    """Some consecutive chunks."""
+    """Consecutive chunks, computed together."""
 
     size: int  # n
     chunk_size: int  # C
@@ -30,7 +30,7 @@ class Block:
     last: tuple[int | None, ...]  # [n]: the document that ends with this chunk
 
     def take(self, x: Tensor, dtype: torch.dtype, groups: int = 1) -> Tensor:
-        """`[B, T, H * G, D]` to `[B, H, n, C * G, D]`, zero in slots that hold no token."""
+        """Read `[B, T, H * G, D]` as `[B, H, n, C * G, D]`, zero in slots that hold no token."""
         x = x[:, self.start : self.stop] if self.slots is None else x.index_select(1, self.slots)
         x = x.to(dtype)
         if self.filled is not None:
@@ -39,15 +39,17 @@ class Block:
         return x.permute(0, 3, 1, 2, 4, 5).flatten(3, 4).contiguous()
 
     def put(self, x: Tensor, out: Tensor, groups: int = 1) -> None:
-        """The inverse of `take`: writes `[B, H, n, C * G, D]` into `out` `[B, T, H * G, D]`."""
+        """Invert `take`: write `[B, H, n, C * G, D]` into `out` `[B, T, H * G, D]`."""
         x = x.unflatten(3, (-1, groups)).permute(0, 2, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)
         out[:, self.start : self.stop] = x if self.filled is None else x[:, self.filled]
 
 
 def chunk_size(boundaries: tuple[int, ...], *, key_dim: int, groups: int) -> int:
-    """C: the work inside chunks grows with C * G, that on the states of all chunks with D_k / C. On CPUs 32 and 64
-    are the fastest at head dims 64 and 128; 16 and 128 lose. Short documents leave chunks half empty; smaller chunks
-    waste less."""
+    """Choose C: the work inside chunks grows with C * G, that on the states of all chunks with D_k / C.
+
+    On CPUs 32 and 64 are the fastest at head dims 64 and 128; 16 and 128 lose. Short documents leave chunks half empty;
+    smaller chunks waste less.
+    """
     mean = (boundaries[-1] - boundaries[0]) // max(len(boundaries) - 1, 1)
     if mean < 16:
         return 16
@@ -100,6 +102,6 @@ class Chunks:
 
 
 def chunks_of(q: Tensor, k: Tensor, boundaries: tuple[int, ...]) -> Chunks:
-    """For queries `[B, T, H_q, D_k]` and keys `[B, T, H_kv, D_k]`."""
+    """The chunks for queries `[B, T, H_q, D_k]` and keys `[B, T, H_kv, D_k]`."""
     size = chunk_size(boundaries, key_dim=q.shape[-1], groups=q.shape[2] // k.shape[2])
     return Chunks(boundaries, q.device, size=size, width=max(q.shape[0] * q.shape[2:].numel(), 1))

@@ -1,8 +1,8 @@
-"""Cross-entropy of a language model that never holds the logits of all its tokens.
+"""Cross-entropy of a language model without the logits of all tokens at once.
 
 The head is applied to some tokens at a time, `[n, V]` logits. Gradients are computed on the spot, from those of the
 logits z, softmax(z) - onehot(target), and only those of the hidden states and of the head's parameters are kept: the
-backward pass merely scales them by the gradient of the loss.
+backward pass only scales them by the gradient of the loss.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from .precision import working_dtype
-from .tiles import tile_tokens
+from .token_tiles import tile_tokens
 
 IGNORE_INDEX = -100  # transformers' label of a token without loss
 
 
-@torch.compiler.disable  # as many rounds as there are tokens with a label
+@torch.compiler.disable  # the number of chunks depends on the labels
 def chunked_cross_entropy(
     hidden_states: Tensor, targets: Tensor, head: nn.Module, *, vocab_size: int, ignore_index: int = IGNORE_INDEX
 ) -> Tensor:
-    """The sum of the cross-entropies of `head(hidden_states)`, 0 where no token has a target.
+    """Compute the sum of the cross-entropies of `head(hidden_states)`, 0 where no token has a target.
 
     Equal to that of all logits, to rounding. Differentiable once. The gradients of the head's parameters are summed
-    over the chunks in float32; for those that are frozen none is computed. Tokens without a target cost nothing.
+    over the chunks in float32; frozen ones get none. Tokens without a target cost nothing.
 
     Args:
         hidden_states: `[..., D]`.
@@ -57,7 +57,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         learns: bool,
         *parameters: Tensor,
     ) -> Tensor:
-        # leaves of their own: a hook on a parameter is for its whole gradient, and runs once
+        # leaves of their own: a hook on a parameter expects its complete gradient, once
         leaves = [parameter.detach().requires_grad_(learns) for parameter in parameters]
         x = hidden_states.detach().requires_grad_(learns and ctx.needs_input_grad[0])
         sums = [torch.zeros_like(leaf, dtype=working_dtype(leaf)) for leaf in leaves] if learns else []
@@ -87,7 +87,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _chunk(
     head: nn.Module, parameters: dict[str, Tensor], hidden_states: Tensor, rows: Tensor, targets: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The sum over some tokens, and the gradients of the parameters and of their hidden states, if they have any."""
+    """Compute the sum over some tokens, and the gradients of the parameters and hidden states that need one."""
     x, targets = hidden_states[rows], targets[rows].unsqueeze(1)
     logits = functional_call(head, parameters, x)
     log_p = logits.detach().log_softmax(-1, dtype=working_dtype(logits))

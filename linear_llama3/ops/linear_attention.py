@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .backends import check_backend, choose_backend
+from .backends import choose_backend
 from .bidirectional import bidirectional_linear_attention
+from .checks import check_arguments, check_initial_state
 from .chunked import chunked_linear_attention
 from .chunked_op import compiled_linear_attention
-from .documents import check_cu_seqlens, document_edges, drop_empty, read_cu_seqlens
+from .documents import check_cu_seqlens, document_boundaries, drop_empty, read_cu_seqlens
 from .precision import without_autocast, working_dtype
 from .recurrent import recurrent_linear_attention
 
@@ -41,7 +42,7 @@ def linear_attention(
     causal: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Linear attention over whole sequences on one device.
+    """Linear attention over complete sequences on one device.
 
     Args:
         q: queries `[B, T, H_q, D_k]`.
@@ -50,7 +51,7 @@ def linear_attention(
         log_decay: natural log, <= 0. None, `[H_kv]`, `[B, T, H_kv]` or `[B, T, H_kv, D_k]`.
         scale: applied to q. Default: `D_k ** -0.5`.
         normalize: divide by `q . sum(k)`, exactly and without an epsilon (a sum of 0 gives 0). The state then has
-            D_v + 1 columns, the last one the normaliser.
+            D_v + 1 columns, the last one the normalizer.
         initial_state: `[B, H_kv, D_k, D_v]`, with `cu_seqlens` one per document, `[N, H_kv, D_k, D_v]`.
         output_final_state: return the state after the last token (of every document).
         cu_seqlens: int `[N + 1]`, edges of the documents packed in a batch of 1; the state restarts at each. A
@@ -75,7 +76,7 @@ def linear_attention(
     documents = None if cu_seqlens is None else len(cu_seqlens) - 1
     check_initial_state(initial_state, q, v, documents, normalize=normalize)
     backend = choose_backend(backend, k, causal=causal)
-    log_decay = precise(log_decay, k)
+    log_decay = upcast_constant_decay(log_decay, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     values = with_ones_column(v) if normalize else v
 
@@ -87,7 +88,7 @@ def linear_attention(
             output_final_state=output_final_state, dtype=working_dtype(q) if normalize else v.dtype,
         )  # fmt: skip
     else:
-        boundaries = document_edges(cu_seqlens, batch=q.shape[0], tokens=q.shape[1])
+        boundaries = document_boundaries(cu_seqlens, batch=q.shape[0], tokens=q.shape[1])
         attend: Callable[..., tuple[Tensor, Tensor]]
         if not causal:
             attend = bidirectional_linear_attention
@@ -118,74 +119,17 @@ def _without_empty(
     return out, before.index_copy(0, kept, state)
 
 
-def precise(log_decay: Tensor | None, k: Tensor) -> Tensor | None:
-    """A constant log decay `[H_kv]` not in half precision: its gradient sums over all tokens."""
+def upcast_constant_decay(log_decay: Tensor | None, k: Tensor) -> Tensor | None:
+    """Upcast a constant log decay `[H_kv]` to at least float32, because its gradient sums over all tokens."""
     return log_decay if log_decay is None or log_decay.dim() > 1 else log_decay.to(working_dtype(k))
 
 
 def with_ones_column(v: Tensor) -> Tensor:
-    """`[v, 1]`: the extra column of the state is the normaliser, sum(k)."""
+    """Append a column of ones: the extra column of the state is the normalizer, sum(k)."""
     return F.pad(v, (0, 1), value=1.0)
 
 
 def divide_by_normalizer(out: Tensor) -> Tensor:
-    """0 for a token that sees nothing, as one on the padding before a sequence."""
+    """Divide by the last column; 0 for a token that sees nothing, such as padding before a sequence."""
     weight = out[..., -1:]
     return out[..., :-1] / weight.masked_fill(weight == 0, 1.0)
-
-
-def check_arguments(q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor | None, causal: bool, backend: str) -> None:
-    """Checks what one device and a shard have in common."""
-    check_backend(backend)
-    check_shapes(q, k, v)
-    if log_decay is None:
-        return
-    if not causal:
-        raise ValueError("causal=False allows no decay, got log_decay; pass log_decay=None or causal=True")
-    shapes = (k.shape[2:3], k.shape[:3], k.shape)
-    if log_decay.shape not in shapes:
-        raise ValueError(
-            "log_decay must be [H_kv], [B, T, H_kv] or [B, T, H_kv, D_k], here one of "
-            f"{tuple(map(tuple, shapes))}, got {tuple(log_decay.shape)}"
-        )
-    # on a GPU the check would wait for the device in every call
-    readable = log_decay.device.type == "cpu" and not torch.compiler.is_compiling()
-    if log_decay.dim() == 1 and readable and bool((log_decay > 0).any()):
-        raise ValueError(
-            f"a constant log_decay must be <= 0 (a natural logarithm), got {log_decay.max().item():.4g}; "
-            "pass the log of a factor in (0, 1]"
-        )
-
-
-def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """The rules that linear and softmax attention share."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} must be [B, T, H, D], got shape {tuple(x.shape)}")
-    if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(
-            "q [B, T, H_q, D_k], k [B, T, H_kv, D_k] and v [B, T, H_kv, D_v] must agree in B, T, H_kv and D_k, "
-            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        )
-    if q.shape[1] == 0:
-        raise ValueError("a sequence needs at least one token, got T = 0")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"H_q must be a multiple of H_kv, got H_q = {q.shape[2]} and H_kv = {k.shape[2]}; "
-            "every kv head serves the same number of query heads"
-        )
-    if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
-        raise ValueError(f"q, k and v must share a floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-
-
-def check_initial_state(state: Tensor | None, q: Tensor, v: Tensor, documents: int | None, *, normalize: bool) -> None:
-    """`documents`: how many are packed, None for plain rows."""
-    if state is None:
-        return
-    rows = q.shape[0] if documents is None else documents
-    expected = (rows, v.shape[2], q.shape[-1], v.shape[-1] + normalize)
-    if tuple(state.shape) != expected:
-        raise ValueError(
-            f"initial_state must be {'[B, ' if documents is None else '[N, '}H_kv, D_k, D_v"
-            f"{' + 1' if normalize else ''}] = {expected}, got {tuple(state.shape)}"
-        )

@@ -1,4 +1,4 @@
-"""In which precision the ops work: chosen here, not by the caller's autocast."""
+"""The precision of the ops, chosen here and not by the caller's autocast."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """Of states, scores and partial results, whatever the inputs: float32, float64 for float64."""
+    """The dtype of states, scores and partial results: float64 for float64 inputs, otherwise float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def without_autocast(function: Function) -> Function:
-    """Autocast would round states and scores to bfloat16 inside, also in a hand-written backward pass called under it.
+    """Disable autocast inside `function`, where it would round states and scores to bfloat16, backward passes included.
 
-    What autograd derives (attention without a mask, Linformer) keeps its precision only outside of autocast.
+    Backward passes that autograd derives (attention without a mask, Linformer) keep their precision only outside of
+    autocast.
     """
 
     @functools.wraps(function)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention_kernels import attend, attend_backward, fitting, operand_dtype
+from .attention_kernels import attend, attend_backward, operand_dtype, split_for_kernel
 from .precision import without_autocast, working_dtype
 from .visibility import Span, Tile, Visibility
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, visibility: Visibility) -> Tensor:
-    """Attention of whole sequences on one device; out `[B, T, H_q, D_v]` in the working precision."""
+    """Attention of complete sequences on one device; out `[B, T, H_q, D_v]` in the working precision."""
     return _SoftmaxAttention.apply(q, k, v, scale, visibility)
 
 
@@ -61,7 +61,7 @@ class BlockAttention:
         self.lse = self.out.new_full(self.q.shape[:3], -torch.inf)
 
     def add(self, k: Tensor, v: Tensor, spans: Sequence[Span]) -> None:
-        """Attends to the keys and values at `spans` as well."""
+        """Attend to the keys and values at `spans` as well."""
         dtype = operand_dtype(self.q, v)
         q, k, v = self.q.to(dtype), k.to(dtype).transpose(1, 2), v.to(dtype).transpose(1, 2)
         for tile, rows, columns in _tiles(self, spans, q, v):
@@ -69,7 +69,7 @@ class BlockAttention:
             _merge(self.out[:, :, rows], self.lse[:, :, rows], out, lse)
 
     def merge(self, out: Tensor, lse: Tensor, rows: slice) -> None:
-        """Adds what was attended elsewhere to further keys: `[B, n, H_q, D_v]` and `[B, H_q, n]`."""
+        """Add attention to further keys that was computed elsewhere: `[B, n, H_q, D_v]` and `[B, H_q, n]`."""
         _merge(self.out[:, :, rows], self.lse[:, :, rows], out.transpose(1, 2), lse)
 
     def result(self) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ class BlockAttentionBackward:
         self.d_q = torch.zeros_like(self.q, dtype=self.work)
 
     def add(self, k: Tensor, v: Tensor, spans: Sequence[Span], d_k: Tensor, d_v: Tensor) -> None:
-        """Adds to the gradients of these keys and values, `d_k` and `d_v` shaped like them, in working precision."""
+        """Add to the gradients of these keys and values, `d_k` and `d_v` shaped like them, in working precision."""
         dtype = operand_dtype(self.q, v)
         q, k, v = self.q.to(dtype), k.to(dtype).transpose(1, 2), v.to(dtype).transpose(1, 2)
         d_k, d_v = d_k.transpose(1, 2), d_v.transpose(1, 2)
@@ -117,9 +117,9 @@ class BlockAttentionBackward:
 
 
 def output_with_delta(d_out: Tensor, delta: Tensor) -> Tensor:
-    """Some out with rowsum(d_out * out) = delta: all that a backward pass reads of out.
+    """Return an out with rowsum(d_out * out) = delta, which is all that a backward pass reads of out.
 
-    For a rank that is sent delta `[..., n]` instead of out, shaped like `d_out` `[..., n, D_v]`. The value goes where
+    For a rank that receives delta `[..., n]` instead of out, shaped like `d_out` `[..., n, D_v]`. The value goes where
     |d_out| is largest, so that it is no larger than the sum of the true out's magnitudes.
     """
     index = d_out.abs().argmax(-1, keepdim=True)
@@ -132,13 +132,13 @@ def _tiles(
     block: BlockAttention | BlockAttentionBackward, keys: Sequence[Span], q: Tensor, v: Tensor
 ) -> Iterator[tuple[Tile, slice, slice]]:
     """The tiles of the block with keys at these spans, with their rows and columns."""
-    for whole, row, column in block.visibility.tiles_of_blocks(block.spans, keys):
-        for tile in fitting(whole, q, v):
+    for full, row, column in block.visibility.tiles_of_blocks(block.spans, keys):
+        for tile in split_for_kernel(full, q, v):
             yield tile, *tile.slices(row, column)
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
-    """Adds the attention over further keys, in place."""
+    """Add the attention over further keys, in place."""
     total = torch.logaddexp(lse, other_lse)
     shift = total.masked_fill(total == -torch.inf, 0)  # no key seen so far: weights 0, not nan
     out.mul_((lse - shift).exp_().unsqueeze(-1)).add_(other * (other_lse - shift).exp_().unsqueeze(-1))

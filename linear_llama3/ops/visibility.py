@@ -1,4 +1,4 @@
-"""Which keys a query sees: a rule on positions, never a matrix of T x T.
+"""The keys that a query sees, as a rule on positions and never a matrix of T x T.
 
 Blocks of queries and keys are intervals of one global sequence. The rule cuts a pair of intervals into tiles that
 are fully visible, causal squares, or, with a window, narrow bands; a pair that sees nothing gives no tile and costs
@@ -31,11 +31,11 @@ class Tile:
     window: int | None = None  # a band: keys at most window - 1 before the query
 
     def slices(self, row: int, column: int) -> tuple[slice, slice]:
-        """Its queries and keys, shifted by so much."""
+        """The slices of its queries and keys, shifted by these offsets."""
         return slice(self.q_start + row, self.q_stop + row), slice(self.k_start + column, self.k_stop + column)
 
     def split(self, rows: int) -> Iterator[Tile]:
-        """The same in tiles of at most `rows` queries."""
+        """Split into tiles of at most `rows` queries."""
         for a in range(self.q_start, self.q_stop, rows):
             b = min(a + rows, self.q_stop)
             if not self.causal:
@@ -46,7 +46,7 @@ class Tile:
             yield Tile(q_start=a, q_stop=b, k_start=a, k_stop=b, causal=True)
 
     def hidden(self, device: torch.device) -> Tensor | None:
-        """True `[T_q, T_k]` where a band's key is not visible; None where the whole tile is."""
+        """True `[T_q, T_k]` where a band's key is not visible; None where the complete tile is."""
         if self.window is None:
             return None
         if self.k_stop - 1 <= self.q_start and self.q_stop - 1 - self.k_start < self.window:
@@ -99,7 +99,7 @@ class Visibility:
                     yield tile, row, column
 
     def sees(self, queries: Span, keys: Span) -> bool:
-        """Whether any of these queries sees any of these keys."""
+        """True if any of these queries sees any of these keys."""
         (q0, q1), (k0, k1) = queries, keys
         if q0 >= q1 or k0 >= k1:
             return False

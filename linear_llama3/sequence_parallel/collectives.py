@@ -21,7 +21,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A collective on its way."""
+    """A collective in flight."""
 
     result: Tensor
     work: Any
@@ -33,13 +33,13 @@ class Pending:
 
 
 def check_group(group: dist.ProcessGroup | None) -> None:
-    """`ValueError` unless `group` is None or a group of ranks with this process among them."""
+    """Raise ValueError unless `group` is None or a group of ranks that includes this process."""
     if group is None or isinstance(group, dist.ProcessGroup):
         return
     if group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives to the processes outside
         raise ValueError(
             f"group must hold this process, got one without global rank {dist.get_rank()}; give every process the "
-            "group that it is in, or None to keep whole sequences"
+            "group that it is in, or None to keep complete sequences"
         )
     raise ValueError(
         f"group must be a ProcessGroup or None, got a {type(group).__name__}; make one with "
@@ -59,7 +59,7 @@ def group_rank(group: dist.ProcessGroup | None) -> int:
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
-    """`x` of every rank, `[W, *x.shape]`."""
+    """Gather `x` of every rank, `[W, *x.shape]`."""
     x = x.contiguous()
     flat = torch.empty(world_size(group) * x.numel(), dtype=x.dtype, device=x.device)
     work = _all_gather(flat, x.view(-1), group=group, async_op=True)
@@ -67,7 +67,7 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
-    """The sum over ranks of `x` `[W, ...]`, of which rank r receives the part `[r]`."""
+    """Sum `x` `[W, ...]` over ranks; rank r receives the part `[r]`."""
     x = x.contiguous()
     flat = torch.empty(x[0].numel(), dtype=x.dtype, device=x.device)
     work = _reduce_scatter(flat, x.view(-1), op=dist.ReduceOp.SUM, group=group, async_op=True)
@@ -75,13 +75,13 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Pending:
-    """The sum over ranks of `x`, on every rank."""
+    """Sum `x` over ranks, on every rank."""
     x = x.clone(memory_format=torch.contiguous_format)
     return Pending(x, dist.all_reduce(x, op=dist.ReduceOp.SUM, group=group, async_op=True), x)
 
 
 def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Pending:
-    """`x` `[W, ...]`: rank r receives the part `[r]` of every rank's, `[W, ...]` in the order of the ranks."""
+    """Exchange parts of `x` `[W, ...]`: rank r receives the part `[r]` of every rank, `[W, ...]` in rank order."""
     x = x.contiguous()
     result = torch.empty_like(x)
     return Pending(result, dist.all_to_all_single(result, x, group=group, async_op=True), x)
@@ -98,9 +98,9 @@ def self_adjoint(
     cache: MutableMapping[str, Any] | None = None,
     key: str = "received",
 ) -> Tensor:
-    """What an all_reduce or all_to_all of `x` gives, differentiable: these linear maps are their own gradients.
+    """Apply all_reduce or all_to_all to `x`, differentiably: these linear maps are their own gradients.
 
-    What `cache` has under `key` is taken for the result; where there is nothing yet, the result is put there.
+    If `cache` holds a result under `key`, nothing is sent; otherwise the result is stored there.
     """
     return _SelfAdjoint.apply(x, collective, group, cache, key)
 
@@ -128,14 +128,14 @@ class _SelfAdjoint(torch.autograd.Function):
         return ctx.collective(grad, ctx.group).wait(), None, None, None, None
 
 
-@lru_cache(maxsize=64)  # asked once for every group
+@lru_cache(maxsize=64)  # one call per group
 def number_of_nodes(group: dist.ProcessGroup, device: torch.device) -> int:
-    """Machines, by name, over which the ranks of `group` are spread; all ranks ask, and hear the same."""
+    """Count the machines, by name, of the ranks of `group`. A collective call; every rank gets the same result."""
     return len(set(_hashes(platform.node().encode(), group, device)))
 
 
 def fingerprints(x: Tensor, group: dist.ProcessGroup) -> list[int]:
-    """A hash of shape and content of every rank's `x`; all ranks ask, and hear the same."""
+    """Hash shape and content of every rank's `x`. A collective call; every rank gets the same result."""
     content = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return _hashes(repr(tuple(x.shape)).encode() + content.tobytes(), group, x.device)
 
@@ -147,7 +147,7 @@ def _hashes(content: bytes, group: dist.ProcessGroup, device: torch.device) -> l
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Messages between pairs of ranks on their way."""
+    """Messages between pairs of ranks in flight."""
 
     received: tuple[Tensor, ...]
     works: list[Any]
@@ -162,7 +162,7 @@ class Transfer:
 def send_receive(
     sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], group: dist.ProcessGroup
 ) -> Transfer:
-    """Sends every tensor to a rank of `group`, and fills every (contiguous) tensor with what a rank sends.
+    """Send every tensor to a rank of `group`, and fill every (contiguous) tensor with the message of a rank.
 
     Messages of one pair of ranks are matched in order. Empty tensors do not travel. All ranks that exchange
     anything must go through their calls in one order, in which every message is sent and received.

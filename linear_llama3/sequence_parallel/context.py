@@ -1,4 +1,4 @@
-"""What a model needs to know to run on a part of every sequence: the group, the strategies, the cut of a batch."""
+"""The context in which a model runs on a shard of every sequence: the group, the strategies, the batch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..ops.cross_entropy import IGNORE_INDEX
+from .batch import normalize_batch
 from .collectives import check_group, group_rank, world_size
 from .layout import check_length, get_layout, shard
-from .linear.attention import StartedAttention, get_linear_strategy, linear_attention, start_linear_attention
-from .packing import DOCUMENT_KEYS, check_mask, document_edges, restarting_positions
+from .linear.attention import PendingLinearAttention, get_linear_strategy, linear_attention, start_linear_attention
 from .softmax.attention import get_softmax_strategy, softmax_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceParallelConfig:
-    """Names of the strategies for both kinds of layers, and of the layout.
+    """The strategies for both kinds of layers and the layout, by name.
 
     Strategy "auto" is the cheapest one for the sizes of each call (`costs.py`); layout "auto" is zigzag for models
     with softmax layers, whose causal work it balances, and contiguous for purely linear ones, whose states it would
@@ -42,7 +41,7 @@ class SequenceParallelConfig:
 
 
 class SequenceParallelContext:
-    """One sequence-parallel group: its ranks hold the parts of the same sequences.
+    """One sequence-parallel group, whose ranks hold shards of the same sequences.
 
     Copies of a model (`copy.deepcopy`, `torch.optim.swa_utils.AveragedModel`) share its context, so they
     run sharded too. A pickle (`torch.save(model)`) stores None instead of the context, since a process group has no
@@ -71,16 +70,16 @@ class SequenceParallelContext:
 
     @property
     def layout(self) -> str:
-        """Name of the layout. The first model that is enabled settles "auto"; sharding or attention before that settles
-        it as "contiguous". It never changes afterwards, so that shards and attention always have the same layout."""
+        """Name of the layout. Enabling the first model resolves "auto"; sharding or attention before that resolves it
+        to "contiguous". It never changes afterwards, so shards and attention always have the same layout."""
         return self._layout or "auto"
 
-    def _settled_layout(self) -> str:
+    def _resolved_layout(self) -> str:
         self._layout = self._layout or "contiguous"
         return self._layout
 
-    def settle(self, model: nn.Module) -> None:
-        """Makes "auto" the layout that suits `model`, unless it is settled, and notes whether it is causal."""
+    def resolve_layout(self, model: nn.Module) -> None:
+        """Resolve "auto" to the layout that suits `model`, once, and note whether the model is causal."""
         layers = [module for module in model.modules() if hasattr(module, "layer_type")]
         causal = all(getattr(layer, "is_causal", True) for layer in layers)
         self.causal &= causal
@@ -91,8 +90,8 @@ class SequenceParallelContext:
     def positions(self, tokens: int, device: torch.device | None = None) -> Tensor:
         """Global positions `[C]` of this rank's `tokens` local ones, padding included."""
         ranks, total = self.world_size, tokens * self.world_size
-        check_length(tokens, ranks, self._settled_layout(), total)
-        spans = get_layout(self._settled_layout(), ranks).spans(self.rank, ranks, total, total)
+        check_length(tokens, ranks, self._resolved_layout(), total)
+        spans = get_layout(self._resolved_layout(), ranks).spans(self.rank, ranks, total, total)
         return torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])
 
     @property
@@ -103,24 +102,24 @@ class SequenceParallelContext:
     def world_size(self) -> int:
         return world_size(self.group)
 
-    def start_linear_attention(self, k: Tensor, v: Tensor, **options: Any) -> StartedAttention:
+    def start_linear_attention(self, k: Tensor, v: Tensor, **options: Any) -> PendingLinearAttention:
         """`sequence_parallel.start_linear_attention` with this context's group, strategy and layout."""
         return start_linear_attention(
-            k, v, group=self.group, strategy=self.config.linear, layout=self._settled_layout(), **options
+            k, v, group=self.group, strategy=self.config.linear, layout=self._resolved_layout(), **options
         )
 
     def linear_attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """`sequence_parallel.linear_attention` with this context's group, strategy and layout."""
-        layout = self._settled_layout()
+        layout = self._resolved_layout()
         return linear_attention(q, k, v, group=self.group, strategy=self.config.linear, layout=layout, **options)
 
     def softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """`sequence_parallel.softmax_attention` with this context's group, strategy and layout."""
-        layout = self._settled_layout()
+        layout = self._resolved_layout()
         return softmax_attention(q, k, v, group=self.group, strategy=self.config.softmax, layout=layout, **options)
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """This rank's part of a batch that every rank of the group holds whole.
+        """Cut this rank's shard from a batch that every rank of the group holds completely.
 
         Labels are shifted before the cut, so that no target is lost at an edge; positions stay global; rows that
         pack documents become one row (batch of 1), with the edges of all documents as `cu_seq_lens_q/k`. The end
@@ -140,45 +139,16 @@ class SequenceParallelContext:
             ValueError: there is padding to the left of a token, descriptions of documents contradict each other, or
                 shapes do not match.
         """
-        rest = dict(batch)
-        inputs = {name: rest.pop(name) for name in ("input_ids", "inputs_embeds") if rest.get(name) is not None}
-        if len(inputs) != 1:
-            raise ValueError(f"a batch needs input_ids or inputs_embeds, one of them, got {sorted(batch)}")
-        [(name, tokens)] = inputs.items()
-        _check_shapes(name, tokens, rest)
-        rows, length = tokens.shape[:2]
-        mask, positions = rest.pop("attention_mask", None), rest.pop("position_ids", None)
-        check_mask(mask)
-        _check_padding(mask)
-        edges = document_edges({**rest, "position_ids": positions}, mask, batch=rows, length=length)
-        for name in (*DOCUMENT_KEYS, "max_length_q", "max_length_k"):
-            rest.pop(name, None)  # these describe complete rows
-        ragged = get_layout(self._settled_layout(), self.world_size).padded(length, self.world_size) != length
-        if edges is None and not self.causal and (ragged or (mask is not None and not mask.all())):
-            attended = torch.ones(rows, length, device=tokens.device) if mask is None else mask
-            edges, positions = _pack_padding(attended), None
-        if positions is None and edges is not None:
-            positions = restarting_positions(edges, batch=rows, length=length)
-        elif positions is None:
-            positions = torch.arange(length, device=tokens.device).unsqueeze(0)
-        sequences = {**inputs, **_targets(rest), "position_ids": positions.expand(rows, length)}
-        _check_uncut(rest, rows, length)
-
-        if edges is not None and rows > 1:
-            sequences = {name: x.flatten(0, 1).unsqueeze(0) for name, x in sequences.items()}
-        total = sequences["position_ids"].shape[1]
-        padding = get_layout(self._settled_layout(), self.world_size).padded(total, self.world_size) - total
-        sequences["position_ids"] = _extend_positions(sequences["position_ids"], padding, edges is not None)
-        local = {name: self._cut(name, x) for name, x in sequences.items()}
-        if edges is not None:
-            if padding:  # a document of its own
-                edges = torch.cat([edges, edges.new_tensor([total + padding])])
-            local["cu_seq_lens_q"] = local["cu_seq_lens_k"] = edges
-        return {**rest, **local}
+        rule, ranks = get_layout(self._resolved_layout(), self.world_size), self.world_size
+        complete = normalize_batch(batch, causal=self.causal, padded=lambda length: rule.padded(length, ranks))
+        local = {name: self._cut(name, x) for name, x in complete.sequences.items()}
+        if complete.edges is not None:
+            local["cu_seq_lens_q"] = local["cu_seq_lens_k"] = complete.edges
+        return {**complete.uncut, **local}
 
     def _cut(self, name: str, x: Tensor) -> Tensor:
         padding = IGNORE_INDEX if name in ("labels", "shift_labels") else 0
-        return shard(x, group=self.group, dim=1, layout=self._settled_layout(), padding=padding).contiguous()
+        return shard(x, group=self.group, dim=1, layout=self._resolved_layout(), padding=padding).contiguous()
 
 
 def _no_context() -> None:
@@ -186,16 +156,16 @@ def _no_context() -> None:
 
 
 def enable_sequence_parallel(model: nn.Module, context: SequenceParallelContext | None) -> None:
-    """Hands `context` to every attention layer of `model`; None makes them plain attention again.
+    """Give `context` to every attention layer of `model`; None makes them plain attention again.
 
     Raises:
-        ValueError: the model has no layer that knows sequence parallelism, or a head that reads whole sequences.
+        ValueError: the model has no layer that supports sequence parallelism, or a head that reads complete sequences.
     """
     for module in model.modules() if context is not None else ():
         if getattr(module, "needs_whole_sequences", False):
             raise ValueError(
                 "under sequence parallelism a rank holds a part of a sequence, got a "
-                f"{type(module).__name__}, whose head reads whole ones; train it data-parallel, with a "
+                f"{type(module).__name__}, whose head reads complete ones; train it data-parallel, with a "
                 "sequence-parallel size of 1"
             )
     layers = [module for module in model.modules() if hasattr(module, "sequence_parallel_context")]
@@ -205,73 +175,6 @@ def enable_sequence_parallel(model: nn.Module, context: SequenceParallelContext 
             "use a LinearLlama3 model"
         )
     if context is not None:
-        context.settle(model)
+        context.resolve_layout(model)
     for layer in layers:
         layer.sequence_parallel_context = context  # type: ignore[assignment]
-
-
-def _check_shapes(name: str, tokens: Tensor, rest: Mapping[str, Any]) -> None:
-    """What is not as long as the tokens would be cut at other places."""
-    embedded = name == "inputs_embeds"
-    if tokens.dim() != 2 + embedded:
-        raise ValueError(
-            f"{name} must be {'[B, T, D]' if embedded else '[B, T]'}, got shape {tuple(tokens.shape)}; "
-            "a single sequence is a batch of 1"
-        )
-    if tokens.numel() == 0:
-        raise ValueError(f"a sequence needs at least one token, got a batch of shape {tuple(tokens.shape)}")
-    rows, length = tokens.shape[:2]
-    for key in ("labels", "shift_labels", "attention_mask", "position_ids"):
-        x = rest.get(key)
-        if x is None or x.shape == (rows, length) or (key == "position_ids" and x.shape == (1, length)):
-            continue
-        documents = ", and tell documents by cu_seq_lens_q or restarting position_ids"
-        raise ValueError(
-            f"{key} must be [B, T] = {(rows, length)} like {name}, got shape {tuple(x.shape)}; collate it with "
-            f"the tokens{documents if key == 'attention_mask' else ''}"
-        )
-
-
-def _check_padding(mask: Tensor | None) -> None:
-    """Causal attention never looks at padding on the right; anywhere else it would have to be masked."""
-    if mask is None:
-        return
-    mask = mask.bool()
-    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-        raise ValueError(
-            "sequence parallelism takes padding on the right only, got an attention_mask with padding before a "
-            "token; set tokenizer.padding_side = 'right' or pack the documents"
-        )
-
-
-def _pack_padding(mask: Tensor) -> Tensor:
-    """Return edges `[N + 1]` in the B * T tokens: a row's attended tokens are one document, its padding another."""
-    rows, length = mask.shape
-    starts = torch.arange(rows, device=mask.device) * length
-    ends = starts + (mask != 0).sum(1)
-    return torch.cat([starts, ends, ends.new_tensor([rows * length])]).unique().to(torch.int32)
-
-
-def _check_uncut(rest: Mapping[str, Any], rows: int, length: int) -> None:
-    """What has a value for every token must not reach a model whole, beside the tokens of one rank."""
-    for name, x in rest.items():
-        if isinstance(x, Tensor) and x.shape[:2] == (rows, length):
-            raise ValueError(
-                "shard_batch cuts no other tensors [B, T, ...] than tokens, labels, positions and masks, got "
-                f"{name!r} of shape {tuple(x.shape)}; take it out of the batch, and cut it with shard where needed"
-            )
-
-
-def _targets(rest: dict[str, Any]) -> dict[str, Tensor]:
-    """`labels` as they are (transformers asks for them) and shifted to the token that predicts them."""
-    labels, shifted = rest.pop("labels", None), rest.pop("shift_labels", None)
-    if shifted is None and labels is not None:
-        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    targets = {"labels": labels, "shift_labels": shifted}
-    return {name: x for name, x in targets.items() if x is not None}
-
-
-def _extend_positions(positions: Tensor, padding: int, packed: bool) -> Tensor:
-    """Positions of the padding: they run on or, where documents are packed, start anew."""
-    start = torch.zeros_like(positions[:, -1:]) if packed else positions[:, -1:] + 1
-    return torch.cat([positions, start + torch.arange(padding, device=positions.device)], dim=1)

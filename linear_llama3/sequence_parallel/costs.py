@@ -1,4 +1,4 @@
-"""What each strategy sends, and the choice that `strategy="auto"` makes from it.
+"""The cost model of the strategies, and the choice that `strategy="auto"` makes from it.
 
 Bytes are what a rank sends in one layer, exact for causal attention of inputs up to float32 (float64 keeps states,
 gradients and partial results in float64) where the length divides into equal chunks: the mean over the ranks for the
@@ -9,7 +9,7 @@ forward and for the backward pass. The time of a direction is
 with the figures of the slowest link between the ranks (`LINKS`; orders of magnitude, not measurements). Computation
 that hides a transfer is left out. "auto" takes the least time forward + backward, of these:
 
-- linear layers: all four. Few ranks and small states favour LASP-2 (one message), many ranks the scan by
+- linear layers: all four. Few ranks and small states favor LASP-2 (one message), many ranks the scan by
   all-to-all (bytes do not grow with W), slow links and large states All-Scan or, between two ranks, LASP-1.
 - softmax layers: Ulysses where heads divide; LASP-2H unless what it gathers exceeds `GATHERED_LIMIT`; Ring;
   TokenRing inside a node for H_q <= 2 H_kv, the only case in which its queries weigh less than K and V. RSA never:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch import Tensor
 
-    from .part import Part
+    from .sequence_shard import SequenceShard
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ FLOAT32 = 4
 
 
 class LinkSpeed(NamedTuple):
-    """Of one rank's connection, one direction."""
+    """The speed of one rank's connection, one direction."""
 
     latency: float  # seconds
     bandwidth: float  # bytes a second
@@ -81,22 +81,28 @@ class Sizes:
 
 
 def sizes_of(
-    q: Tensor, v: Tensor, part: Part, group: dist.ProcessGroup, *, decays: bool = False, recomputed: bool = False
+    q: Tensor,
+    v: Tensor,
+    shard: SequenceShard,
+    group: dist.ProcessGroup,
+    *,
+    decays: bool = False,
+    recomputed: bool = False,
 ) -> Sizes:
-    """What the cost model has to know of q `[B, n, H_q, D_k]` and v `[B, n, H_kv, D_v]`; the same on every rank."""
+    """Sizes for the cost model from q `[B, n, H_q, D_k]` and v `[B, n, H_kv, D_v]`; the same on every rank."""
     from .collectives import number_of_nodes
 
     return Sizes(
         batch=q.shape[0],
-        tokens=part.local,
+        tokens=shard.local,
         q_heads=q.shape[2],
         kv_heads=v.shape[2],
         key_dim=q.shape[3],
         value_dim=v.shape[3],
         element=q.element_size(),
-        ranks=part.ranks,
+        ranks=shard.ranks,
         nodes=number_of_nodes(group, q.device),
-        chunks_per_rank=part.layout.chunks_per_rank,
+        chunks_per_rank=shard.layout.chunks_per_rank,
         decays=decays,
         recomputed=recomputed,
         gpu=q.device.type != "cpu",
@@ -104,7 +110,7 @@ def sizes_of(
 
 
 class Cost(NamedTuple):
-    """Of one layer; bytes a rank sends, in the mean."""
+    """The cost of one layer; bytes that a rank sends are means."""
 
     forward: float
     backward: float
@@ -113,12 +119,12 @@ class Cost(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Of both directions."""
+        """The sum of both directions."""
         return self.forward_seconds + self.backward_seconds
 
 
 def linear_costs(sizes: Sizes, link: LinkSpeed | None = None) -> dict[str, Cost]:
-    """By strategy. A state is `[B, H_kv, D_k, D_v]` in float32; every chunk of the layout is a link of the chain.
+    """Costs by strategy. A state is `[B, H_kv, D_k, D_v]` in float32; every chunk of the layout is a link of the chain.
 
     Args:
         link: between the ranks; default: that of `LINKS` which the sizes name.
@@ -148,7 +154,7 @@ def _same_both_ways(sent: float, seconds: float) -> Cost:
 
 
 def softmax_costs(sizes: Sizes, link: LinkSpeed | None = None) -> dict[str, Cost]:
-    """By strategy, without those that cannot be used. Gradients and partial results travel in float32.
+    """Costs by strategy, without those that cannot be used. Gradients and partial results travel in float32.
 
     Args:
         link: as of `linear_costs`.
@@ -157,8 +163,8 @@ def softmax_costs(sizes: Sizes, link: LinkSpeed | None = None) -> dict[str, Cost
     latency, bandwidth = link = link or LINKS[s.link]
     rows, hops = s.batch * s.tokens, ranks - 1
     keys_values = rows * s.kv_heads * (s.key_dim + s.value_dim)  # elements of a rank's K and V
-    # Of the rows that go round a whole ring, the causal mask leaves half or, on the zigzag layout, three quarters;
-    # but on the contiguous one the rank before the last passes all of them on.
+    # Of the rows that go round a complete ring, the causal mask leaves half or, on the zigzag layout, three quarters;
+    # but on the contiguous one the rank before the last forwards all of them.
     mean, busiest = (0.5, 1.0) if s.chunks_per_rank == 1 else (0.75, 0.75)
     again = hops * keys_values * s.element * s.recomputed
     costs = {
@@ -231,7 +237,7 @@ def _choose(kind: str, sizes: Sizes, log: bool) -> str:
 
 
 def _unsuitable(sizes: Sizes, costs: Mapping[str, Cost]) -> dict[str, str]:
-    """Softmax strategies that "auto" does not take, and why."""
+    """Softmax strategies that "auto" rejects, with the reason."""
     s = sizes
     reasons = {"rsa": "its scores take C * T numbers a head"}
     gathered = s.batch * s.ranks * s.tokens * s.kv_heads * (s.key_dim + s.value_dim) * (s.element + FLOAT32)

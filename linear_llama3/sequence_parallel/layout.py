@@ -1,4 +1,4 @@
-"""Which tokens a rank holds, and cutting and joining tensors accordingly."""
+"""The tokens that each rank holds, and the sharding of tensors accordingly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .collectives import all_gather, group_rank, world_size
 
 
 class Layout(ABC):
-    """Cuts a sequence into `chunks_per_rank * W` equal chunks and says which of them a rank holds."""
+    """A rule that cuts a sequence into `chunks_per_rank * W` equal chunks and gives each rank some of them."""
 
     chunks_per_rank: int
 
@@ -79,12 +79,12 @@ def shard(
     layout: str = "contiguous",
     padding: float = 0,
 ) -> Tensor:
-    """This rank's part of `x` `[B, T, ...]`, padded at the end of the sequence. No communication.
+    """Cut this rank's shard from `x` `[B, T, ...]`, padded at the end of the sequence. No communication.
 
     Differentiable: the gradient of `x` on a rank is that of its own part, zero elsewhere.
 
     Args:
-        x: the whole sequence, the same on every rank of `group`.
+        x: the complete sequence, the same on every rank of `group`.
         dim: the sequence dim, T tokens long.
         padding: the value of the tokens past the end.
     """
@@ -110,11 +110,11 @@ def _cut(x: Tensor, spans: tuple[Span, ...], tokens: int, dim: int, padding: flo
 def unshard(
     x: Tensor, *, group: dist.ProcessGroup | None, length: int, dim: int = 1, layout: str = "contiguous"
 ) -> Tensor:
-    """The whole sequence `[B, T, ...]` from every rank's part `[B, C, ...]`, padding dropped, on every rank.
+    """Gather the complete sequence `[B, T, ...]` from the shards `[B, C, ...]` on every rank, padding dropped.
 
-    Differentiable by the rule of a replicated tensor: all ranks go on to compute the same from the whole, so each
-    already holds the gradient of the whole and keeps its own part of it. (A rank that computes something of its
-    own from the whole has to sum the gradients over the ranks itself.)
+    Differentiable by the rule of a replicated tensor: all ranks compute the same from the complete sequence, so each
+    already holds its gradient and keeps its own part of it. (A rank that computes something different from it has to
+    sum the gradients over the ranks itself.)
     """
     ranks = world_size(group)
     rule = get_layout(layout, ranks)
@@ -128,7 +128,7 @@ class _Unshard(torch.autograd.Function):
         ctx.tokens, ctx.dim = x.shape[dim], dim
         ctx.spans = layout.spans(group_rank(group), world_size(group), length, ctx.tokens * world_size(group))
         parts = all_gather(x, group).wait().movedim(0, dim)  # W before the local tokens
-        return in_order(parts, layout, dim).narrow(dim, 0, length)
+        return to_sequence_order(parts, layout, dim).narrow(dim, 0, length)
 
     @staticmethod
     @once_differentiable
@@ -137,7 +137,7 @@ class _Unshard(torch.autograd.Function):
 
 
 def check_length(tokens: int, ranks: int, layout: str, length: int) -> None:
-    """`ValueError` unless W parts of `tokens` local tokens can hold a sequence of `length`."""
+    """Raise ValueError unless W shards of `tokens` local tokens can hold a sequence of `length`."""
     rule = get_layout(layout, ranks)
     if tokens % rule.chunks_per_rank:
         raise ValueError(
@@ -145,24 +145,24 @@ def check_length(tokens: int, ranks: int, layout: str, length: int) -> None:
             "cut the sequence with shard(..., layout=...), which pads it"
         )
     if isinstance(length, bool) or not hasattr(length, "__index__"):  # on every rank, before any of them waits
-        raise ValueError(f"length must be an integer, the tokens of the whole sequence, got {length!r}")
+        raise ValueError(f"length must be an integer, the tokens of the complete sequence, got {length!r}")
     if not 0 < length <= tokens * ranks:
         raise ValueError(
             f"length must be between 1 and the {ranks} x {tokens} = {tokens * ranks} tokens of all ranks, got {length}"
         )
 
 
-def in_order(parts: Tensor, layout: Layout, dim: int) -> Tensor:
-    """`[..., W, C, ...]`, W in `dim`, to the whole padded sequence `[..., W * C, ...]`."""
+def to_sequence_order(parts: Tensor, layout: Layout, dim: int) -> Tensor:
+    """Join `[..., W, C, ...]`, W in `dim`, to the complete padded sequence `[..., W * C, ...]`."""
     ranks = parts.shape[dim]
     chunks = parts.flatten(dim, dim + 1).unflatten(dim, (ranks * layout.chunks_per_rank, -1))
     order = [rank * layout.chunks_per_rank + place for rank, place in layout.chain(ranks)]
     return _permute(chunks, order, dim).flatten(dim, dim + 1)
 
 
-def by_rank(whole: Tensor, layout: Layout, ranks: int, dim: int) -> Tensor:
-    """The inverse of `in_order`: `[..., W * C, ...]` to `[..., W, C, ...]`."""
-    chunks = whole.unflatten(dim, (ranks * layout.chunks_per_rank, -1))
+def to_rank_order(x: Tensor, layout: Layout, ranks: int, dim: int) -> Tensor:
+    """Invert `to_sequence_order`: `[..., W * C, ...]` to `[..., W, C, ...]`."""
+    chunks = x.unflatten(dim, (ranks * layout.chunks_per_rank, -1))
     order = [c for rank in range(ranks) for c in layout.chunks(rank, ranks)]
     return _permute(chunks, order, dim).flatten(dim, dim + 1).unflatten(dim, (ranks, -1))
 

@@ -1,4 +1,4 @@
-"""Which tensors a piece of code makes."""
+"""A record of the tensors that a piece of code allocates."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ GATES = ("none", "head", "scalar", "channel")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What describes one call of linear attention."""
+    """The description of one call of linear attention."""
 
     tokens: int
     gate: str = "none"

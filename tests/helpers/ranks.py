@@ -21,7 +21,7 @@ _pools: dict[int, _Pool] = {}
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Calls `function(*args)` on `world_size` ranks with an initialised gloo group; returns every rank's result.
+    """Calls `function(*args)` on `world_size` ranks with an initialized gloo group; returns every rank's result.
 
     A failing or hanging rank ends the pool (the next call starts another) and raises with its traceback.
     """
@@ -31,7 +31,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
 
 
 def strided_group() -> Any:
-    """Of four ranks, (0, 2) and (1, 3): the group that this one belongs to."""
+    """Make the groups (0, 2) and (1, 3) of four ranks; return the one that this rank belongs to."""
     import torch.distributed as dist
 
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from linear_llama3 import LinearLlama3ForMaskedLM
 from linear_llama3.modeling import enable_sequence_tiling
-from linear_llama3.ops import tiles
+from linear_llama3.ops import token_tiles
 from tests.helpers.allocations import Made
 from tests.helpers.ranks import run_distributed
 from tests.helpers.tiny import VOCAB, gradients, tiny_config, tiny_model, tokens
@@ -22,7 +22,7 @@ from tests.helpers.tiny import VOCAB, gradients, tiny_config, tiny_model, tokens
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "TILE_NUMBERS", 5 * VOCAB)  # 5 tokens of the head, 6 of the MLP
+    monkeypatch.setattr(token_tiles, "TILE_NUMBERS", 5 * VOCAB)  # 5 tokens of the head, 6 of the MLP
 
 
 def batch(length: int = 14) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ def test_nothing_is_as_large_as_tokens_times_vocabulary_or_tokens_squared(
 ) -> None:
     """Both layer kinds, forward and backward."""
     length, vocab_size = 512, 600
-    monkeypatch.setattr(tiles, "TILE_NUMBERS", 100 * vocab_size)
+    monkeypatch.setattr(token_tiles, "TILE_NUMBERS", 100 * vocab_size)
     model = tiny_model("basic", vocab_size=vocab_size).train()
     enable_sequence_tiling(model)
     if checkpointing:
@@ -139,7 +139,7 @@ def test_nothing_is_as_large_as_tokens_times_vocabulary_or_tokens_squared(
 
 def fsdp_run(tied: bool, head_apart: bool, mixed: bool, skip_logits: bool) -> tuple[float, dict[str, Any]]:
     """Loss and gradients of a rank's row, under FSDP2; `head_apart`: the head is a group of its own."""
-    tiles.TILE_NUMBERS, whole_tiles = 5 * VOCAB, tiles.TILE_NUMBERS
+    token_tiles.TILE_NUMBERS, whole_tiles = 5 * VOCAB, token_tiles.TILE_NUMBERS
     model = tiny_model(tie_word_embeddings=tied).train()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if mixed else MixedPrecisionPolicy()
     for layer in model.model.layers:
@@ -150,7 +150,7 @@ def fsdp_run(tied: bool, head_apart: bool, mixed: bool, skip_logits: bool) -> tu
     whole, row = batch(), torch.distributed.get_rank()
     loss = model(**{name: x[row : row + 1] for name, x in whole.items()}, num_items_in_batch=9, skip_logits=skip_logits)
     loss.loss.backward()
-    tiles.TILE_NUMBERS = whole_tiles
+    token_tiles.TILE_NUMBERS = whole_tiles
     return loss.loss.item(), {
         name: p.grad.full_tensor().float().numpy() for name, p in model.named_parameters() if p.grad is not None
     }

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.modeling import CountingCache, prefill
 from linear_llama3.modeling.cache import ShardedCache
-from linear_llama3.ops import chunked
+from linear_llama3.ops.chunked import ChunkedForward
 from linear_llama3.sequence_parallel import (
     LAYOUTS,
     LINEAR_STRATEGIES,
@@ -237,7 +237,7 @@ def spared() -> tuple[int, int]:
 
     with (
         patch.object(DynamicCache, "update", watched),
-        patch.object(chunked, "_total_states", wraps=chunked._total_states) as scans,
+        patch.object(ChunkedForward, "summary", autospec=True, side_effect=ChunkedForward.summary) as scans,
     ):
         sharded(model, tokens(1, 33), None, dst=1)
     return max(x.shape[2] for x in seen), scans.call_count

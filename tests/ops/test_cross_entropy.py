@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from linear_llama3.ops import tiles
+from linear_llama3.ops import token_tiles
 from linear_llama3.ops.cross_entropy import IGNORE_INDEX, chunked_cross_entropy
 from tests.helpers.allocations import Made
 
@@ -15,7 +15,7 @@ VOCAB, DIM = 37, 8
 
 @pytest.fixture(autouse=True)
 def chunks_of_five_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "TILE_NUMBERS", 5 * VOCAB)
+    monkeypatch.setattr(token_tiles, "TILE_NUMBERS", 5 * VOCAB)
 
 
 def inputs(dtype: torch.dtype = torch.float64, tokens: int = 23) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ def test_it_equals_the_definition(dtype: torch.dtype, bound: float, bias: bool) 
 
 def test_gradients_of_the_weights_are_summed_in_float32() -> None:
     """Over 460 chunks, sums in bfloat16 would be off by several percent."""
-    tiles.TILE_NUMBERS = VOCAB
+    token_tiles.TILE_NUMBERS = VOCAB
     (x, y), layer = inputs(torch.bfloat16, tokens=230), head(torch.bfloat16, bias=False)
     (got,) = gradients(chunked_cross_entropy(x, y, layer, vocab_size=VOCAB), layer.weight)
     precise = nn.Linear(DIM, VOCAB, bias=False, dtype=torch.float64)

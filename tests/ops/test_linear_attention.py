@@ -11,6 +11,7 @@ from torch import Tensor
 
 from linear_llama3.ops import linear_attention
 from tests.helpers.attention_cases import GATES, Case, leaves, relative_error
+from tests.helpers.marks import slow_unless
 
 
 def run(case: Case, backend: str, inputs: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -39,7 +40,7 @@ def documents_of(tokens: int) -> tuple[int, ...]:
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 def test_chunked_equals_the_recurrence(gate: str, packed: bool) -> None:
-    for tokens, groups, normalize, initial in product((1, 15, 64, 65, 130), (1, 3), (False, True), (False, True)):
+    for tokens, groups, normalize, initial in product((1, 15, 65), (1, 3), (False, True), (False, True)):
         case = Case(
             tokens=tokens,
             gate=gate,
@@ -63,7 +64,7 @@ def test_blocks_of_chunks_equal_the_recurrence(gate: str) -> None:
         assert (got - expected[name]).abs().max() < 1e-9, name
 
 
-@pytest.mark.parametrize("gate", [g for g in GATES if g != "none"])
+@pytest.mark.parametrize("gate", GATES[1:])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_strong_decay(gate: str, dtype: torch.dtype) -> None:
     """-30 a token: products of decays underflow and their inverses overflow."""
@@ -113,9 +114,10 @@ def test_weak_decay_behind_a_strong_one_is_exact(gate: str, strong: float) -> No
         assert relative_error(a.double(), b) < 1e-5, name
 
 
-@pytest.mark.parametrize("gate", [g for g in GATES if g != "none"])
-@pytest.mark.parametrize("strength", [0.1, 2.0, 8.0])
-@pytest.mark.parametrize("documents", [None, (0, 50, 200)], ids=["one", "packed"])
+@slow_unless(
+    lambda gate, strength, documents: strength == 8.0 and documents is not None,
+    gate=GATES[1:], strength=(0.1, 2.0, 8.0), documents=(None, (0, 50, 200)),
+)  # fmt: skip
 def test_gradient_of_a_uniform_strong_decay(gate: str, strength: float, documents: tuple[int, ...] | None) -> None:
     """Pairs of different tokens are e^{-strength} of a token's pair with itself, which no decay is part of."""
     case = Case(tokens=200, gate=gate, groups=2, key_dim=16, value_dim=16, documents=documents, initial_state=True)
@@ -130,8 +132,7 @@ def test_gradient_of_a_uniform_strong_decay(gate: str, strength: float, document
     assert relative_error(got.double(), expected) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
-@pytest.mark.parametrize("gate", GATES)
+@slow_unless(lambda backend, gate: backend == "chunked" or gate == "head", backend=("chunked", "triton"), gate=GATES)
 def test_only_some_inputs_learn(gate: str, backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")

@@ -72,7 +72,7 @@ def run(inputs: dict[str, Tensor], cu_seqlens: Tensor | None = None, backend: st
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """What is allocated holds nan until it is written."""
+    """Allocations hold nan until they are written."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.empty(1, device=DEVICE).isnan()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 SHARED_KIB = {"sm_80": 99, "sm_90": 227}  # of a block; 163 on an A100, 99 on consumer GPUs of its generation
 PRODUCTS = ("state_scan", "output", "backward")
@@ -17,7 +19,7 @@ PRODUCTS = ("state_scan", "output", "backward")
 def report(*options: str) -> list[dict[str, str]]:
     """The rows of the table, by column. In a process of its own: here the kernels are interpreted."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "linear_llama3.ops.triton.report", *options]
+    command = [sys.executable, str(Path(__file__).parents[2] / "scripts/kernel_report.py"), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     cells = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in done.stdout.splitlines()]

@@ -1,4 +1,4 @@
-"""What `strategy="auto"` and `layout="auto"` choose, and that they say so."""
+"""The choices of `strategy="auto"` and `layout="auto"`, and their log."""
 
 from __future__ import annotations
 

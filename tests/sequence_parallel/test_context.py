@@ -36,7 +36,7 @@ def there_and_back() -> list[str]:
             problems.append(f"{length}: a part of {local.shape[dim]}")
         joined = unshard(local, group=dist.group.WORLD, length=length, dim=dim - 3)
         if not torch.equal(joined, whole):
-            problems.append(f"{length}: not the whole")
+            problems.append(f"{length}: not the sequence")
         weights = torch.arange(whole.numel()).view(whole.shape).double() + 1
         (joined * weights).sum().backward()  # the same loss on every rank
         if not torch.equal(local.grad, shard(weights, group=dist.group.WORLD, dim=dim)):
@@ -167,7 +167,7 @@ X = torch.ones(1, 4, 2, 3)
 
 
 def use_groups() -> list[list[str]]:
-    """What each use says to the last rank, of a group without it, of a mesh, and of a name."""
+    """The errors of each use on the last rank: for a group without it, a mesh, and a name."""
     mixed = partial(linformer_attention, X, X, X, torch.ones(2, 4), torch.ones(2, 4))
     attention = [partial(op, X, X, X) for op in (linear_attention, softmax_attention)]
     uses = [SequenceParallelContext, partial(shard, X), partial(unshard, X, length=4), mixed, *attention]

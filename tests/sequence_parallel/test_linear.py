@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from linear_llama3.ops import chunked
 from linear_llama3.ops import linear_attention as one_device
+from linear_llama3.ops.block_products import BlockInputs
 from linear_llama3.sequence_parallel import (
     LAYOUTS,
     LINEAR_STRATEGIES,
@@ -23,8 +23,8 @@ from linear_llama3.sequence_parallel import (
     softmax_attention,
     start_linear_attention,
 )
-from linear_llama3.sequence_parallel.linear.attention import StateExchange
 from tests.helpers.attention_cases import GATES, Case, join, leaves, relative_error, shards
+from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed, strided_group
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
@@ -109,10 +109,14 @@ def expectation(case: Case) -> tuple[np.ndarray, Result]:
     return whole_run(case)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", LINEAR_STRATEGIES)
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def every_contract(world_size: int, gate: str, strategy: str, layout: str) -> bool:
+    """LASP-2 for every gate and layout, and for every W; the other strategies at W = 3. They all agree bit by bit."""
+    if strategy == "lasp2":
+        return world_size == 3 or (gate == "channel" and layout == "zigzag")
+    return world_size == 3 and (gate == "channel" or (gate == "none" and layout == "zigzag"))
+
+
+@slow_unless(every_contract, world_size=WORLD_SIZES, gate=GATES, strategy=LINEAR_STRATEGIES, layout=LAYOUTS)
 def test_equals_one_device(world_size: int, gate: str, strategy: str, layout: str) -> None:
     """`[B, C, H, D]` on W ranks is `[B, T, H, D]` on one, padding holding nan."""
     all_cases = cases(gate)
@@ -131,16 +135,17 @@ def test_equals_one_device(world_size: int, gate: str, strategy: str, layout: st
 
 
 def all_strategies(layout: str, latency_bytes: int) -> list[tuple[np.ndarray, Result]]:
-    """Every strategy on one case in float32; All-Scan in as many blocks as rows, or in fewer."""
+    """Every strategy on one case in float32; All-Scan with one block per row, or fewer."""
     case = Case(tokens=37, gate="channel", documents=(0, 5, 29, 37), groups=2, dtype=torch.float32)
     with patch.object(costs, "LATENCY_BYTES", latency_bytes):
         assert costs.number_of_blocks(120, rows=5, hops=3) == (5 if latency_bytes == 1 else 2)
         return [sharded_run(case, strategy, layout) for strategy in LINEAR_STRATEGIES]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("latency_bytes", [1, 50])
+@slow_unless(
+    lambda world_size, latency_bytes, layout: world_size == 3 and (layout == "zigzag" or latency_bytes == 1),
+    world_size=(2, 3, 4), latency_bytes=(1, 50), layout=LAYOUTS,
+)  # fmt: skip
 def test_strategies_agree_bit_by_bit(world_size: int, layout: str, latency_bytes: int) -> None:
     for (out, gradients), *others in run_distributed(all_strategies, world_size, layout, latency_bytes):
         for other, other_gradients in others:
@@ -180,8 +185,7 @@ def answered_late(strategy: str, layout: str) -> list[float]:
     return [(out - right).abs().max().item() for out, right in outs]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", LINEAR_STRATEGIES)
+@slow_unless(lambda strategy, layout: layout == "zigzag", strategy=LINEAR_STRATEGIES, layout=LAYOUTS)
 def test_queries_may_come_late_or_never(strategy: str, layout: str) -> None:
     for errors in run_distributed(answered_late, 4, strategy, layout):
         assert max(errors) < 1e-10, errors
@@ -196,13 +200,13 @@ def strided_groups(strategy: str) -> float:
     return (out - expected).abs().max().item()
 
 
-@pytest.mark.parametrize("strategy", LINEAR_STRATEGIES)
+@slow_unless(lambda strategy: strategy in ("lasp1", "lasp2"), strategy=LINEAR_STRATEGIES)
 def test_groups_need_not_be_consecutive(strategy: str) -> None:
     assert max(run_distributed(strided_groups, 4, strategy)) < 1e-10
 
 
 def order_of_events(strategy: str) -> list[str]:
-    """What happens in a forward and backward pass: starting the exchange, products inside chunks, waiting."""
+    """Record a forward and backward pass: the start of the scan, intra-chunk products, waiting."""
     events: list[str] = []
 
     def recorded(name: str, function):
@@ -212,19 +216,21 @@ def order_of_events(strategy: str) -> list[str]:
 
         return call
 
-    start = recorded("start", StateExchange.start)
+    start = recorded("start", LINEAR_STRATEGIES[strategy])
     with (
-        patch.object(StateExchange, "start", lambda *args, **kwargs: recorded("wait", start(*args, **kwargs))),
-        patch.object(chunked, "_inside", recorded("inside", chunked._inside)),
-        patch.object(chunked, "_inside_backward", recorded("inside", chunked._inside_backward)),
+        patch.dict(LINEAR_STRATEGIES, {strategy: lambda *args, **kwargs: recorded("wait", start(*args, **kwargs))}),
+        patch.object(collectives, "_all_gather", recorded("all-gather", collectives._all_gather)),
+        patch.object(BlockInputs, "intra_chunk", recorded("intra-chunk", BlockInputs.intra_chunk)),
+        patch.object(BlockInputs, "intra_chunk_backward", recorded("intra-chunk", BlockInputs.intra_chunk_backward)),
     ):
         sharded_run(Case(tokens=24, gate="scalar"), strategy)
     return events
 
 
 @pytest.mark.parametrize("strategy", LINEAR_STRATEGIES)
-def test_states_travel_while_chunks_are_worked_on(strategy: str) -> None:
-    assert run_distributed(order_of_events, 2, strategy) == [["start", "inside", "wait"] * 2] * 2
+def test_states_travel_during_the_intra_chunk_products(strategy: str) -> None:
+    one_pass = ["start", *(["all-gather"] if strategy == "lasp2" else []), "intra-chunk", "wait"]
+    assert run_distributed(order_of_events, 2, strategy) == [one_pass * 2] * 2
 
 
 NORMALIZED = Case(tokens=2048, normalize=True, key_dim=16, value_dim=16, dtype=torch.bfloat16)
@@ -238,15 +244,16 @@ def low_precision(case: Case, strategy: str, layout: str) -> np.ndarray:
     return out.detach().float().numpy()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", LINEAR_STRATEGIES)
+@slow_unless(
+    lambda strategy, layout: (strategy, layout) == ("lasp2", "zigzag"), strategy=LINEAR_STRATEGIES, layout=LAYOUTS
+)
 @pytest.mark.parametrize(
     ("case", "bound"),
     [
         (replace(GATED, dtype=torch.float32), 1e-5),
         (replace(GATED, dtype=torch.bfloat16), 5e-3),
         (replace(GATED, gate="head", tokens=600, dtype=torch.bfloat16), 5e-3),  # bfloat16 counts to 256
-        (NORMALIZED, 5e-3),  # a normaliser that is summed in bfloat16 stalls
+        (NORMALIZED, 5e-3),  # a normalizer that is summed in bfloat16 stalls
     ],
     ids=["float32", "bfloat16", "bfloat16 constant decay", "normalized bfloat16"],
 )
@@ -267,11 +274,12 @@ def saved_elements(strategy: str, layout: str, tokens: int) -> int:
     return sum(kept.values()) - sum(x.numel() for x in local.values())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", LINEAR_STRATEGIES)
+@slow_unless(lambda strategy, layout: strategy == "lasp2", strategy=LINEAR_STRATEGIES, layout=LAYOUTS)
 def test_few_states_are_kept(strategy: str, layout: str) -> None:
-    """One that enters every link and one for every 1,024 tokens: neither all states of the ranks nor any scores."""
-    case, links = Case(tokens=1), 1 if layout == "contiguous" else 2
-    state = case.heads * case.key_dim * case.value_dim
+    """One that enters every chunk of the layout, with that chunk's decay, and one for every 1,024 tokens: neither all
+    states of the ranks nor any scores."""
+    case, chunks = Case(tokens=1), LAYOUTS[layout].chunks_per_rank
+    state, decay = case.heads * case.key_dim * case.value_dim, case.heads * case.key_dim
     for tokens in (256, 2048):
-        assert run_distributed(saved_elements, 4, strategy, layout, tokens) == [(links + 1) * state] * 4
+        expected = (chunks + 1) * state + chunks * decay
+        assert run_distributed(saved_elements, 4, strategy, layout, tokens) == [expected] * 4

@@ -13,6 +13,7 @@ from linear_llama3.ops import linear_attention as one_device
 from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES
 from linear_llama3.sequence_parallel.linear import lasp2
 from tests.helpers.attention_cases import GATES, Case, join, leaves, relative_error
+from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed
 from tests.sequence_parallel.test_linear import Result, sharded_run
 
@@ -33,6 +34,9 @@ def cases(gate: str) -> list[Case]:
     ]
 
 
+LINEAR_STRATEGIES_OF = dict(zip(GATES, LINEAR_STRATEGIES, strict=True))  # every strategy once
+
+
 def run_cases(all_cases: list[Case], strategy: str, layout: str) -> list[tuple[np.ndarray, Result]]:
     with patch.object(segments, "SHORTEST", 128), patch.object(segments, "processors", lambda device: 132):
         return [sharded_run(case, strategy, layout, backend="triton") for case in all_cases]
@@ -46,11 +50,16 @@ def whole_run(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
     return out.detach(), dict(zip(variables, gradients, strict=True))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("gate", "strategy"), zip(GATES, LINEAR_STRATEGIES, strict=True))
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_equals_one_device(world_size: int, gate: str, strategy: str, layout: str) -> None:
-    all_cases = cases(gate)
+@slow_unless(lambda **_: False, world_size=(2, 3), gate=GATES, layout=LAYOUTS)
+def test_equals_one_device(world_size: int, gate: str, layout: str) -> None:
+    check(cases(gate), world_size, LINEAR_STRATEGIES_OF[gate], layout)
+
+
+def test_packed_documents_equal_one_device() -> None:
+    check(cases("scalar")[2:3], 2, "lasp2", "zigzag")
+
+
+def check(all_cases: list[Case], world_size: int, strategy: str, layout: str) -> None:
     by_rank = run_distributed(run_cases, world_size, all_cases, strategy, layout)
     for i, case in enumerate(all_cases):
         out, gradients = whole_run(case)

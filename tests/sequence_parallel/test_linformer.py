@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linear_llama3.sequence_parallel import LAYOUTS, linformer_attention
 from tests.helpers.attention_cases import join, shards
+from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed
 
 TOKENS, PROJECTED = 37, 4
@@ -43,8 +44,7 @@ def definition() -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad((out * x["w"]).sum(), [x[n] for n in names])]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@slow_unless(lambda world_size, layout: world_size == 3, world_size=(1, 2, 3, 4, 8), layout=LAYOUTS)
 def test_equals_one_device(world_size: int, layout: str) -> None:
     by_rank = run_distributed(sharded, world_size, layout)
     for i, expected in enumerate(definition()):
@@ -69,7 +69,7 @@ def test_it_shows_the_future() -> None:
     ("change", "message"),
     [
         ({"key_projection": torch.zeros(4, 5)}, r"key_projection must be this rank's columns \[p, C = 37\]"),
-        ({"value_projection": torch.zeros(3, TOKENS)}, "must have as many rows, got 4 and 3"),
+        ({"value_projection": torch.zeros(3, TOKENS)}, "must have the same number of rows, got 4 and 3"),
     ],
 )
 def test_projections_that_do_not_fit(change: dict[str, Tensor], message: str) -> None:

@@ -1,4 +1,4 @@
-"""What sharding refuses, by name. The README shows the table."""
+"""Refusals of sequence parallelism, by name. The README shows the table."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def model_run(*, training: bool = False, batch: dict[str, Tensor] | None = None,
 
 
 def evaluate(**changes: object) -> None:
-    """Of the Trainer's checks."""
+    """Run the Trainer's checks."""
     LinearLlama3Trainer._check_arguments(LinearLlama3TrainingArguments("unused", use_cpu=True, **changes))
 
 
@@ -116,7 +116,7 @@ REFUSED: list[tuple[str, Callable[[], None], str]] = [  # (the README's words, w
     ("an odd number of local tokens on the zigzag layout", half_a_zigzag, "2 equal chunks, got 5 local tokens"),
     ("names that are not in the registries", unknown_names, "must be one of .*got 'megatron'"),
     ("dropout inside attention", dropout, "attention_dropout must be 0 in sequence-parallel training, got 0.1"),
-    ("padding on the left", left_padding, "takes padding on the right only"),
+    ("padding on the left", left_padding, "accepts padding on the right only"),
     ("other entries of a batch with a value for every token", unknown_entry, "got 'token_type_ids' of shape"),
     ("generation and caches", generation, "there is no cache, got a cache or use_cache=True"),
     ("attention weights as output", weights, "no rank holds the attention weights"),
@@ -148,7 +148,7 @@ def test_the_readme_lists_them() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_refusals_are_no_wider_than_needed(ranks: int) -> None:
-    """Next to what is refused: what just fits."""
+    """Cases at the border of the refused ones work."""
     for case in run_distributed(just_fits, ranks):
         assert case == "works"
 

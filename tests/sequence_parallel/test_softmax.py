@@ -15,6 +15,7 @@ from torch import Tensor
 from linear_llama3.ops import softmax_attention as ops
 from linear_llama3.sequence_parallel import LAYOUTS, SOFTMAX_STRATEGIES, shard, softmax_attention
 from tests.helpers.attention_cases import join, relative_error, shards
+from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed, strided_group
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
@@ -119,9 +120,10 @@ def expectation(case: Case) -> tuple[Tensor, list[Tensor]]:
     return plain_softmax(case)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", SOFTMAX_STRATEGIES)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@slow_unless(
+    lambda world_size, strategy, layout: world_size == 3 or (strategy, layout) == ("token_ring", "zigzag"),
+    world_size=WORLD_SIZES, strategy=SOFTMAX_STRATEGIES, layout=LAYOUTS,
+)  # fmt: skip
 def test_equals_one_device(world_size: int, strategy: str, layout: str) -> None:
     """`[B, C, H, D]` on W ranks is `[B, T, H, D]` on one, padding holding nan."""
     chosen = CASES if strategy != "ulysses" else with_enough_heads(world_size)
@@ -136,9 +138,10 @@ def test_equals_one_device(world_size: int, strategy: str, layout: str) -> None:
             assert np.abs(got[:, : case.tokens] - expected.numpy()).max() < 1e-10, (name, case)
 
 
-@pytest.mark.parametrize("fault", [np.nan, np.inf])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", SOFTMAX_STRATEGIES)
+@slow_unless(
+    lambda strategy, layout, fault: layout == "zigzag" and np.isnan(fault),
+    strategy=SOFTMAX_STRATEGIES, layout=LAYOUTS, fault=(np.nan, np.inf),
+)  # fmt: skip
 def test_a_broken_document_stays_alone(strategy: str, layout: str, fault: float) -> None:
     """A weight of 0 does not keep nan and inf out: 0 * nan is nan."""
     edges = (0, 9, 20, 37)
@@ -199,9 +202,10 @@ def half_precision(strategy: str, layout: str) -> np.ndarray:
     return [x.detach().float().numpy() for x in (out, *gradients)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", SOFTMAX_STRATEGIES)
-@pytest.mark.parametrize("world_size", [2, 8])
+@slow_unless(
+    lambda world_size, strategy, layout: world_size == 2 and layout == "zigzag",
+    world_size=(2, 8), strategy=SOFTMAX_STRATEGIES, layout=LAYOUTS,
+)  # fmt: skip
 def test_bfloat16_does_not_drift_with_the_ranks(world_size: int, strategy: str, layout: str) -> None:
     inputs = {n: x.bfloat16().double().requires_grad_() for n, x in BFLOAT16.inputs().items()}
     out = softmax_attention(*(inputs[n] for n in "qkv"), group=None)
@@ -218,8 +222,7 @@ def twice(strategy: str, layout: str) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", SOFTMAX_STRATEGIES)
+@slow_unless(lambda strategy, layout: layout == "zigzag", strategy=SOFTMAX_STRATEGIES, layout=LAYOUTS)
 def test_two_runs_are_bit_equal(strategy: str, layout: str) -> None:
     assert all(run_distributed(twice, 3, strategy, layout))
 
@@ -232,6 +235,6 @@ def strided_groups(strategy: str) -> float:
     return (out - shard(plain_softmax(case)[0], **where)).abs().max().item()
 
 
-@pytest.mark.parametrize("strategy", SOFTMAX_STRATEGIES)
+@slow_unless(lambda strategy: strategy in ("lasp2h", "ring"), strategy=SOFTMAX_STRATEGIES)
 def test_groups_need_not_be_consecutive(strategy: str) -> None:
     assert max(run_distributed(strided_groups, 4, strategy)) < 1e-10

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from linear_llama3.ops import tiles
+from linear_llama3.ops import token_tiles
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
 from tests.helpers.ranks import run_distributed
 from tests.helpers.training import (
@@ -44,7 +44,7 @@ def run(
 ) -> dict[str, Any]:
     """Two steps of 4 rows and an evaluation; tiles of three tokens in the loss, and of two in the layers."""
     reset_accelerate()
-    tiles.TILE_NUMBERS, whole = 3 * 23, tiles.TILE_NUMBERS
+    token_tiles.TILE_NUMBERS, whole = 3 * 23, token_tiles.TILE_NUMBERS
     changes: dict[str, Any] = dict.fromkeys(("chunked_loss", "sequence_tiling", "gradient_checkpointing"), tiled)
     changes |= {"gradient_accumulation_steps": accumulation, "learning_rate": 0.1}
     changes["per_device_train_batch_size"] = 4 * degree // world // accumulation
@@ -54,7 +54,7 @@ def run(
     model.register_forward_hook(lambda module, args, output: seen.append(output.logits is None))
     trainer.train()
     evaluated = trainer.evaluate()["eval_loss"]
-    tiles.TILE_NUMBERS = whole
+    token_tiles.TILE_NUMBERS = whole
     reset_accelerate()
     assert seen and all(skipped == tiled for skipped in seen)
     return {**outcome(trainer), "eval": evaluated}

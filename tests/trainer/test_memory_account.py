@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
 from linear_llama3.modeling import enable_sequence_tiling
-from linear_llama3.ops import tiles
+from linear_llama3.ops import token_tiles
 from linear_llama3.ops.backends import choose_backend
 from linear_llama3.sequence_parallel import (
     SequenceParallelConfig,
@@ -50,7 +50,7 @@ def measured(
     documents: int = 1,
 ) -> int:
     """Measure the bytes of a real step on this rank; all ranks of the launch share the sequence."""
-    before, tiles.TILE_NUMBERS = tiles.TILE_NUMBERS, TILE
+    before, token_tiles.TILE_NUMBERS = token_tiles.TILE_NUMBERS, TILE
     model = LinearLlama3ForCausalLM(config).to(dtype).train()
     enable_sequence_tiling(model, tiling)
     if checkpointing:
@@ -71,13 +71,13 @@ def measured(
 
     step()  # makes the gradients
     peaks = [allocated_peak(step) for _ in range(1 if strategies is None else 6)]
-    tiles.TILE_NUMBERS = before
+    token_tiles.TILE_NUMBERS = before
     return min(peaks)  # other threads free sent tensors, sometimes late
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "TILE_NUMBERS", TILE)
+    monkeypatch.setattr(token_tiles, "TILE_NUMBERS", TILE)
 
 
 def slow(*values: Any) -> Any:

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ...ops.cross_entropy import IGNORE_INDEX
+from ...ops.documents import check_mask
 from ...sequence_parallel import SequenceParallelConfig, SequenceParallelContext
 from ...sequence_parallel.collectives import all_reduce
-from ...sequence_parallel.context import IGNORE_INDEX
-from ...sequence_parallel.packing import check_mask
 from ...sequence_parallel.planner import Cluster, Costs, StepPlan, aligned_groups, plan
 
 GroupKey = tuple[int, int]  # degree, first rank
@@ -95,7 +95,7 @@ def group_contexts(
             )
             contexts[degree, first] = SequenceParallelContext(group, config)
     for context in contexts.values():
-        context.settle(model)
+        context.resolve_layout(model)
     return contexts
 
 

@@ -18,7 +18,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.trainer_utils import has_length
 
-from ...sequence_parallel.context import IGNORE_INDEX
+from ...ops.cross_entropy import IGNORE_INDEX
 from ..checkpoints.manifest import ResumeError
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from datasets import Features, List, Value
 
-from ...sequence_parallel.context import IGNORE_INDEX
+from ...ops.cross_entropy import IGNORE_INDEX
 
 ROW_FEATURES = Features({name: List(Value("int32")) for name in ("input_ids", "labels", "position_ids")})
 WINDOW = 256  # best fit packs this number of rows at a time: a stream holds their tokens in memory

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ...sequence_parallel.context import IGNORE_INDEX
+from ...ops.cross_entropy import IGNORE_INDEX
 from .files import DocumentError
 
 Messages = list[dict[str, Any]]

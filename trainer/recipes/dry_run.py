@@ -112,7 +112,7 @@ def dry_run(recipe: Recipe, processes: int, *, gpu: bool) -> str:
     with torch.device("meta"):
         model = build_model(recipe, load_tokenizer(recipe), weights=False)
     context = SequenceParallelContext(None, recipe.sequence_parallel.config())
-    context.settle(model)
+    context.resolve_layout(model)
     ranks = 1 if grid is None else grid.cp_size
     run = DryRun(recipe=recipe, model=model, processes=processes, ranks=ranks, layout=context.layout, gpu=gpu)
     return "\n".join([*_model(run), *_step(run), *_flops(run), *_exchange(run), *_memory(run)])

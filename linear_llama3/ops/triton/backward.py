@@ -73,8 +73,8 @@ def value_gradient(
         keys = start + tl.arange(0, BC)
         key = load_tile(k + (token * H + head) * K, valid, keys, K, H * K, C, DOT)
         if GATE == CHANNEL:
-            fall, fallen = load_decay(gate, token, head, valid, keys, H, K, C, GATE)
-            key = (key * tl.exp2(fallen[None, :] - fall)).to(DOT)
+            b_channel, total_channel = load_decay(gate, token, head, valid, keys, H, K, C, GATE)
+            key = (key * tl.exp2(total_channel[None, :] - b_channel)).to(DOT)
         d_state = load_state(d_states, keys, values, K, V, DOT)
         d_value = tl.dot(key, d_state, d_value, input_precision=PRECISION)
     if GATE == HEAD or GATE == SCALAR:
@@ -93,9 +93,11 @@ def key_gradients(
     BK: tl.constexpr, BC: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, GRADIENT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, and the gate's: the gradient of a token's log decay is the sum over all that passes it, from S and the
-    keys before it, to D and the queries from it on. Written so, a token's own term, which does not fade, takes no part,
-    and nothing large cancels."""
+    """Compute dq, dk and the decay's gradient.
+
+    The gradient of a token's log decay is the sum of everything that passes the token: from S and the keys before it,
+    to D and the queries from it on. A token's own term, which does not decay, takes no part, and nothing large cancels.
+    """
     width: tl.constexpr = BK if GATE == CHANNEL else 1
     keys, rows = tile * BK + tl.arange(0, BK), tl.arange(0, C)
     d_key = tl.zeros([C, BK], dtype=tl.float32)
@@ -168,17 +170,17 @@ def scores_backward(
     query, key, b, ds, d_query, d_key, arrived, gate, token, head, valid, keys,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the gradients of `scores` with a decay per channel; `arrived` gets `q dq - k dk` between tokens."""
+    """Add the gradients of `scores` with a decay per channel; `arrived` gets `q dq - k dk` between tokens."""
     own = diagonal(ds)
     d_query += own * key
     d_key += own * query
     for level in tl.range(levels(C), num_stages=1):
-        late, same, fade = halves(gate, b, token, head, valid, keys, level, H, K, C)
-        second = tl.where(late, query * fade, 0.0).to(DOT)
-        first = tl.where(late, 0.0, key * fade).to(DOT)
+        late, same, decay = halves(gate, b, token, head, valid, keys, level, H, K, C)
+        second = tl.where(late, query * decay, 0.0).to(DOT)
+        first = tl.where(late, 0.0, key * decay).to(DOT)
         part = tl.where(same, ds, 0.0).to(DOT)
-        to_query = tl.where(late, tl.dot(part, first, input_precision=PRECISION) * fade, 0.0)
-        to_key = tl.where(late, 0.0, tl.dot(tl.trans(part), second, input_precision=PRECISION) * fade)
+        to_query = tl.where(late, tl.dot(part, first, input_precision=PRECISION) * decay, 0.0)
+        to_key = tl.where(late, 0.0, tl.dot(tl.trans(part), second, input_precision=PRECISION) * decay)
         d_query += to_query
         d_key += to_key
         arrived += to_query * query - to_key * key
@@ -210,7 +212,7 @@ def column_sum(x, width: tl.constexpr):
 
 @triton.jit
 def sum_before(x):
-    """Of every row the sum of those before it: without its own, which may be far larger and would swallow them."""
+    """Sum the rows before each row, without its own, which may be far larger and would swallow them."""
     before, _ = tl.associative_scan((x * 0.0, x), 0, _append)
     return before
 

@@ -36,7 +36,7 @@ class Launcher:
     """
 
     def __init__(
-        self, k: Tensor, v: Tensor, log_decay: Tensor | None, *, backward: bool = False, gate_gradient: bool = False
+        self, k: Tensor, v: Tensor, log_decay: Tensor | None, *, backward: bool = False, decay_gradient: bool = False
     ) -> None:
         self.k, self.v = k.contiguous(), v.contiguous()
         self.log_decay = None if log_decay is None else log_decay.contiguous()
@@ -44,16 +44,16 @@ class Launcher:
         self.value_dim = v.shape[3]
         self.gate = NONE.value if log_decay is None else GATES[log_decay.dim()]
         # a gate per channel needs its gradient's intermediates anyway
-        self.gate_gradient = self.gate == CHANNEL.value or (gate_gradient and log_decay is not None)
+        self.decay_gradient = self.gate == CHANNEL.value or (decay_gradient and log_decay is not None)
         self.configuration = configuration(
-            self.gate, self.key_dim, self.value_dim, wide=k.dtype != torch.bfloat16, gate_gradient=self.gate_gradient,
+            self.gate, self.key_dim, self.value_dim, wide=k.dtype != torch.bfloat16, decay_gradient=self.decay_gradient,
             capability=capability(k.device),
         )  # fmt: skip
         self.chunk = self.configuration.chunk if backward else self.configuration.rows
-        self.b = self.log_decay  # or its sums inside chunks
+        self.b = self.log_decay  # or, once cumulated, its sums inside chunks
 
-    def cumulate_gate(self, segments: Segments) -> None:
-        """Of a gate that varies, the kernels read the sums inside chunks."""
+    def cumulate_log_decay(self, segments: Segments) -> None:
+        """Sum a log decay that varies inside chunks, as the kernels read it."""
         if self.gate not in (SCALAR.value, CHANNEL.value) or self.b is not self.log_decay:
             return
         assert self.log_decay is not None
@@ -70,20 +70,20 @@ class Launcher:
         self, x: Tensor, y: Tensor, segments: Segments, which: tuple[int, ...] | None, *, scale: float = 1.0,
         entering: Tensor | None = None, states: bool = False, ends: bool = False, reverse: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-        """States of the chunks, and states and decay factors `[B, n, H, K]` of the segments (or of these)."""
+        """States of the chunks, and states and decays `[B, n, H, K]` of the segments (or of these)."""
         tiles, table = self.configuration.scan, segments.table(which)
         count, chunks = len(table), len(segments.chunks)
         chunk_states = self._empty(chunks, self.value_dim, dtype=self._stored) if states else None
         end_states = self._empty(count, self.value_dim) if ends else None
-        factors = self._empty(count) if ends and self.gate != NONE.value else None
+        decays = self._empty(count) if ends and self.gate != NONE.value else None
         grid = (count * triton.cdiv(self.key_dim, tiles.BK) * triton.cdiv(self.value_dim, tiles.BV), self._rows)
         with on(self.k.device):
             state_scan_kernel[grid](
-                x, y, self.b, entering, chunk_states, end_states, factors, table, self.tokens, scale, chunks,
+                x, y, self.b, entering, chunk_states, end_states, decays, table, self.tokens, scale, chunks,
                 **self._common(tiles), G=x.shape[2] // self.heads, C=self.chunk, REVERSE=reverse,
                 ENTERING=entering is not None, STATES=states, ENDS=ends,
             )  # fmt: skip
-        return chunk_states, end_states, factors
+        return chunk_states, end_states, decays
 
     def output(
         self, q: Tensor, segments: Segments, entering: Tensor | None, *, scale: float, dtype: torch.dtype, ends: bool
@@ -105,11 +105,11 @@ class Launcher:
     def gradients(
         self, q: Tensor, d_out: Tensor, segments: Segments, states: Tensor, d_states: Tensor, *, scale: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Of q, k, v and the log decay."""
+        """Gradients of q, k, v and the log decay."""
         tiles = self.configuration.backward
         dq, dk, dv = (torch.empty_like(x) for x in (q, self.k, self.v))
         key_tiles, d_gate = triton.cdiv(self.key_dim, tiles.BK), None
-        if self.gate_gradient:
+        if self.decay_gradient:
             shape = (key_tiles, *self.k.shape[:3]) if self.gate != CHANNEL.value else self.k.shape
             d_gate = torch.empty(shape, dtype=torch.float32, device=self.k.device)
         programs = len(segments.chunks) * (key_tiles + triton.cdiv(self.value_dim, tiles.BV))
@@ -117,7 +117,7 @@ class Launcher:
             backward_kernel[programs, self._rows](
                 q, self.k, self.v, self.b, d_out, states, d_states, dq, dk, dv, d_gate, segments.chunks,
                 self.tokens, scale, **self._common(tiles), G=q.shape[2] // self.heads, BC=tiles.BC,
-                C=self.chunk, GRADIENT=self.gate_gradient,
+                C=self.chunk, GRADIENT=self.decay_gradient,
             )  # fmt: skip
         if d_gate is not None and self.gate != CHANNEL.value:
             d_gate = d_gate.sum((0, 1, 2)) if self.gate == HEAD.value else d_gate.sum(0)
@@ -143,18 +143,18 @@ class Launcher:
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever the tensors."""
+    """Select the device of the tensors: Triton launches on the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def precision(dtype: torch.dtype) -> dict[str, Any]:
-    """In which type and how exactly tiles are multiplied (see `tiles.py`)."""
+    """The dtype and the precision of matrix products (see `tiles.py`)."""
     if dtype == torch.bfloat16 and not INTERPRETED:  # the interpreter multiplies bfloat16 wrongly
         return {"DOT": tl.bfloat16, "PRECISION": "ieee"}
     return {"DOT": tl.float32, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
 
 
-def merge(states: Tensor, factors: Tensor | None, steps: Tensor, targets: int, initial: Tensor | None = None) -> Tensor:
+def merge(states: Tensor, decays: Tensor | None, steps: Tensor, targets: int, initial: Tensor | None = None) -> Tensor:
     """The states that enter, `[B, targets, H, K, V]`, of pieces `[n, B, H, K, V]` that decay by `[n, B, H, K]`.
 
     Strides of the pieces: any between pieces, batch rows, and rows of H * K; V is dense.
@@ -163,25 +163,24 @@ def merge(states: Tensor, factors: Tensor | None, steps: Tensor, targets: int, i
     entering = torch.empty(batch, targets, *states.shape[2:], dtype=states.dtype, device=states.device)
     initial = None if initial is None else initial.contiguous()
     rows, (block_rows, block_columns) = heads * key_dim, (16, min(power_of_two(value_dim), 128))
-    factor_strides = (0, 0, 0) if factors is None else (*factors.stride()[:2], factors.stride(3))
+    decay_strides = (0, 0, 0) if decays is None else (*decays.stride()[:2], decays.stride(3))
     with on(states.device):
         merge_kernel[triton.cdiv(rows, block_rows), triton.cdiv(value_dim, block_columns), batch](
-            states, factors, initial, entering, steps, len(steps),
-            *states.stride()[:2], states.stride(3), *factor_strides,
+            states, decays, initial, entering, steps, len(steps),
+            *states.stride()[:2], states.stride(3), *decay_strides,
             *((0, 0) if initial is None else initial.stride()[:2]), entering.stride(1), entering.stride(0),
             ROWS=rows, V=value_dim, BR=block_rows, BV=block_columns,
-            FADES=factors is not None, INITIAL=initial is not None, num_warps=4, enable_fp_fusion=False,
+            DECAYS=decays is not None, INITIAL=initial is not None, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return entering
 
 
-def aligned(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """With head dims that are multiples of 8, zeros added: others could not be read in words of 16 bytes."""
+def pad_head_dims(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Pad head dims with zeros to multiples of 8, so that kernels can read words of 16 bytes; queries like keys."""
     keys, values = -k.shape[-1] % ALIGNMENT, -v.shape[-1] % ALIGNMENT
-    if keys:
-        q, k = F.pad(q, (0, keys)), F.pad(k, (0, keys))
-        log_decay = F.pad(log_decay, (0, keys)) if log_decay is not None and log_decay.dim() == 4 else log_decay
-    return q, k, F.pad(v, (0, values)) if values else v, log_decay
+    if keys and log_decay is not None and log_decay.dim() == 4:
+        log_decay = F.pad(log_decay, (0, keys))
+    return F.pad(k, (0, keys)) if keys else k, F.pad(v, (0, values)) if values else v, log_decay
 
 
 def decode(

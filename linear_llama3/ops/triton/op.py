@@ -1,6 +1,6 @@
-"""The op as torch knows it: `torch.compile` passes over it, autograd through it.
+"""The kernels as custom ops, opaque to `torch.compile` and differentiable.
 
-What is absent is told by tensors without elements: an op returns tensors only.
+Custom ops return only tensors, so missing outputs are empty tensors.
 """
 
 from typing import Any
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..documents import document_edges
-from . import attention
-from .launch import aligned, decode
+from ..documents import document_boundaries
+from ..local_passes import LocalDocuments, per_document
+from .launch import decode, pad_head_dims
+from .passes import TritonBackward, TritonForward
 from .segments import segment_length
 
 
@@ -19,7 +20,7 @@ def triton_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, *, scale: float, cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None, output_final_state: bool = False, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """As `recurrent_linear_attention`; out has this dtype."""
+    """Compute `recurrent_linear_attention` with out in `dtype`."""
     inputs = (q, k, v, log_decay, initial_state)
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if q.shape[1] == 1 and not learns:
@@ -30,8 +31,9 @@ def triton_linear_attention(
             )
         return _decode(*inputs, scale, dtype)
     key_dim, value_dim = k.shape[-1], v.shape[-1]
-    q, k, v, log_decay = aligned(q, k, v, log_decay)
+    k, v, log_decay = pad_head_dims(k, v, log_decay)
     missing = (0, v.shape[-1] - value_dim, 0, k.shape[-1] - key_dim)
+    q = F.pad(q, missing[2:]) if missing[3] else q
     if initial_state is not None and any(missing):
         initial_state = F.pad(initial_state, missing)
     out, state, _ = _forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, dtype)
@@ -42,7 +44,7 @@ def triton_linear_attention(
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """One token: out `[B, 1, H * G, V]`, and the state after it `[B, H, K, V]`."""
+    """Decode one token: out `[B, 1, H * G, V]`, and the state after it `[B, H, K, V]`."""
     return decode(q, k, v, log_decay, state, scale=scale, dtype=dtype)
 
 
@@ -60,14 +62,18 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     scale: float, output_final_state: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Out, the final state, and the states that enter the segments of longer documents."""
-    out, final, entering = attention.run_forward(
-        q, k, v, log_decay, initial_state, document_edges(cu_seqlens, batch=q.shape[0], tokens=q.shape[1]), scale,
-        final=output_final_state, dtype=dtype,
-    )  # fmt: skip
+    """Return out, the final state, and the states that enter the segments of longer documents."""
+    documents = _documents(q, cu_seqlens)
+    forward = TritonForward(k, v, log_decay, documents, out_dtype=dtype)
+    entering = per_document(initial_state, batch=k.shape[0])
+    out, final, (entering,) = forward.output(q, scale, entering, final_states=output_final_state)
     if entering is None and cu_seqlens is not None:
-        entering = k.new_empty(1, 0, *k.shape[2:], v.shape[3], dtype=torch.float32)  # as many dims as when compiled
+        entering = k.new_empty(1, 0, *k.shape[2:], v.shape[3], dtype=torch.float32)  # the number of dims when compiled
     return out, _present(final, k), _present(entering, k)
+
+
+def _documents(q: Tensor, cu_seqlens: Tensor | None) -> LocalDocuments:
+    return LocalDocuments.complete(document_boundaries(cu_seqlens, batch=q.shape[0], tokens=q.shape[1]))
 
 
 @_forward.register_fake
@@ -93,24 +99,26 @@ def _(
 )
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, entering: Tensor,
-    d_out: Tensor, d_final: Tensor | None, scale: float, gate: bool, initial: bool,
+    d_out: Tensor, d_final: Tensor | None, scale: float, decay_learns: bool, initial_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    boundaries = document_edges(cu_seqlens, batch=q.shape[0], tokens=q.shape[1])
-    dq, dk, dv, d_gate, d_initial = attention.run_backward(
-        q, k, v, log_decay, entering if entering.numel() else None, d_out, d_final, boundaries, scale,
-        gate=gate, initial=initial,
-    )  # fmt: skip
-    return dq, dk, dv, _present(d_gate, k), _present(d_initial, k)
+    residuals = (entering if entering.numel() else None,)
+    backward = TritonBackward(
+        q, k, v, log_decay, _documents(q, cu_seqlens), residuals, d_out, scale, decay_learns=decay_learns
+    )
+    d = backward.gradients(per_document(d_final, batch=k.shape[0]), initial_state=initial_learns)
+    return d.q, d.k, d.v, _present(d.log_decay, k), _present(d.initial_state, k)
 
 
 @_backward.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, entering: Tensor,
-    d_out: Tensor, d_final: Tensor | None, scale: float, gate: bool, initial: bool,
+    d_out: Tensor, d_final: Tensor | None, scale: float, decay_learns: bool, initial_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     documents = k.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    d_gate = k.new_empty(0, dtype=torch.float32) if not gate or log_decay is None else _like(log_decay)
-    d_initial = k.new_empty((documents, k.shape[2], k.shape[3], v.shape[3]) if initial else 0, dtype=torch.float32)
+    d_gate = k.new_empty(0, dtype=torch.float32) if not decay_learns or log_decay is None else _like(log_decay)
+    d_initial = k.new_empty(
+        (documents, k.shape[2], k.shape[3], v.shape[3]) if initial_learns else 0, dtype=torch.float32
+    )
     return _like(q), _like(k), _like(v), d_gate, d_initial
 
 
@@ -127,12 +135,12 @@ def _autograd(
     q, k, v, log_decay, cu_seqlens, entering = ctx.saved_tensors
     if d_out is None:
         d_out = q.new_zeros(*q.shape[:3], v.shape[3])
-    gate, initial = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
-    dq, dk, dv, d_gate, d_initial = _backward(
-        q, k, v, log_decay, cu_seqlens, entering, d_out, d_final, ctx.scale, gate, initial
+    decay_learns, initial_learns = ctx.needs_input_grad[3:5]
+    dq, dk, dv, d_decay, d_initial = _backward(
+        q, k, v, log_decay, cu_seqlens, entering, d_out, d_final, ctx.scale, decay_learns, initial_learns
     )
-    d_initial = d_initial.to(ctx.initial_dtype) if initial else None
-    return dq, dk, dv, d_gate if gate else None, d_initial, None, None, None, None
+    d_initial = d_initial.to(ctx.initial_dtype) if initial_learns else None
+    return dq, dk, dv, d_decay if decay_learns else None, d_initial, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -143,5 +151,5 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _present(x: Tensor | None, like: Tensor) -> Tensor:
-    """Or a tensor without elements, each its own: outputs of an op must not be the same tensor."""
+    """Replace None by an empty tensor, a new one each time: outputs of an op must not be the same tensor."""
     return like.new_empty(0, dtype=torch.float32) if x is None else x

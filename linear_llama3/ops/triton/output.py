@@ -48,8 +48,8 @@ def output_kernel(
             s = scores(q, k, gate, b, token, head, g, valid, begin, H, G, K, width, BC, C, GATE, DOT, PRECISION)
             query = load_tile(q + ((token * H + head) * G + g) * K, valid, keys, K, H * G * K, C, DOT)
             if GATE == CHANNEL:
-                fall, _ = load_decay(gate, token, head, valid, keys, H, K, C, GATE)
-                query = (query * tl.exp2(fall)).to(DOT)
+                b_channel, _ = load_decay(gate, token, head, valid, keys, H, K, C, GATE)
+                query = (query * tl.exp2(b_channel)).to(DOT)
             o = tl.dot(query, before, input_precision=PRECISION)
             if GATE == HEAD or GATE == SCALAR:
                 o *= tl.exp2(b)
@@ -57,8 +57,8 @@ def output_kernel(
             store_tile(out + ((token * H + head) * G + g) * V, o, valid, values, V, H * G * V, C)
         if GATE == CHANNEL:
             key = load_tile(k + (token * H + head) * K, valid, keys, K, H * K, C, DOT)
-            fall, total = load_decay(gate, token, head, valid, keys, H, K, C, GATE)
-            key = (key * tl.exp2(total[None, :] - fall)).to(DOT)
+            b_channel, total = load_decay(gate, token, head, valid, keys, H, K, C, GATE)
+            key = (key * tl.exp2(total[None, :] - b_channel)).to(DOT)
         elif GATE != NONE:
             value = (value * tl.exp2(total[None, :] - b)).to(DOT)
         if GATE != NONE:

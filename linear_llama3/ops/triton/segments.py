@@ -1,4 +1,4 @@
-"""How a stream of packed documents is cut: into segments that run side by side, and those into chunks.
+"""Cut a stream of packed documents into segments that run in parallel, and those into chunks.
 
 A scan over chunks is sequential; where batch and heads do not fill the device, a document is cut into several segments,
 whose states are found first and merged. No segment and no chunk crosses the edge of a document.
@@ -14,6 +14,9 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
+from ..local_passes import Documents
+from .merge import CONTINUE, NOTHING, ZERO, MergeStep, merge_steps
+
 SHORTEST = 2048  # tokens of a segment
 
 
@@ -28,8 +31,8 @@ class Segment(NamedTuple):
 Method = TypeVar("Method", bound=Callable[..., Tensor])
 
 
-def _kept(method: Method) -> Method:
-    """What a method of `Segments` makes for some arguments is made once, and goes with its segments."""
+def _cached(method: Method) -> Method:
+    """Cache the tensors of a method of `Segments` per instance and arguments."""
 
     @functools.wraps(method)
     def call(self: Segments, *args: Any, **named: Any) -> Tensor:
@@ -61,51 +64,58 @@ class Segments:
         return len(self.list)
 
     @property
-    def whole(self) -> bool:
-        """Every document is one segment."""
+    def one_per_document(self) -> bool:
+        """True if every document is one segment."""
         return len(self.list) == self.documents
 
     def tensor(self, rows: Sequence[tuple[int, ...]], columns: int) -> Tensor:
         return torch.tensor(rows, dtype=torch.int32).view(-1, columns).to(self.device)
 
-    @_kept
+    @_cached
     def table(self, which: tuple[int, ...] | None = None) -> Tensor:
         """int32 `[n, 3]`: start, stop and first chunk of all segments, or of these."""
         which = tuple(range(len(self.list))) if which is None else which
         return self.tensor([(self.list[s].start, self.list[s].stop, self.first_chunk[s]) for s in which], columns=3)
 
-    @_kept
-    def edges(self, *, reverse: bool) -> Tensor:
+    @_cached
+    def last_of_documents(self, *, reverse: bool) -> Tensor:
         """int64 `[documents]`: the last (reverse: the first) segment of each."""
         ends = [s for s, x in enumerate(self.list) if (x.opens if reverse else x.closes)]
         return torch.tensor(ends).to(self.device)
 
-    def folded(self, documents: tuple[int, ...], *, reverse: bool) -> tuple[int, ...]:
+    def needed(self, documents: Documents, *, reverse: bool) -> tuple[int, ...]:
         """The segments whose own states are needed: those that others follow, and all of these documents."""
         parts = enumerate(self.list)
         return tuple(i for i, s in parts if not (s.opens if reverse else s.closes) or s.document in documents)
 
-    @_kept
-    def steps(self, folded: tuple[int, ...], initial: tuple[int, ...], *, reverse: bool) -> Tensor:
-        """For `merge`: every segment receives the state before it. `initial[d]` says which of the given states document
-        d begins with, -1: zero."""
+    @_cached
+    def entering_steps(self, folded: tuple[int, ...], starts: Documents, *, reverse: bool) -> Tensor:
+        """Steps of a merge that stores the state before every segment; `folded` are the segments whose states are
+        merged. A document in `starts` begins with the initial state at its place there, others from zero."""
+        initial = {document: i for i, document in enumerate(starts)}
         place = {segment: i for i, segment in enumerate(folded)}
-        rows = [
-            (place.get(segment, -1), segment, initial[document] if begins else -2)
-            for segment, document, begins in self._order(reverse=reverse)
-        ]
-        return self.tensor(rows, columns=3)
+        return merge_steps(
+            [
+                MergeStep(
+                    fold=place.get(segment, NOTHING),
+                    store=segment,
+                    start=initial.get(document, ZERO) if begins else CONTINUE,
+                )
+                for segment, document, begins in self._order(reverse=reverse)
+            ],
+            self.device,
+        )
 
-    @_kept
-    def total_steps(self, folded: tuple[int, ...], documents: tuple[int, ...], *, reverse: bool) -> Tensor:
-        """For `merge`: the sum of each of these documents, from zero (-1: no document, the sum is zero)."""
+    @_cached
+    def document_steps(self, folded: tuple[int, ...], documents: Documents, *, reverse: bool) -> Tensor:
+        """Steps of a merge that stores the state of each of these documents, from zero; None is zero."""
         place = {segment: i for i, segment in enumerate(folded)}
-        rows = []
+        steps = []
         for target, wanted in enumerate(documents):
             parts = [(s, begins) for s, document, begins in self._order(reverse=reverse) if document == wanted]
-            rows += [(place[s], -1, -1 if begins else -2) for s, begins in parts]
-            rows.append((-1, target, -2 if parts else -1))
-        return self.tensor(rows, columns=3)
+            steps += [MergeStep(fold=place[s], start=ZERO if begins else CONTINUE) for s, begins in parts]
+            steps.append(MergeStep(store=target, start=CONTINUE if parts else ZERO))
+        return merge_steps(steps, self.device)
 
     def _order(self, *, reverse: bool) -> list[tuple[int, int, bool]]:
         """(segment, document, whether the document starts with it) in the order of a scan."""

@@ -8,7 +8,7 @@ from .tiles import CHANNEL, NONE, load_decay, load_state, load_tile, store_state
 
 @triton.jit
 def state_scan_kernel(
-    x, y, gate, entering, states, ends, factors, segments, tokens, scale, chunks,
+    x, y, gate, entering, states, ends, decays, segments, tokens, scale, chunks,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr,
     ENTERING: tl.constexpr, STATES: tl.constexpr, ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -16,8 +16,8 @@ def state_scan_kernel(
     """Forward (x = k, y = v): `S <- e^total S + sum_j e^{total - b_j} k_j v_j^T` over the chunks of a segment.
 
     REVERSE (x = q, y = d_out), from the last chunk to the first: `D <- e^total D + scale * sum_i e^{b_i} q_i do_i^T`.
-    x `[B, T, H * G, K]`, y `[B, T, H * G, V]`, G = 1 forward; entering and ends `[B, segments, H, K, V]` and factors
-    `[B, segments, H, K]` (the decay over the whole segment) float32; states `[B, chunks, H, K, V]`, what each chunk
+    x `[B, T, H * G, K]`, y `[B, T, H * G, V]`, G = 1 forward; entering and ends `[B, segments, H, K, V]` and decays
+    `[B, segments, H, K]` (the decay over the complete segment) float32; states `[B, chunks, H, K, V]`, what each chunk
     receives.
     Grid: (segments * K / BK * V / BV, B * H).
     """
@@ -35,7 +35,7 @@ def state_scan_kernel(
     state = tl.zeros([BK, BV], dtype=tl.float32)
     if ENTERING:
         state = load_state(entering + place * K * V, keys, values, K, V, tl.float32)
-    faded = tl.zeros([BK if GATE == CHANNEL else 1], dtype=tl.float32)
+    log_total = tl.zeros([BK if GATE == CHANNEL else 1], dtype=tl.float32)
     count = (stop - start + C - 1) // C
     for n in range(count):
         c = count - 1 - n if REVERSE else n
@@ -47,7 +47,7 @@ def state_scan_kernel(
             b, total = load_decay(gate, token, head, valid, keys, H, K, C, GATE)
             weight = tl.exp2(b) if REVERSE else tl.exp2(total[None, :] - b)
             state *= tl.exp2(total)[:, None]
-            faded += total
+            log_total += total
         for g in range(G):
             rows_x = load_tile(x + ((token * H + head) * G + g) * K, valid, keys, K, H * G * K, C, DOT)
             rows_y = load_tile(y + ((token * H + head) * G + g) * V, valid, values, V, H * G * V, C, DOT)
@@ -63,4 +63,6 @@ def state_scan_kernel(
         store_state(ends + place * K * V, state, keys, values, K, V)
         if GATE != NONE:
             if tile % tiles_v == 0:
-                tl.store(factors + place * K + keys, tl.zeros([BK], dtype=tl.float32) + tl.exp2(faded), mask=keys < K)
+                tl.store(
+                    decays + place * K + keys, tl.zeros([BK], dtype=tl.float32) + tl.exp2(log_total), mask=keys < K
+                )

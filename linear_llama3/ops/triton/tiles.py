@@ -1,4 +1,4 @@
-"""What the kernels share: tiles of a chunk, its decays, its causal scores.
+"""Common parts of the kernels: tiles of a chunk, its decays, its causal scores.
 
 Names: C tokens of a chunk (rows of a tile), K and V the head dims D_k and D_v, BK and BV columns of a tile (powers of
 two), H kv heads, G query heads per kv head. `b` `[C, 1 or BK]` is the log2 decay cumulated inside the chunk, own token
@@ -14,7 +14,9 @@ import triton.language as tl
 NONE, HEAD, SCALAR, CHANNEL = (tl.constexpr(i) for i in range(4))
 """Gates: no decay, a constant `[H]`, one value per token and head, one per token, head and key channel."""
 LOG2E = tl.constexpr(1.4426950408889634)
-NOTHING_LEFT = tl.constexpr(-150.0)  # 2 ** -150 is 0 in float32; a longer fall would only cost those behind it digits
+NOTHING_LEFT = tl.constexpr(
+    -150.0
+)  # 2 ** -150 is 0 in float32; a smaller sum would only cost the tokens after it digits
 
 
 @triton.jit
@@ -74,7 +76,7 @@ def load_decay(
 
 @triton.constexpr_function
 def levels(C):
-    """How often a chunk can be halved."""
+    """The number of times a chunk can be halved."""
     return C.bit_length() - 1
 
 
@@ -82,8 +84,8 @@ def levels(C):
 def halves(
     gate, b, token, head, valid, keys, level, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """Of blocks of C, C / 2, ... rows: which rows are in the second half `[C, 1]`, which pairs in one block `[C, C]`,
-    and the decay of each row relative to the edge between its halves, at most 1 `[C, BK]`."""
+    """For blocks of C, C / 2, ... rows, mark the rows in the second half `[C, 1]` and the pairs in one block `[C, C]`,
+    and compute the decay of each row relative to the edge between its halves, at most 1 `[C, BK]`."""
     shift = levels(C) - 1 - level  # a half has 2^shift rows
     rows = tl.arange(0, C)
     edge = ((rows >> shift) | 1) * (1 << shift) - 1  # the last row of the first half
@@ -103,7 +105,7 @@ def scores(
     the WIDTH columns from `begin` on, BK at a time.
 
     A decay per channel does not factor out of the product, and `(q e^b)(k e^-b)` overflows. So the triangle is halved
-    again and again: between two halves of a block both factors are taken relative to the edge between them, where
+    again and again: between two halves of a block both decays are taken relative to the edge between them, where
     they are at most 1 for any decay (Yang et al., arXiv:2312.06635, section 4.3, carried down to single tokens).
     """
     rows = tl.arange(0, C)
@@ -115,13 +117,13 @@ def scores(
         if GATE != CHANNEL:
             s = tl.dot(query, tl.trans(key), s, input_precision=PRECISION)
         else:
-            fall, _ = load_decay(gate, token, head, valid, keys, H, K, C, GATE)
+            b_channel, _ = load_decay(gate, token, head, valid, keys, H, K, C, GATE)
             own = tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1)
             s += tl.where(rows[:, None] == rows[None, :], own[:, None], 0.0)
             for level in tl.range(levels(C), num_stages=1):
-                late, same, fade = halves(gate, fall, token, head, valid, keys, level, H, K, C)
-                second = tl.where(late, query * fade, 0.0).to(DOT)
-                first = tl.where(late, 0.0, key * fade).to(DOT)
+                late, same, decay = halves(gate, b_channel, token, head, valid, keys, level, H, K, C)
+                second = tl.where(late, query * decay, 0.0).to(DOT)
+                first = tl.where(late, 0.0, key * decay).to(DOT)
                 s += tl.where(same, tl.dot(second, tl.trans(first), input_precision=PRECISION), 0.0)
     return s if GATE == CHANNEL else s * pair_decay(b, C, GATE)
 

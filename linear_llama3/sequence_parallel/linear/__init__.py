@@ -1,4 +1,4 @@
-"""Linear layers: one file for every way to exchange states."""
+"""Linear layers: one file per exchange of states."""
 
 from .attention import LINEAR_STRATEGIES, linear_attention, start_linear_attention
 

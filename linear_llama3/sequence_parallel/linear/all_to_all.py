@@ -1,4 +1,4 @@
-"""The scan by all-to-all: the rows of the state are divided among the ranks, each scans its rows over all links.
+"""The scan by all-to-all: the rows of the state are divided among the ranks, each scans its rows over all chunks.
 
 Rows of the state decay independently. One all-to-all hands every rank its share of the rows of all links, which it
 scans on its own; a second one takes the results back. A rank sends at most two states, whatever the number of ranks,
@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..collectives import all_to_all, world_size
-from .scan import Chain, fold, pack
+from .state_scan import Chain, fold, pack
 
 
 def all_to_all_scan(
-    states: Tensor, factors: Tensor | None, *, group: dist.ProcessGroup, chain: Chain, reverse: bool
+    states: Tensor, decays: Tensor | None, *, group: dist.ProcessGroup, chain: Chain, reverse: bool
 ) -> Callable[[], Tensor]:
-    """See `scan.py`."""
+    """Scan as described in `state_scan.py`."""
     ranks, value_dim = world_size(group), states.shape[-1]
-    rows = pack(states, factors).flatten(1, 3)  # [L, R, D_v (+ 1)]
+    rows = pack(states, decays).flatten(1, 3)  # [L, R, D_v (+ 1)]
     total = rows.shape[1]
     rows = F.pad(rows, (0, 0, 0, -total % ranks))
     pending = all_to_all(rows.unflatten(1, (ranks, -1)).transpose(0, 1), group)

@@ -1,43 +1,44 @@
-"""Linear attention over a sequence that is spread over several ranks.
+"""Linear attention over a sequence that is sharded over several ranks.
 
-The mathematics is that of one device (`ops`); what is added is the state that enters from the other ranks, the
-exclusive affine scan of (state, decay). Each strategy is one body of that scan, in the file that bears its name.
+The mathematics is that of one device (`ops`). What is added is the state that enters from the other ranks, by the
+exclusive affine scan of (state, decay). Each strategy is one implementation of that scan, in the file that bears its
+name. A pass over this rank's tokens, forward or backward, is always
+
+    summary  ->  strategy starts the scan  ->  intra-chunk  ->  wait  ->  output or gradients
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...ops.backends import choose_backend
-from ...ops.bidirectional import bidirectional_linear_attention
-from ...ops.chunked import chunked_linear_attention, send_states
-from ...ops.linear_attention import (
-    check_arguments,
-    check_shapes,
-    divide_by_normalizer,
-    precise,
-    with_ones_column,
-)
+from ...ops.bidirectional import document_states, read_states
+from ...ops.checks import check_arguments, check_shapes
+from ...ops.chunked import ChunkedBackward, ChunkedForward
+from ...ops.linear_attention import divide_by_normalizer, upcast_constant_decay, with_ones_column
 from ...ops.linear_attention import linear_attention as attention_on_one_device
+from ...ops.local_passes import BackwardPass, ForwardPass
 from ...ops.precision import without_autocast, working_dtype
 from ..collectives import world_size
 from ..costs import choose_linear, sizes_of
-from ..part import Part, locate
+from ..sequence_shard import SequenceShard, resolve_shard
 from .all_scan import all_scan
 from .all_to_all import all_to_all_scan
-from .exchange import StateExchange, complete_states
+from .document_totals import Scan, document_totals
 from .lasp1 import lasp1
 from .lasp2 import lasp2
-from .scan import Scan
+from .state_scan import StateScan, fold, pack
 
-LINEAR_STRATEGIES: dict[str, Scan] = {
+LINEAR_STRATEGIES: dict[str, StateScan] = {
     "lasp1": lasp1,
     "lasp2": lasp2,
     "all_scan": all_scan,
@@ -45,7 +46,7 @@ LINEAR_STRATEGIES: dict[str, Scan] = {
 }
 
 
-def get_linear_strategy(name: str) -> Scan:
+def get_linear_strategy(name: str) -> StateScan:
     if name not in LINEAR_STRATEGIES:
         raise ValueError(
             f"the strategy for linear layers must be one of {sorted(LINEAR_STRATEGIES)}, got {name!r}; "
@@ -71,31 +72,35 @@ def linear_attention(
     backend: str = "auto",
     exchange_cache: MutableMapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """`ops.linear_attention` of the whole sequence, local shards in and out.
+    """Compute `ops.linear_attention` of the complete sequence, local shards in and out.
 
     Args:
         q, k, v, log_decay, scale, normalize, causal: as in `ops.linear_attention`, the tokens of this rank:
             `[B, C, H, D]`. A constant decay `[H_kv]` gets this rank's part of its gradient.
-        group: the ranks that share the sequence, in order, each with as many local tokens (as `shard` gives);
-            None or a group of one is plain attention.
+        group: the ranks that share the sequence, in order, each with the same number of local tokens (as `shard`
+            gives); None or a group of one is plain attention.
         strategy: a name of LINEAR_STRATEGIES, or "auto": the cheapest by the model in `costs.py`.
         layout: a name of LAYOUTS.
-        cu_seqlens: document edges of the whole sequence, int `[N + 1]`, for a batch of 1.
-        length: true length of the whole sequence, where its tail is padding. Whatever the padding holds changes
+        cu_seqlens: document edges of the complete sequence, int `[N + 1]`, for a batch of 1.
+        length: true length of the complete sequence, where its tail is padding. Whatever the padding holds changes
             nothing; its outputs are 0.
         backend: "chunked", "triton" or "auto", as in `ops.linear_attention`. "recurrent" is defined on one device only.
         exchange_cache: a mapping that lives as long as this layer's forward pass and its recomputation under
-            gradient checkpointing: the state received first is kept there and not exchanged again (causal only).
+            gradient checkpointing: it keeps the state received first, so that the exchange is not repeated (causal
+            only).
 
     Returns:
         out `[B, C, H_q, D_v]` in the dtype of v.
+
+    Raises:
+        ValueError: arguments that do not fit together.
     """
     check_arguments(q, k, v, log_decay=log_decay, causal=causal, backend=backend)  # before anything is sent
-    started = start_linear_attention(
+    pending = start_linear_attention(
         k, v, group=group, strategy=strategy, layout=layout, log_decay=log_decay, normalize=normalize,
         cu_seqlens=cu_seqlens, causal=causal, length=length, backend=backend, exchange_cache=exchange_cache,
     )  # fmt: skip
-    return started(q, scale)
+    return pending(q, scale)
 
 
 @without_autocast
@@ -114,15 +119,15 @@ def start_linear_attention(
     backend: str = "auto",
     exchange_cache: MutableMapping[str, Tensor] | None = None,
     output_final_state: bool = False,
-) -> StartedAttention:
-    """The first half of `linear_attention`, which needs no queries: the states of this rank are sent.
+) -> PendingLinearAttention:
+    """Start `linear_attention` before there are queries: send the states of this rank.
 
-    Call the result with the queries: `started(q, scale=None) -> out`. Work done in between, such as projecting the
-    queries, overlaps with the exchange. Another attention in this group first waits for this exchange to finish.
+    Call the result with the queries: `pending(q, scale=None) -> out`. Work done in between, such as projecting the
+    queries, overlaps with the exchange ("lasp2", "all_to_all"; the ring strategies send once the queries are there).
 
-    With `output_final_state`, `started.final_state` is then the state behind this rank's last chunk,
-    `[B, H_kv, D_k, D_v]` (+ 1 column with `normalize`); that of the whole sequence is on the rank that holds its end
-    (`handover.gather_end`). It has no gradient, and documents have none of their own.
+    With `output_final_state`, `pending.final_state` is then the state after this rank's last chunk,
+    `[B, H_kv, D_k, D_v]` (+ 1 column with `normalize`); that of the complete sequence is on the rank that holds its
+    end (`gather.send_final_state`). It has no gradient, and documents have none of their own.
     """
     if strategy != "auto":
         get_linear_strategy(strategy)
@@ -133,56 +138,180 @@ def start_linear_attention(
         recomputed = exchange_cache is not None
         _check_final_state(k, v, log_decay, packed=cu_seqlens is not None, causal=causal, recomputed=recomputed)
     backend = choose_backend(backend, k, causal=causal)
-    part = locate(k.shape[1], batch=k.shape[0], group=group, layout=layout, cu_seqlens=cu_seqlens, length=length)
-    keys, values = k[:, : part.tokens], v[:, : part.tokens]  # padding takes no part
-    gate = precise(log_decay, k)
-    if gate is not None and gate.dim() > 1:
-        gate = gate[:, : part.tokens]
-    if world_size(group) == 1:
-        attend: Attend = functools.partial(
-            _attend_alone, k=keys, v=values, log_decay=gate, normalize=normalize, cu_seqlens=cu_seqlens, causal=causal,
-            backend=backend, output_final_state=output_final_state,
+    shard = resolve_shard(
+        k.shape[1], batch=k.shape[0], group=group, layout=layout, cu_seqlens=cu_seqlens, length=length
+    )
+    keys, values = k[:, : shard.tokens], v[:, : shard.tokens]  # padding takes no part
+    decay = upcast_constant_decay(log_decay, k)
+    if decay is not None and decay.dim() > 1:
+        decay = decay[:, : shard.tokens]
+    if group is None or world_size(group) == 1:
+        attend: Attend = partial(
+            attention_on_one_device, k=keys, v=values, log_decay=decay, normalize=normalize, cu_seqlens=cu_seqlens,
+            causal=causal, backend=backend, output_final_state=output_final_state,
         )  # fmt: skip
-        return StartedAttention(k, v, part.tokens, attend, normalize=False)
+        return PendingLinearAttention(k, v, shard.tokens, attend)
 
-    assert group is not None
     values = with_ones_column(values) if normalize else values
-    fades = log_decay is not None or part.packed  # the same on every rank: all send the same message
+    decays = log_decay is not None or shard.packed  # the same on every rank: all send messages of the same size
     if strategy == "auto":
-        strategy = choose_linear(sizes_of(k, values, part, group, decays=fades), log=part.rank == 0)
-    scan = get_linear_strategy(strategy)
+        strategy = choose_linear(sizes_of(k, values, shard, group, decays=decays), log=shard.rank == 0)
+    scan = partial(get_linear_strategy(strategy), group=group, chain=shard.layout.chain(shard.ranks))
     if causal:
-        exchange = StateExchange(
-            scan, group, part, fades=fades, cache=exchange_cache, output_final_state=output_final_state
-        )
-        dtype = working_dtype(v) if normalize else v.dtype
-        attend = _start_causal(keys, values, gate, part, exchange, backend, dtype)
+        sharding = _Sharding(shard, scan, backend, out_dtype=working_dtype(v) if normalize else v.dtype)
+        attend = _SentStates(
+            keys, values, decay, sharding, decays=decays, cache=exchange_cache, output_final_state=output_final_state
+        ).attend
     else:
-        complete = functools.partial(complete_states, scan=scan, group=group, part=part)
-        attend = functools.partial(_attend_unmasked, k=keys, v=values, part=part, complete=complete)
-    return StartedAttention(k, v, part.tokens, attend, normalize=normalize)
+        attend = partial(_attend_bidirectional, k=keys, v=values, shard=shard, scan=scan, group=group)
+    return PendingLinearAttention(k, v, shard.tokens, attend, normalize=normalize)
 
 
-Attend = Callable[[Tensor, float], tuple[Tensor, Tensor | None]]  # (q, scale) -> out, final state if asked for
+Attend = Callable[..., tuple[Tensor, Tensor | None]]  # (q, scale=) -> out, the final state if asked for
 
 
-class StartedAttention:
+class PendingLinearAttention:
     """Linear attention that waits for its queries."""
 
-    def __init__(self, k: Tensor, v: Tensor, tokens: int, attend: Attend, *, normalize: bool) -> None:
+    def __init__(self, k: Tensor, v: Tensor, tokens: int, attend: Attend, *, normalize: bool = False) -> None:
         self._k, self._v, self._tokens, self._attend, self._normalize = k, v, tokens, attend, normalize
         self.final_state: Tensor | None = None  # `[B, H_kv, D_k, D_v (+ 1)]` after the call, if it was asked for
 
     def __call__(self, q: Tensor, scale: float | None = None) -> Tensor:
-        """q `[B, C, H_q, D_k]` -> out `[B, C, H_q, D_v]` in the dtype of v."""
+        """Attend with q `[B, C, H_q, D_k]`; out `[B, C, H_q, D_v]` in the dtype of v."""
         check_shapes(q, self._k, self._v)
         return self._finish(q, q.shape[-1] ** -0.5 if scale is None else scale)
 
     @without_autocast
     def _finish(self, q: Tensor, scale: float) -> Tensor:
-        out, self.final_state = self._attend(q[:, : self._tokens], scale)
+        out, self.final_state = self._attend(q[:, : self._tokens], scale=scale)
         out = divide_by_normalizer(out) if self._normalize else out
         return F.pad(out.to(self._v.dtype), (0, 0, 0, 0, 0, q.shape[1] - self._tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sharding:
+    """The part of a call that its forward and backward pass share."""
+
+    shard: SequenceShard
+    scan: Scan
+    backend: str
+    out_dtype: torch.dtype  # where the backend leaves a choice
+
+    def forward(self, k: Tensor, v: Tensor, log_decay: Tensor | None) -> ForwardPass:
+        if self.backend == "triton":
+            from ...ops.triton.passes import TritonForward
+
+            return TritonForward(k, v, log_decay, self.shard.local_documents, out_dtype=self.out_dtype)
+        return ChunkedForward(k, v, log_decay, self.shard.local_documents)
+
+    def backward(self, *inputs: Any, decay_learns: bool) -> BackwardPass:
+        if self.backend == "triton":
+            from ...ops.triton.passes import TritonBackward
+
+            return TritonBackward(*inputs, decay_learns=decay_learns)
+        return ChunkedBackward(*inputs, decay_learns=decay_learns)
+
+
+class _SentStates:
+    """The states of this rank's chunks, on their way to the other ranks."""
+
+    def __init__(
+        self, k: Tensor, v: Tensor, log_decay: Tensor | None, sharding: _Sharding, *, decays: bool,
+        cache: MutableMapping[str, Tensor] | None, output_final_state: bool,
+    ) -> None:  # fmt: skip
+        self.sizes = k.shape[-1], v.shape[-1]
+        if sharding.backend == "triton":
+            from ...ops.triton.launch import pad_head_dims
+
+            k, v, log_decay = pad_head_dims(k, v, log_decay)
+        self.k, self.v, self.log_decay, self.sharding, self.cache = k, v, log_decay, sharding, cache
+        self.output_final_state = output_final_state
+        with torch.no_grad():
+            self.local = sharding.forward(k, v, log_decay)
+            self.decays = _chunk_decays(k, log_decay, sharding.shard) if decays else None
+            self.sent = not cache
+            if self.sent:
+                self.states = self.local.summary()
+                self.wait = sharding.scan(self.states, self.decays, reverse=False)
+
+    def receive(self) -> Tensor:
+        """Wait for the states that enter this rank's chunks, `[L, B, H_kv, D_k, D_v]`."""
+        if not self.sent:
+            assert self.cache is not None
+            return self.cache["states"]
+        entering = self.wait()
+        if self.cache is not None:
+            self.cache["states"] = entering
+        return entering
+
+    def attend(self, q: Tensor, *, scale: float) -> tuple[Tensor, Tensor | None]:
+        key_dim, value_dim = self.sizes
+        if self.k.shape[-1] > key_dim:
+            q = F.pad(q, (0, self.k.shape[-1] - key_dim))
+        out, entering = _ShardedLinearAttention.apply(q, self.k, self.v, self.log_decay, self, scale)
+        final_state = None
+        if self.output_final_state:
+            own = pack(self.states, self.decays)[-1]
+            final_state = fold(entering[-1], own)[..., :key_dim, :value_dim]
+        return out[..., :value_dim], final_state
+
+
+class _ShardedLinearAttention(torch.autograd.Function):
+    """Causal attention of this rank's tokens.
+
+    The forward pass continues what `_SentStates` started with the summary; the backward pass mirrors both.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, sent: _SentStates, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        intra = sent.local.intra_chunk(q, scale)  # needs no state: runs while the states travel
+        entering = sent.receive()
+        out, _, residuals = sent.local.output(q, scale, entering, intra)
+        ctx.save_for_backward(q, k, v, log_decay, sent.decays, *residuals)
+        ctx.sharding, ctx.scale = sent.sharding, scale
+        entering = entering.detach()  # autograd makes outputs part of its graph, and the cache keeps these
+        ctx.mark_non_differentiable(entering)
+        return out, entering
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, log_decay, decays, *residuals = ctx.saved_tensors
+        inputs = q, k, v, log_decay, ctx.sharding.shard.local_documents, residuals, d_out, ctx.scale
+        local = ctx.sharding.backward(*inputs, decay_learns=ctx.needs_input_grad[3])
+        wait = ctx.sharding.scan(local.summary(), decays, reverse=True)
+        intra = local.intra_chunk()  # runs while the gradients of the states travel
+        d_leaving = wait()
+        d = local.gradients(d_leaving, intra)
+        return d.q, d.k, d.v, d.log_decay, None, None
+
+
+def _chunk_decays(k: Tensor, log_decay: Tensor | None, shard: SequenceShard) -> Tensor:
+    """The decay of a state over each chunk `[L, B, H_kv, D_k]`: 0 where a document starts, 1 over no tokens."""
+    batch, tokens, heads, key_dim = k.shape
+    dtype, chunks = working_dtype(k), shard.chunks
+    decays = torch.zeros(len(chunks), batch, heads, key_dim, dtype=dtype, device=k.device)
+    for decay, chunk in zip(decays, chunks, strict=True):
+        if not chunk.passes_states_through:
+            continue
+        decay.fill_(1)
+        if log_decay is not None and chunk.opening is not None:
+            every = log_decay.expand(batch, tokens, heads) if log_decay.dim() == 1 else log_decay
+            start, stop = shard.boundaries[chunk.opening : chunk.opening + 2]
+            total = every[:, start:stop].sum(1, dtype=torch.float64)
+            decay *= total.exp().to(dtype).view(batch, heads, -1)
+    return decays
+
+
+def _attend_bidirectional(
+    q: Tensor, *, scale: float, k: Tensor, v: Tensor, shard: SequenceShard, scan: Scan, group: dist.ProcessGroup
+) -> tuple[Tensor, None]:
+    states = document_totals(document_states(k, v, shard.boundaries), scan=scan, group=group, shard=shard)
+    return read_states(q, states, scale=scale, boundaries=shard.boundaries), None
 
 
 def _check_final_state(*inputs: Tensor | None, packed: bool, causal: bool, recomputed: bool) -> None:
@@ -192,46 +321,3 @@ def _check_final_state(*inputs: Tensor | None, packed: bool, causal: bool, recom
         raise ValueError(f"a shard has a final state where every row is one causal sequence, got {got}; leave it out")
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         raise ValueError("the final state of a shard has no gradient, got inputs that need one; use torch.no_grad()")
-
-
-def _attend_alone(q: Tensor, scale: float, **rest: Any) -> tuple[Tensor, Tensor | None]:
-    return attention_on_one_device(q, scale=scale, **rest)
-
-
-def _start_causal(
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    part: Part,
-    exchange: StateExchange,
-    backend: str,
-    dtype: torch.dtype,
-) -> Attend:
-    """dtype: of the output, where the backend leaves a choice."""
-    if backend == "triton":
-        from ...ops.triton import attention as triton_attention
-
-        sent = triton_attention.send_states(k, v, log_decay, part.boundaries, exchange)
-        return lambda q, scale: (
-            triton_attention.sharded_attention(q, k, v, log_decay, sent, scale, dtype), _final_state(exchange, k, v)
-        )  # fmt: skip
-    wait = send_states(k, v, log_decay, boundaries=part.boundaries, exchange=exchange)
-    return lambda q, scale: (
-        chunked_linear_attention(
-            q, k, v, log_decay, scale=scale, boundaries=part.boundaries, exchange=exchange, wait=wait
-        )[0],
-        _final_state(exchange, k, v),
-    )
-
-
-def _final_state(exchange: StateExchange, k: Tensor, v: Tensor) -> Tensor | None:
-    """Known after the attention; without the rows and columns that the kernels add."""
-    state = exchange.final_state
-    return None if state is None else state[..., : k.shape[-1], : v.shape[-1]]
-
-
-def _attend_unmasked(
-    q: Tensor, scale: float, *, k: Tensor, v: Tensor, part: Part, complete: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, None]:
-    out, _ = bidirectional_linear_attention(q, k, v, scale=scale, boundaries=part.boundaries, complete=complete)
-    return out, None

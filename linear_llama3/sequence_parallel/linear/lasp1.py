@@ -13,12 +13,12 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch import Tensor
 
-from .chain import pass_along
-from .scan import Chain
+from .ring_scan import ring_scan
+from .state_scan import Chain
 
 
 def lasp1(
-    states: Tensor, factors: Tensor | None, *, group: dist.ProcessGroup, chain: Chain, reverse: bool
+    states: Tensor, decays: Tensor | None, *, group: dist.ProcessGroup, chain: Chain, reverse: bool
 ) -> Callable[[], Tensor]:
-    """See `scan.py`."""
-    return pass_along(states, factors, group=group, chain=chain, reverse=reverse, blocks=1)
+    """Scan as described in `state_scan.py`."""
+    return ring_scan(states, decays, group=group, chain=chain, reverse=reverse, blocks=1)

@@ -1,4 +1,4 @@
-"""Softmax layers: one file for every way to bring queries and keys together."""
+"""Softmax layers: one file per way to bring queries and keys together."""
 
 from .attention import SOFTMAX_STRATEGIES, softmax_attention
 from .linformer import linformer_attention

@@ -1,6 +1,6 @@
 """RSA's sparse variant with Linformer (arXiv 2105.13120, section 4; Linformer: 2006.04768): p keys instead of T.
 
-Two matrices `[p, T]`, E and F, mix the tokens of the whole sequence into p keys and p values. A rank holds the
+Two matrices `[p, T]`, E and F, mix the tokens of the complete sequence into p keys and p values. A rank holds the
 columns of its own tokens, projects its own keys and values, and one all-reduce of each sum replaces both rings.
 """
 
@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...ops.linear_attention import check_shapes
+from ...ops.checks import check_shapes
 from ...ops.precision import without_autocast, working_dtype
 from ..collectives import all_reduce, self_adjoint, world_size
-from ..part import locate
+from ..sequence_shard import resolve_shard
 
 
 @without_autocast
@@ -38,7 +38,7 @@ def linformer_attention(
         k: `[B, C, H_kv, D]`, H_q a multiple of H_kv.
         v: `[B, C, H_kv, D_v]`.
         key_projection: E, this rank's columns `[p, C]` (`shard(E, dim=1)`); their gradient is complete.
-        value_projection: F, likewise.
+        value_projection: F, this rank's columns `[p, C]`; their gradient is complete.
         group, layout, scale, length: as in `softmax_attention`.
         causal: must be False.
 
@@ -59,16 +59,16 @@ def linformer_attention(
             raise ValueError(f"{name} must be this rank's columns [p, C = {q.shape[1]}], got shape {tuple(x.shape)}")
     if key_projection.shape[0] != value_projection.shape[0]:
         raise ValueError(
-            "key_projection and value_projection must have as many rows, got "
+            "key_projection and value_projection must have the same number of rows, got "
             f"{key_projection.shape[0]} and {value_projection.shape[0]}"
         )
-    part = locate(q.shape[1], batch=q.shape[0], group=group, layout=layout, cu_seqlens=None, length=length)
-    work, tokens, kv_heads = working_dtype(q), part.tokens, k.shape[2]
+    shard = resolve_shard(q.shape[1], batch=q.shape[0], group=group, layout=layout, cu_seqlens=None, length=length)
+    work, tokens, kv_heads = working_dtype(q), shard.tokens, k.shape[2]
     query, key, value = (x[:, :tokens].to(work) for x in (q, k, v))
     keys = torch.einsum("pn,bnhd->bhpd", key_projection[:, :tokens].to(work), key)
     values = torch.einsum("pn,bnhd->bhpd", value_projection[:, :tokens].to(work), value)
     if group is not None and world_size(group) > 1:
-        # every rank goes on with the sums on its own queries: the gradient of a summand is a sum over ranks as well
+        # every rank uses the sums for its own queries: the gradient of a summand is a sum over ranks as well
         keys, values = (self_adjoint(all_reduce, x, group) for x in (keys, values))
     query = query.unflatten(2, (kv_heads, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     p = torch.einsum("bnhgd,bhpd->bnhgp", query, keys).softmax(-1)

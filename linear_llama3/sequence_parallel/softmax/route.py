@@ -1,10 +1,10 @@
-"""How blocks travel round the ring of ranks, and how far: only as long as a rank ahead has a use for them.
+"""Routes round the ring of ranks: blocks travel only as far as a rank ahead has a use for them.
 
-At step t a rank holds the block of the rank t places up or down the ring. A block is made of its owner's chunks, and
-each travels to the last rank on its way that sees it (keys), or where it sees something (queries). What is published
-for one mask each falls out of this rule: contiguous causal blocks stop at the end of the ring, zigzag blocks lose
-one half on the way (0.75 of all rows are sent, arXiv 2412.20501's half-Q saving), a window ends the ring after a few
-hops, and so do the edges of packed documents.
+At step t a rank holds the block of the rank t places up or down the ring, its source. A block is made of its source's
+chunks, and each travels to the last rank on its way that sees it (keys), or where it sees something (queries). What is
+published for one mask each follows from this rule: contiguous causal blocks stop at the end of the ring, zigzag blocks
+lose one half on the way (0.75 of all rows are sent, the half-Q saving of arXiv 2412.20501), a window ends the ring
+after a few hops, and so do the edges of packed documents.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ import torch
 from torch import Tensor
 
 from ...ops.visibility import Span, Visibility
-from ..part import Part, count
+from ..sequence_shard import SequenceShard, count
 
-Places = tuple[int, ...]  # of an owner's chunks, ascending
+ChunkIds = tuple[int, ...]  # places of chunks in their source's block, ascending
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """Where every chunk is at every step."""
+    """The place of every chunk at every step."""
 
     direction: int  # +1: from rank r to r + 1; -1: to r - 1
-    all_spans: tuple[tuple[Span, ...], ...]  # by owner
-    used: tuple[tuple[frozenset[int], ...], ...]  # by owner and place: the steps at which a rank has a use for it
+    all_spans: tuple[tuple[Span, ...], ...]  # by source rank
+    used: tuple[
+        tuple[frozenset[int], ...], ...
+    ]  # by source rank and place: the steps at which a rank has a use for the chunk
 
     @property
     def ranks(self) -> int:
@@ -40,39 +42,39 @@ class Route:
         """One more than the hops of the chunk that travels farthest."""
         return 1 + max(max(steps, default=0) for owner in self.used for steps in owner)
 
-    def owner(self, rank: int, step: int) -> int:
-        """Whose block `rank` holds."""
+    def source_rank(self, rank: int, step: int) -> int:
+        """The rank whose block `rank` holds."""
         return (rank - self.direction * step) % self.ranks
 
-    def visitor(self, rank: int, step: int) -> int:
-        """Who holds the block of `rank`."""
+    def holder(self, rank: int, step: int) -> int:
+        """The rank that holds the block of `rank`."""
         return (rank + self.direction * step) % self.ranks
 
-    def held(self, rank: int, step: int) -> Places:
-        """The chunks that `rank` holds: of the block of `owner(rank, step)`, those used then or later."""
-        used = self.used[self.owner(rank, step)]
+    def held(self, rank: int, step: int) -> ChunkIds:
+        """The chunks that `rank` holds: of the block of `source_rank(rank, step)`, those used then or later."""
+        used = self.used[self.source_rank(rank, step)]
         return tuple(i for i, steps in enumerate(used) if step == 0 or max(steps, default=0) >= step)
 
-    def busy(self, rank: int, step: int) -> Places:
-        """Those that `rank` itself has a use for."""
-        used = self.used[self.owner(rank, step)]
+    def visible(self, rank: int, step: int) -> ChunkIds:
+        """The chunks held that `rank` itself has a use for."""
+        used = self.used[self.source_rank(rank, step)]
         return tuple(i for i in self.held(rank, step) if step in used[i])
 
-    def onward(self, rank: int, step: int) -> Places:
-        """Those that travel on after this step."""
-        return self.held(self.visitor(rank, 1), step + 1)
+    def forwarded(self, rank: int, step: int) -> ChunkIds:
+        """The chunks held that travel on after this step."""
+        return self.held(self.holder(rank, 1), step + 1)
 
-    def finished(self, rank: int, step: int) -> Places:
-        """Those that end their journey here."""
-        onward = self.onward(rank, step)
-        return tuple(i for i in self.held(rank, step) if i not in onward)
+    def finished(self, rank: int, step: int) -> ChunkIds:
+        """The chunks held that travel no further."""
+        forwarded = self.forwarded(rank, step)
+        return tuple(i for i in self.held(rank, step) if i not in forwarded)
 
-    def spans(self, rank: int, step: int, places: Places) -> tuple[Span, ...]:
-        spans = self.all_spans[self.owner(rank, step)]
-        return tuple(spans[i] for i in places)
+    def spans(self, rank: int, step: int, chunks: ChunkIds) -> tuple[Span, ...]:
+        spans = self.all_spans[self.source_rank(rank, step)]
+        return tuple(spans[i] for i in chunks)
 
-    def rows(self, rank: int, step: int, given: Places, wanted: Places) -> list[slice]:
-        """Where the chunks `wanted` lie in a block that has those `given`."""
+    def rows(self, rank: int, step: int, given: ChunkIds, wanted: ChunkIds) -> list[slice]:
+        """The rows of the chunks `wanted` in a block that has the chunks `given`."""
         found, start = [], 0
         for place, (a, b) in zip(given, self.spans(rank, step, given), strict=True):
             if place in wanted:
@@ -80,36 +82,36 @@ class Route:
             start += b - a
         return found
 
-    def select(self, x: Tensor, rank: int, step: int, wanted: Places) -> Tensor:
-        """The chunks `wanted` of the block `[B, n, ...]` that `rank` holds."""
+    def select(self, x: Tensor, rank: int, step: int, wanted: ChunkIds) -> Tensor:
+        """Select the chunks `wanted` of the block `[B, n, ...]` that `rank` holds."""
         given = self.held(rank, step)
         if wanted == given:
             return x
         return torch.cat([x[:, :0], *(x[:, where] for where in self.rows(rank, step, given, wanted))], dim=1)
 
-    def at_home(self, x: Tensor, rank: int, places: Places) -> Iterator[tuple[slice, Tensor]]:
-        """Where these chunks lie in the own block of `rank`, and their part of `x` `[B, n, ...]`, made of them."""
-        where = self.rows(rank, 0, self.held(rank, 0), places)
+    def returned(self, x: Tensor, rank: int, chunks: ChunkIds) -> Iterator[tuple[slice, Tensor]]:
+        """Pair the rows of these chunks in the block of `rank` with their rows of `x` `[B, n, ...]`, made of them."""
+        where = self.rows(rank, 0, self.held(rank, 0), chunks)
         return zip(where, x.split([rows.stop - rows.start for rows in where], dim=1), strict=True)
 
-    def empty(self, like: Tensor, rank: int, step: int, places: Places) -> Tensor:
-        """Room for these chunks of the block of `owner(rank, step)`, shaped like `like` `[B, *, ...]`."""
-        return like.new_empty(like.shape[0], count(self.spans(rank, step, places)), *like.shape[2:])
+    def empty(self, like: Tensor, rank: int, step: int, chunks: ChunkIds) -> Tensor:
+        """Room for these chunks of the block of `source_rank(rank, step)`, shaped like `like` `[B, *, ...]`."""
+        return like.new_empty(like.shape[0], count(self.spans(rank, step, chunks)), *like.shape[2:])
 
 
-def route_of_keys(part: Part, visibility: Visibility) -> Route:
+def route_of_keys(shard: SequenceShard, visibility: Visibility) -> Route:
     """Keys go to the ranks whose queries see them."""
-    return _shortest(part.all_spans, visibility, queries_travel=False)
+    return _shortest(shard.all_spans, visibility, queries_travel=False)
 
 
-def route_of_queries(part: Part, visibility: Visibility) -> Route:
+def route_of_queries(shard: SequenceShard, visibility: Visibility) -> Route:
     """Queries go to the ranks whose keys they see."""
-    return _shortest(part.all_spans, visibility, queries_travel=True)
+    return _shortest(shard.all_spans, visibility, queries_travel=True)
 
 
-@lru_cache(maxsize=64)  # all layers of a batch travel the same way
+@lru_cache(maxsize=64)  # all layers of a batch use the same route
 def _shortest(all_spans: tuple[tuple[Span, ...], ...], visibility: Visibility, *, queries_travel: bool) -> Route:
-    """Of the two directions round the ring, the one in which fewer tokens are sent."""
+    """The direction round the ring in which fewer tokens are sent."""
     ranks = len(all_spans)
 
     def useful(span: Span, others: Sequence[Span]) -> bool:

@@ -1,6 +1,6 @@
-"""What strategies for softmax layers share: what they are told, and their way into autograd.
+"""The interface of strategies for softmax layers, and their way into autograd.
 
-A strategy is a differentiable function `strategy(q, k, v, setting) -> out`. Most are made of two plain functions, a
+A strategy is a differentiable function `strategy(q, k, v, spec) -> out`. Most are made of two plain functions, a
 forward pass and the backward pass that belongs to it.
 """
 
@@ -17,15 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from ...ops.precision import without_autocast
 from ...ops.visibility import Visibility
-from ..part import Part
+from ..sequence_shard import SequenceShard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What one call of a strategy is about, beside q, k and v."""
+class AttentionSpec:
+    """The arguments of a strategy in addition to q, k and v."""
 
     group: dist.ProcessGroup  # of more than one rank
-    part: Part  # which tokens this rank and the others hold
+    shard: SequenceShard  # which tokens this rank and the others hold
     scale: float
     visibility: Visibility  # the mask, in global positions
     exchange_cache: MutableMapping[str, Any] | None = None  # see `softmax_attention`
@@ -38,13 +38,17 @@ class SoftmaxStrategy(Protocol):
     any precision.
     """
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Tensor: ...
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor: ...
 
 
-Kept = tuple[Tensor, ...]  # from the forward pass for the backward pass, beside q, k and v
-Forward = Callable[[Tensor, Tensor, Tensor, Setting], tuple[Tensor, Kept]]  # (q, k, v, setting) -> out, kept
+Residuals = tuple[Tensor, ...]  # from the forward pass for the backward pass, in addition to q, k and v
+Forward = Callable[
+    [Tensor, Tensor, Tensor, AttentionSpec], tuple[Tensor, Residuals]
+]  # (q, k, v, spec) -> out, residuals
 Gradients = tuple[Tensor, Tensor, Tensor]
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Kept, Setting], Gradients]  # (d_out, q, k, v, kept, setting)
+Backward = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Residuals, AttentionSpec], Gradients
+]  # (d_out, q, k, v, residuals, spec)
 
 
 def differentiable(forward: Forward, backward: Backward) -> SoftmaxStrategy:
@@ -54,8 +58,8 @@ def differentiable(forward: Forward, backward: Backward) -> SoftmaxStrategy:
     `backward` returns in it are cast to the dtype of the inputs here.
     """
 
-    def strategy(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Tensor:
-        return _Attention.apply(q, k, v, setting, forward, backward)
+    def strategy(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        return _Attention.apply(q, k, v, spec, forward, backward)
 
     return strategy
 
@@ -63,25 +67,25 @@ def differentiable(forward: Forward, backward: Backward) -> SoftmaxStrategy:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, setting: Setting, forward: Forward, backward: Backward
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, forward: Forward, backward: Backward
     ) -> Tensor:
-        cache = setting.exchange_cache
+        cache = spec.exchange_cache
         if cache:  # filled by the pass that is recomputed
-            out, kept = cache["out"].detach(), cache["kept"]
+            out, residuals = cache["out"].detach(), cache["residuals"]
         else:
-            out, kept = forward(q, k, v, setting)
+            out, residuals = forward(q, k, v, spec)
             if cache is not None:  # detached: autograd makes `out` part of its graph
-                cache["out"], cache["kept"] = out.detach(), tuple(x.detach() for x in kept)
-        ctx.save_for_backward(q, k, v, *kept)
-        ctx.setting, ctx.run_backward = setting, backward
+                cache["out"], cache["residuals"] = out.detach(), tuple(x.detach() for x in residuals)
+        ctx.save_for_backward(q, k, v, *residuals)
+        ctx.spec, ctx.run_backward = spec, backward
         return out
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *kept = ctx.saved_tensors
-        d_q, d_k, d_v = ctx.run_backward(d_out, q, k, v, tuple(kept), ctx.setting)
+        q, k, v, *residuals = ctx.saved_tensors
+        d_q, d_k, d_v = ctx.run_backward(d_out, q, k, v, tuple(residuals), ctx.spec)
         return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None, None
 
 

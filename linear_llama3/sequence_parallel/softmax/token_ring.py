@@ -20,23 +20,23 @@ from torch import Tensor
 from ...ops.softmax_attention import BlockAttention, BlockAttentionBackward, output_with_delta
 from ..collectives import Transfer, send_receive
 from .route import Route, route_of_queries
-from .strategy import Gradients, Kept, Setting, differentiable, split
+from .strategy import AttentionSpec, Gradients, Residuals, differentiable, split
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Kept]:
-    part, visibility = setting.part, setting.visibility
-    rank, route = part.rank, route_of_queries(part, visibility)
-    attention = partial(BlockAttention, value_dim=v.shape[-1], scale=setting.scale, visibility=visibility)
-    own = attention(q, part.spans)
+def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Residuals]:
+    shard, visibility = spec.shard, spec.visibility
+    rank, route = shard.rank, route_of_queries(shard, visibility)
+    attention = partial(BlockAttention, value_dim=v.shape[-1], scale=spec.scale, visibility=visibility)
+    own = attention(q, shard.spans)
     held, results = q, q[:, :0]
     for t in range(route.steps + 1):  # the last one only brings results home
-        transfer = _exchange([held], results, route, t, setting)
+        transfer = _exchange([held], results, route, t, spec)
         if t == 0:
-            own.add(k, v, part.spans)
+            own.add(k, v, shard.spans)
         elif t < route.steps:
-            busy = route.busy(rank, t)
-            block = attention(route.select(held, rank, t, busy), route.spans(rank, t, busy))
-            block.add(k, v, part.spans)
+            visible = route.visible(rank, t)
+            block = attention(route.select(held, rank, t, visible), route.spans(rank, t, visible))
+            block.add(k, v, shard.spans)
             out, lse = block.result()
             results = torch.cat([out, lse.mT.unsqueeze(-1)], dim=-1)  # [B, n, H_q, D_v + 1]
         held, home = transfer.wait()
@@ -46,26 +46,26 @@ def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, 
     return out, (out, lse)
 
 
-def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Kept, setting: Setting) -> Gradients:
-    out, lse = kept
-    part, visibility, key_dim = setting.part, setting.visibility, q.shape[-1]
-    rank, route = part.rank, route_of_queries(part, visibility)
-    attention = partial(BlockAttentionBackward, scale=setting.scale, visibility=visibility)
+def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, residuals: Residuals, spec: AttentionSpec) -> Gradients:
+    out, lse = residuals
+    shard, visibility, key_dim = spec.shard, spec.visibility, q.shape[-1]
+    rank, route = shard.rank, route_of_queries(shard, visibility)
+    attention = partial(BlockAttentionBackward, scale=spec.scale, visibility=visibility)
     delta = (d_out * out).sum(-1)
     held = [torch.cat([q, d_out.to(q.dtype)], dim=-1), torch.stack([lse.mT, delta], dim=-1)]
     d_q, d_k, d_v = (torch.zeros_like(x, dtype=out.dtype) for x in (q, k, v))
     results = d_q[:, :0]
     for t in range(route.steps + 1):
-        transfer = _exchange(held, results, route, t, setting)
+        transfer = _exchange(held, results, route, t, spec)
         if t < route.steps:
-            busy = route.busy(rank, t)
-            rows, sums = (route.select(x, rank, t, busy) for x in held)
+            visible = route.visible(rank, t)
+            rows, sums = (route.select(x, rank, t, visible) for x in held)
             queries, d_rows = split(rows, key_dim)
             lse_rows, delta_rows = sums.unbind(-1)
             d_rows = d_rows.to(out.dtype)
             out_rows = output_with_delta(d_rows, delta_rows)
-            block = attention(queries, route.spans(rank, t, busy), out_rows, lse_rows.mT, d_rows)
-            block.add(k, v, part.spans, d_k, d_v)
+            block = attention(queries, route.spans(rank, t, visible), out_rows, lse_rows.mT, d_rows)
+            block.add(k, v, shard.spans, d_k, d_v)
             results = block.result()
             if t == 0:
                 d_q += results
@@ -75,25 +75,25 @@ def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Kept, setting
     return d_q, d_k, d_v
 
 
-def _exchange(held: list[Tensor], results: Tensor, route: Route, step: int, setting: Setting) -> Transfer:
-    """Hands on the queries held, and sends what was computed in the last step home to its owner."""
-    rank = setting.part.rank
-    onward, upcoming, visitor = route.onward(rank, step), route.held(rank, step + 1), route.visitor(rank, step - 1)
-    sends = [(route.select(x, rank, step, onward), route.visitor(rank, 1)) for x in held]
-    receives = [(route.empty(x, rank, step + 1, upcoming), route.owner(rank, 1)) for x in held]
-    if step < 2:  # the first queries were one's own: nothing to send
+def _exchange(held: list[Tensor], results: Tensor, route: Route, step: int, spec: AttentionSpec) -> Transfer:
+    """Forward the queries held, and return the results of the last step to their source."""
+    rank = spec.shard.rank
+    forwarded, upcoming, holder = route.forwarded(rank, step), route.held(rank, step + 1), route.holder(rank, step - 1)
+    sends = [(route.select(x, rank, step, forwarded), route.holder(rank, 1)) for x in held]
+    receives = [(route.empty(x, rank, step + 1, upcoming), route.source_rank(rank, 1)) for x in held]
+    if step < 2:  # the first queries were this rank's own: nothing to send
         home = results[:, :0].contiguous()
     else:
-        home = route.empty(results, visitor, step - 1, route.busy(visitor, step - 1))
-        sends.append((results, route.owner(rank, step - 1)))
-    return send_receive(sends, [*receives, (home, visitor)], setting.group)
+        home = route.empty(results, holder, step - 1, route.visible(holder, step - 1))
+        sends.append((results, route.source_rank(rank, step - 1)))
+    return send_receive(sends, [*receives, (home, holder)], spec.group)
 
 
 def _home(home: Tensor, route: Route, rank: int, step: int) -> Iterator[tuple[slice, Tensor]]:
-    """What came back from the visitor of `step`: rows of this rank's own block, and the result for them."""
+    """The results from the holder of `step`, with their rows in this rank's own block."""
     if step < 1:
         return iter(())
-    return route.at_home(home, rank, route.busy(route.visitor(rank, step), step))
+    return route.returned(home, rank, route.visible(route.holder(rank, step), step))
 
 
 token_ring = differentiable(forward, backward)

@@ -1,4 +1,4 @@
-"""Handing what the ranks of a sequence hold to one of them, which goes on alone. Without gradients."""
+"""Gather what the ranks of a sequence hold on one of them, which continues alone. Without gradients."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .collectives import group_rank, send_receive, world_size
 from .layout import check_length, get_layout
 
 
-def gather_tokens(
+def gather_to_rank(
     x: Tensor, *, group: dist.ProcessGroup | None, dst: int, length: int, dim: int = 1, layout: str = "contiguous"
 ) -> Tensor | None:
-    """`unshard` on rank `dst` of the group alone; None on the others.
+    """Unshard `x` on rank `dst` of the group alone; None on the others.
 
     Args:
         x: this rank's part of the sequence, C tokens long in `dim`, padding included.
-        length: the true length of the whole, T.
+        length: the true length of the complete sequence, T.
     """
     ranks = world_size(group)
     rule = get_layout(layout, ranks)
@@ -34,7 +34,9 @@ def gather_tokens(
     return torch.cat([chunks[rank][place] for rank, place in rule.chain(ranks)], dim).narrow(dim, 0, length)
 
 
-def gather_end(x: Tensor, *, group: dist.ProcessGroup | None, dst: int, layout: str = "contiguous") -> Tensor | None:
+def send_final_state(
+    x: Tensor, *, group: dist.ProcessGroup | None, dst: int, layout: str = "contiguous"
+) -> Tensor | None:
     """`x` of the rank that holds the end of the sequence, on rank `dst` of the group; None on the others."""
     ranks, rank = world_size(group), group_rank(group)
     end, _ = get_layout(layout, ranks).chain(ranks)[-1]

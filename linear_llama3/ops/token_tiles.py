@@ -1,6 +1,6 @@
-"""What treats every token by itself, some tokens at a time: norms, MLPs, projections, the head.
+"""Functions of single tokens (norms, MLPs, projections, the head), applied to a tile of tokens at a time.
 
-What is wide (`intermediate_size`, the vocabulary) then never has the length of the sequence.
+Wide tensors (`intermediate_size`, the vocabulary) then never have the length of the sequence.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ TILE_NUMBERS = 2**27  # in the widest tensor of a tile: 256 MiB in bfloat16, and
 
 
 def tile_tokens(width: int) -> int:
-    """Tokens of a tile whose widest tensor has `width` numbers a token."""
+    """The number of tokens in a tile whose widest tensor has `width` numbers a token."""
     tokens = TILE_NUMBERS // width
-    return max(tokens // 128 * 128 or tokens, 1)  # whole tiles of a matrix product
+    return max(tokens // 128 * 128 or tokens, 1)  # a multiple of the tiles of a matrix product
 
 
 def in_tiles(function: Callable[..., Tensor], *inputs: Tensor, width: int) -> Tensor:
-    """`function` of tensors `[B, T, ...]` that treats every token by itself, tile by tile.
+    """Apply a function of single tokens to tensors `[B, T, ...]`, tile by tile.
 
-    Of a sequence longer than a tile, only the inputs and the output are kept for the backward pass, which computes the
-    rest again. Gradients of parameters are summed over the tiles in the parameters' dtype, as autograd sums all.
+    For a sequence longer than a tile, the backward pass keeps only the inputs and the output and recomputes the rest.
+    Gradients of parameters are summed over the tiles in the parameters' dtype, as autograd sums all.
 
     Args:
         width: numbers a token in the widest tensor inside.

@@ -1,9 +1,19 @@
 """Decays inside a chunk, and the causal scores s_ij = sum_c q_ic k_jc e^{b_ic - b_jc} for j <= i with their backward.
 
 A decay per head scales the plain product. A decay per key channel does not factor out of it: e^{b_i} e^{-b_j} would
-overflow. There the triangle is halved again and again (64 = 32 + 32, 32 = 16 + 16, ...): between two halves the
-product is taken relative to the edge between them, e^{b_i - b_edge} and e^{b_edge - b_j}, both at most 1, for any
-decay. Every level is one batched matrix product.
+overflow. There the triangle is halved again and again: between two halves of a block the product is taken relative to
+the edge between them, e^{b_i - b_edge} and e^{b_edge - b_j}, both at most 1, for any decay. Every level is one batched
+matrix product. For C = 8, rows are queries, columns keys, and the numbers are levels with halves of that size, `*` is a
+query with its own token's key:
+
+    * . . . . . . .
+    1 * . . . . . .
+    2 2 * . . . . .
+    2 2 1 * . . . .
+    4 4 4 4 * . . .
+    4 4 4 4 1 * . .
+    4 4 4 4 2 2 * .
+    4 4 4 4 2 2 1 *
 
 q `[..., C * G, D]`, k `[..., C, D]`, b `[..., C, 1 or D]`, scores `[..., C * G, C]`; C a power of two.
 """
@@ -17,16 +27,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NOTHING_LEFT = -1e4  # a log decay whose factor is 0 in any precision; -inf - -inf would be nan
+NOTHING_LEFT = -1e4  # a log decay that multiplies by 0 in any precision; -inf - -inf would be nan
 
 
 class Decay(NamedTuple):
-    """What a chunk's decays do to its tokens. All factors are at most 1; dimensions of size 1 stand for equal ones."""
+    """The decays between the tokens of a chunk, all at most 1; a dimension of size 1 stands for equal values."""
 
     b: Tensor  # [..., C, 1 or D] the log decay cumulated, own token included; see `cumulated_decay`
     from_start: Tensor  # [..., C * G, 1 or D] e^b: of the state before the chunk, on its way to each query
     to_end: Tensor  # [..., C, 1 or D] e^{b_end - b}: of each key, on its way to the state behind the chunk
-    whole: Tensor  # [..., 1 or D, 1] e^{b_end}: of the state, over the chunk
+    total: Tensor  # [..., 1 or D, 1] e^{b_end}: of the state, over the chunk
     pairs: Tensor | None  # [..., C * G, C] e^{b_i - b_j}, 0 where the key comes later; None for a decay per channel
 
 
@@ -43,7 +53,7 @@ def cumulated_decay(log_decay: Tensor, groups: int, dtype: torch.dtype) -> Decay
         b=b,
         from_start=_repeat_rows(b.to(dtype).exp2(), groups),
         to_end=(end - b).to(dtype).exp2_(),
-        whole=end.mT.to(dtype).exp2(),
+        total=end.mT.to(dtype).exp2(),
         pairs=pairs,
     )
 
@@ -60,17 +70,17 @@ def scores(q: Tensor, k: Tensor, decay: Decay) -> Tensor:
 
 
 def scores_backward(
-    q: Tensor, k: Tensor, decay: Decay, s: Tensor, ds: Tensor, *, gate: bool
+    q: Tensor, k: Tensor, decay: Decay, s: Tensor, ds: Tensor, *, decay_learns: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of q and k, and with `gate` the flow `[..., C, 1 or D]`. `s`, the scores, and `ds` are overwritten.
+    """Gradients of q and k, and with `decay_learns` the flow `[..., C, 1 or D]`. Overwrites `s`, the scores, and `ds`.
 
     The flow of token t is the sum of s_ij ds_ij over i = t, less that over j = t, without the pairs i = j: from t to
     the end of the chunk it adds up to all pairs j < t <= i, those that the decay of t is part of. It is q dq - k dk,
     but there the pairs i = j cancel, and leave a rounding that is large next to strongly decayed pairs.
     """
     if decay.pairs is None:
-        return _channel_scores_backward(q, k, decay.b, ds, gate=gate)
-    flow = _flow(s.mul_(ds)) if gate else None
+        return _channel_scores_backward(q, k, decay.b, ds, decay_learns=decay_learns)
+    flow = _flow(s.mul_(ds)) if decay_learns else None
     ds = ds.mul_(decay.pairs)
     return ds @ k, ds.mT @ q, flow
 
@@ -91,7 +101,7 @@ def _channel_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
 
 
 def _channel_scores_backward(
-    q: Tensor, k: Tensor, b: Tensor, ds: Tensor, *, gate: bool
+    q: Tensor, k: Tensor, b: Tensor, ds: Tensor, *, decay_learns: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     dq, dk = torch.zeros_like(q), torch.zeros_like(k)
     for half in _halves(k):
@@ -100,7 +110,7 @@ def _channel_scores_backward(
         _second(dq, k, half).add_(part @ (_first(k, half) * early) * late)
         _first(dk, half).add_(part.mT @ (_second(q, k, half) * late) * early)
     by_token = (-2, (k.shape[-2], -1))  # [..., C, G, D]
-    flow = (q * dq).unflatten(*by_token).sum(-2) - k * dk if gate else None
+    flow = (q * dq).unflatten(*by_token).sum(-2) - k * dk if decay_learns else None
     own = _own_token(ds).unsqueeze(-1)
     dq.unflatten(*by_token).addcmul_(own, k.unsqueeze(-2))
     return dq, dk.add_((own * q.unflatten(*by_token)).sum(-2)), flow
@@ -130,10 +140,12 @@ def _relative_to_edge(q: Tensor, k: Tensor, b: Tensor, half: int) -> tuple[Tenso
 
 
 def _between_halves(s: Tensor, half: int) -> Tensor:
-    """View `[..., C / 2 half, half * G, half]` of the scores of second-half queries with first-half keys."""
+    """View `[..., C / 2 half, half * G, half]` of the scores of second-half queries with first-half keys: all squares
+    of one level in the drawing above."""
     groups = s.shape[-2] // s.shape[-1]
-    tiles = s.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half * groups))  # [..., m, 2, hG, m, 2, h]
-    return tiles[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    blocks = s.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half * groups))  # [..., m, 2, half * G, m, 2, half]
+    below = blocks[..., 1, :, :, 0, :]  # [..., m, half * G, m, half]: second halves with first halves of all blocks
+    return below.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # of the same block
 
 
 def _own_token(s: Tensor) -> Tensor:

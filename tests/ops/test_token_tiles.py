@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from linear_llama3.ops import tiles
-from linear_llama3.ops.tiles import in_tiles, tile_tokens
+from linear_llama3.ops import token_tiles
+from linear_llama3.ops.token_tiles import in_tiles, tile_tokens
 
 
 def test_tiles_hold_whole_blocks_of_128_tokens() -> None:
@@ -19,7 +19,7 @@ def test_tiles_hold_whole_blocks_of_128_tokens() -> None:
 @pytest.mark.parametrize("tokens", [3, 7, 22])
 def test_tiles_equal_the_whole(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven tokens fit a tile: two rows of three, and one left over."""
-    monkeypatch.setattr(tiles, "TILE_NUMBERS", 7 * 10)
+    monkeypatch.setattr(token_tiles, "TILE_NUMBERS", 7 * 10)
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(4, 10), nn.Tanh(), nn.Dropout(0.5), nn.Linear(10, 4)).double()
     x, y = (torch.randn(2, tokens, 4, dtype=torch.float64, requires_grad=True) for _ in "xy")
@@ -42,8 +42,8 @@ def test_tiles_equal_the_whole(tokens: int, monkeypatch: pytest.MonkeyPatch) -> 
 def test_only_the_inputs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Sequential(nn.Linear(4, 10), nn.Tanh(), nn.Linear(10, 4))
     x = torch.randn(1, 50, 4, requires_grad=True)
-    for size, kept in ((100, {4, 10}), (5, {4})):  # as a whole, and in tiles
-        monkeypatch.setattr(tiles, "TILE_NUMBERS", size * 10)
+    for size, kept in ((100, {4, 10}), (5, {4})):  # at once, and in tiles
+        monkeypatch.setattr(token_tiles, "TILE_NUMBERS", size * 10)
         widths: set[int] = set()
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, widths=widths: widths.add(t.shape[-1]) or t,  # type: ignore[misc]

@@ -1,6 +1,6 @@
-"""What the compiler makes of every kernel: registers, shared memory, spills, tensor-core instructions. Needs no GPU.
+"""Report what every kernel compiles to: registers, shared memory, spills, tensor-core instructions. Needs no GPU.
 
-    python -m linear_llama3.ops.triton.report [--capability 80 90] [--gates head channel] [--dims 64 128] ...
+    python scripts/kernel_report.py [--capability 80 90] [--gates head channel] [--dims 64 128] ...
 
 The launches are recorded from a forward and backward pass on tensors without data: what is compiled is what runs.
 """
@@ -27,7 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from . import attention, launch
+from linear_llama3.ops.local_passes import LocalDocuments
+from linear_llama3.ops.triton import launch
+from linear_llama3.ops.triton.passes import TritonBackward, TritonForward
 
 GATES = {"none": 0, "head": 1, "scalar": 3, "channel": 4}  # name -> dims of the log decay
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -73,7 +75,7 @@ class Resources:
 
 
 def launches(case: Case) -> list[Launch]:
-    """Those of a forward and a backward pass with initial and final states, and of a decoding step."""
+    """The launches of a forward and a backward pass with initial and final states, and of a decoding step."""
     made = lambda *shape: torch.empty(*shape, dtype=DTYPES[case.dtype], device="meta")  # noqa: E731
     heads, tokens = 8, 4096
     q, k = made(1, tokens, heads * case.G, case.K), made(1, tokens, heads, case.K)
@@ -81,14 +83,14 @@ def launches(case: Case) -> list[Launch]:
     shape = {"none": None, "head": (heads,), "scalar": k.shape[:3], "channel": k.shape}[case.gate]
     log_decay = None if shape is None else torch.empty(shape, device="meta")
     state = torch.empty(1, heads, case.K, case.V, device="meta")
-    options: dict[str, Any] = {"boundaries": (0, tokens), "scale": 1.0}
+    documents = LocalDocuments.complete((0, tokens))
     with recorded(case.capability) as seen:
-        _, _, entering = attention.run_forward(
-            q, k, v, log_decay, state, final=True, dtype=v.dtype, **options
+        forward = TritonForward(k, v, log_decay, documents, out_dtype=v.dtype)
+        _, _, residuals = forward.output(q, 1.0, state.unsqueeze(0), final_states=True)
+        backward = TritonBackward(
+            q, k, v, log_decay, documents, residuals, d_out, 1.0, decay_learns=case.learned
         )  # fmt: skip
-        attention.run_backward(
-            q, k, v, log_decay, entering, d_out, state, gate=case.learned, initial=True, **options
-        )  # fmt: skip
+        backward.gradients(state.unsqueeze(0), initial_state=True)
         now = log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[:, :1]
         launch.decode(q[:, :1], k[:, :1], v[:, :1], now, state, scale=1.0, dtype=v.dtype)
     return list(dict.fromkeys(seen))

@@ -1,22 +1,46 @@
-"""Where a rank stands in one global sequence."""
+"""One rank's shard of a global sequence."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
 
 from ..ops.documents import check_edges, drop_empty, read_cu_seqlens
-from ..ops.exchange import Link
+from ..ops.local_passes import LocalDocuments
 from ..ops.visibility import Span
 from .collectives import group_rank, world_size
 from .layout import Layout, check_length, get_layout
 
 
+class LocalChunk(NamedTuple):
+    """A chunk of the layout on this rank: the documents [first, stop) of the rank's local ones."""
+
+    first: int
+    stop: int  # equal to `first` where the chunk holds no token
+    continues_previous: bool  # its first document began in an earlier chunk
+
+    @property
+    def opening(self) -> int | None:
+        """The document that continues from an earlier chunk."""
+        return self.first if self.continues_previous else None
+
+    @property
+    def closing(self) -> int | None:
+        """The last document, which may continue in a later chunk."""
+        return self.stop - 1 if self.stop > self.first else None
+
+    @property
+    def passes_states_through(self) -> bool:
+        """True if no document starts here, so that a state that enters also leaves."""
+        return self.stop - self.first <= self.continues_previous
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """A rank's part of one sequence: the true tokens that it holds, and the pieces of documents they belong to."""
+class SequenceShard:
+    """One rank's shard of a sequence: the true tokens that it holds, and the pieces of documents they belong to."""
 
     rank: int
     local: int  # C, the tokens of every rank, padding included
@@ -35,26 +59,32 @@ class Part:
 
     @property
     def tokens(self) -> int:
-        """True tokens held: the first of the local ones."""
+        """The number of true tokens held, which come first."""
         return count(self.spans)
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """Local edges of the pieces of documents, (0, ..., tokens); no piece reaches over two chunks."""
+        """Local edges of the pieces of documents, (0, ..., tokens); no piece spans two chunks."""
         edges = [0]
         for span in self.spans:
             edges += [edges[-1] + edge - span[0] for edge in self._cuts(span)[1:]]
         return tuple(edges)
 
     @property
-    def links(self) -> tuple[Link, ...]:
-        """The chunks as links of the chain of all ranks' chunks."""
-        links, first = [], 0
+    def chunks(self) -> tuple[LocalChunk, ...]:
+        """This rank's chunks, in the order in which it holds them."""
+        chunks, first = [], 0
         for span in self.spans:
             stop = first + len(self._cuts(span)) - 1
-            links.append(Link(first, stop, left_open=span[0] < span[1] and span[0] not in self.documents))
+            chunks.append(LocalChunk(first, stop, span[0] < span[1] and span[0] not in self.documents))
             first = stop
-        return tuple(links)
+        return tuple(chunks)
+
+    @property
+    def local_documents(self) -> LocalDocuments:
+        """The pieces of documents: a state enters and leaves every chunk."""
+        chunks = self.chunks
+        return LocalDocuments(self.boundaries, tuple(c.opening for c in chunks), tuple(c.closing for c in chunks))
 
     def _cuts(self, span: Span) -> tuple[int, ...]:
         start, stop = span
@@ -63,11 +93,11 @@ class Part:
 
 
 def count(spans: tuple[Span, ...]) -> int:
-    """Tokens in these spans."""
+    """Count the tokens in these spans."""
     return sum(stop - start for start, stop in spans)
 
 
-def locate(
+def resolve_shard(
     tokens: int,
     *,
     batch: int,
@@ -75,8 +105,8 @@ def locate(
     layout: str,
     cu_seqlens: Tensor | None,
     length: int | None,
-) -> Part:
-    """Checks what the caller says of the whole sequence, and finds this rank in it.
+) -> SequenceShard:
+    """Check the description of the complete sequence and find this rank's shard.
 
     Args:
         tokens: the local length C, padding included.
@@ -87,12 +117,12 @@ def locate(
     rule, padded = get_layout(layout, ranks), tokens * ranks
     edges = None if cu_seqlens is None else drop_empty(read_cu_seqlens(cu_seqlens))
     if length is None:
-        # `shard` pads to a multiple: edges that end in the last padding tell the length.
+        # `shard` pads to a multiple: edges that end in the last padding give the length.
         length = edges[-1] if edges and rule.padded(edges[-1], ranks) == padded else padded
     check_length(tokens, ranks, layout, length)
     if edges is not None:
         check_edges(edges, batch=batch, tokens=length)
-    return Part(
+    return SequenceShard(
         rank=group_rank(group),
         local=tokens,
         layout=rule,
