@@ -116,8 +116,6 @@ class SequenceParallelMixin(Trainer):
         """True if a process holds parts of sequences."""
         return self.sequence_parallel_context is not None
 
-    # ---- training
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train like Trainer. The ranks of a sequence compare their first batch, also after a resume."""
         if isinstance(self.accelerator, SequenceParallelAccelerator):
@@ -218,8 +216,6 @@ class SequenceParallelMixin(Trainer):
             self._total_train_tokens = tokens + counted // self.sequence_parallel_context.world_size
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
-
-    # ---- evaluation
 
     def prediction_step(
         self,
