@@ -34,7 +34,7 @@ def launch(
     folder: Path,
     interrupt: Callable[[], bool] | None = None,
     restarts: int = 0,
-    timeout: float = 90.0,
+    timeout: float = 240.0,  # enough on a busy machine
 ) -> Ended:
     """`torchrun --nproc_per_node processes` of `function(*args)`.
 
