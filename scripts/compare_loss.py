@@ -1,8 +1,9 @@
-"""The loss of a recipe's new model on its first row, on as many processes as it is launched on.
+"""Print the loss and gradient norm of a recipe's new model on its first row, on the processes of the launch.
 
-    python compare_loss.py RECIPE.yaml; accelerate launch … compare_loss.py RECIPE.yaml [section.key=value …]
+    python scripts/compare_loss.py RECIPE.yaml [section.key=value ...]
+    accelerate launch ... scripts/compare_loss.py RECIPE.yaml [section.key=value ...]
 
-A launch on several processes also says how far it is from the last run on one.
+A launch on several processes also prints the difference to the last run on one.
 """
 
 from __future__ import annotations

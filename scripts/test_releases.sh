@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests of models, generation, training and the ecosystem on the oldest and the newest releases that
+# Run the tests of models, generation, training and the ecosystem on the oldest and the newest releases that
 # pyproject.toml admits, each in a separate environment in .venv-releases/.
 #
 #   bash scripts/test_releases.sh                         # both

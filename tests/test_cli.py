@@ -272,7 +272,8 @@ def test_a_profile_that_could_not_be_written_is_not_measured(
 
 @pytest.mark.parametrize("name", ["train", "profile", "plan", "evaluate", "needle", "generate", "chat", "serve"])
 def test_every_option_and_argument_has_a_help_text(name: str) -> None:
-    [parameters] = [c.params for key, c in typer.main.get_command(cli.app).commands.items() if key == name]
+    group: Any = typer.main.get_command(cli.app)
+    parameters = group.commands[name].params
     assert parameters and all(parameter.help for parameter in parameters)
     done = run(name, "--help")
     assert done.exit_code == 0 and all(p.help.split()[0] in done.stdout for p in parameters)

@@ -22,7 +22,7 @@ TOP = "commands and cli"
 
 def modules() -> dict[str, Path]:
     """Every module of the package by name."""
-    found = {}
+    found: dict[str, Path] = {}
     for room, folder in ROOMS.items():
         found |= {f"linear_llama3.{room}" + _dotted(path.relative_to(folder)): path for path in folder.rglob("*.py")}
     rest = [*PACKAGE.glob("*.py"), *(PACKAGE / "commands").glob("*.py")]

@@ -81,8 +81,8 @@ def text_haystack(tokenizer: PreTrainedTokenizerBase) -> Generator:
 def token_haystack(vocab_size: int, answer: int = 1) -> Generator:
     """Return a generator of random tokens with (marker, key, value ...) among them and at the end.
 
-    It suits models that were trained on token ids. The marker is the last token of the vocabulary and occurs only there; a
-    guess is right with probability 1 / (vocab_size - 1) for each token of the answer.
+    It suits models that were trained on token ids. The marker is the last token of the vocabulary and occurs only
+    there; a guess is right with probability 1 / (vocab_size - 1) for each token of the answer.
     """
     if vocab_size < 3 or answer < 1:
         raise ValueError(
