@@ -84,7 +84,7 @@ def _torchrun(function: Callable[..., Any], processes: int, args: tuple[Any, ...
 
 
 def _script(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """As Python runs a script: the traceback goes to stderr. The launcher's own way for functions is a file."""
+    """Run a function like a script: its traceback goes to stderr, where the launcher would write a file."""
     try:
         function(*args)
     except Exception:

@@ -1,4 +1,4 @@
-"""What tells a resume that it goes on in the same data."""
+"""Streams in complete steps, and content hashes by which a resume recognizes its data."""
 
 from __future__ import annotations
 
