@@ -57,8 +57,6 @@ class LanguageLossMixin(SequenceParallelMixin):
             return inputs
         return inputs if inputs.get("labels") is None else {**inputs, "skip_logits": True}
 
-    # ---- evaluation
-
     def evaluation_loop(
         self,
         dataloader: Any,

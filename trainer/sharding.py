@@ -74,7 +74,7 @@ class SequenceParallelMixin(Trainer):
             args.parallelism_config = parallelism
             check_engine(self.accelerator)
             self.accelerator = SequenceParallelAccelerator(
-                **{**self._accelerator_arguments, "parallelism_config": parallelism},
+                **{**self._accelerator_arguments, "parallelism_config": parallelism, "cpu": args.use_cpu},
                 sequence_parallel_config=sequence_parallel_config(args),
             )
             self.sequence_parallel_context = self.accelerator.sequence_parallel_context
@@ -115,8 +115,6 @@ class SequenceParallelMixin(Trainer):
     def _shards_sequences(self) -> bool:
         """True if a process holds parts of sequences."""
         return self.sequence_parallel_context is not None
-
-    # ---- training
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train like Trainer. The ranks of a sequence compare their first batch, also after a resume."""
@@ -218,8 +216,6 @@ class SequenceParallelMixin(Trainer):
             self._total_train_tokens = tokens + counted // self.sequence_parallel_context.world_size
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
-
-    # ---- evaluation
 
     def prediction_step(
         self,

@@ -50,8 +50,6 @@ class LinearLlama3Trainer(ReliabilityMixin, LanguageLossMixin, Trainer):
         if getattr(self.args, "sequence_tiling", False):
             enable_sequence_tiling(model)
 
-    # ---- static or adaptive groups
-
     @property
     def _is_adaptive(self) -> bool:
         return getattr(self.args, "sequence_parallel_size", None) == ADAPTIVE
@@ -82,8 +80,6 @@ class LinearLlama3Trainer(ReliabilityMixin, LanguageLossMixin, Trainer):
         if self.adaptive_groups is None:
             return train(model, inputs, *args, **kwargs)
         return self.adaptive_groups.train_step(model, inputs, lambda batch: train(model, batch, *args, **kwargs))
-
-    # ---- reports
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log like Trainer, with throughput and this process's peak memory next to the loss."""

@@ -34,7 +34,7 @@ def launch(
     folder: Path,
     interrupt: Callable[[], bool] | None = None,
     restarts: int = 0,
-    timeout: float = 90.0,
+    timeout: float = 240.0,  # enough on a busy machine
 ) -> Ended:
     """`torchrun --nproc_per_node processes` of `function(*args)`.
 
@@ -84,7 +84,7 @@ def _torchrun(function: Callable[..., Any], processes: int, args: tuple[Any, ...
 
 
 def _script(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Run a function like a script: the traceback goes to stderr, not to the launcher's file."""
+    """Run a function like a script: its traceback goes to stderr, where the launcher would write a file."""
     try:
         function(*args)
     except Exception:

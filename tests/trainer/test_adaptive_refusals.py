@@ -165,11 +165,16 @@ def edited(path: str, **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("world", "changes", "message"),
     [
-        (4, {"links": {"4": None}}, "links of all groups that 4 processes can form, got none of 4 in"),
+        pytest.param(
+            4,
+            {"links": {"4": None}},
+            "links of all groups that 4 processes can form, got none of 4 in",
+            marks=pytest.mark.slow,
+        ),
         (4, {"links": {"2": None, "4": None}}, "links of all groups that 4 processes can form, got none of 2 and 4 in"),
         (4, {"origin": "measured", "processes": 2}, "the launch's number of processes, 4, got one of 2 in"),
         (2, {"origin": "measured", "processes": 4}, "the launch's number of processes, 2, got one of 4 in"),
-        (2, {"origin": "measured", "processes": 2}, ""),
+        pytest.param(2, {"origin": "measured", "processes": 2}, "", marks=pytest.mark.slow),
         (
             2,
             {"gradient_checkpointing": True},
@@ -227,6 +232,7 @@ def test_rows_that_no_group_holds(tmp_path: Path) -> None:
             assert named in text and ("..." in text) == (number > 8) and "GiB" not in text
 
 
+@pytest.mark.slow
 def test_the_last_step_needs_a_row_for_every_group(tmp_path: Path) -> None:
     """Three processes are a group of two and one of one; 13 rows leave one for the second step."""
     profile, changes = profile_file(tmp_path, "hybrid", 1), {"data": "13", "per_device_train_batch_size": 4}

@@ -1,4 +1,4 @@
-"""The order of the data tells a resume whether it continues in the same data."""
+"""Streams in complete steps, and content hashes by which a resume recognizes its data."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def train_with(linear: str, softmax: str, layout: str, folder: str) -> dict[str,
 @pytest.mark.parametrize(
     ("linear", "softmax"),
     [
-        ("lasp1", "ring"),
+        pytest.param("lasp1", "ring", marks=pytest.mark.slow),
         pytest.param("all_scan", "token_ring", marks=pytest.mark.slow),
         ("all_to_all", "rsa"),
         pytest.param("lasp2", "ulysses", marks=pytest.mark.slow),
@@ -139,7 +139,7 @@ def train_as(kind: str, degree: int, folder: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["environment", "config", "stream"])
+@pytest.mark.parametrize("kind", ["environment", pytest.param("config", marks=pytest.mark.slow), "stream"])
 def test_other_ways_to_the_same_run(kind: str, world: int, tmp_path: Path) -> None:
     (one,) = run_distributed(train, 1, 1, 1, False, False, str(tmp_path))
     for run in run_distributed(train_as, world, kind, 2, str(tmp_path)):
@@ -159,7 +159,7 @@ def train_after_evaluation(degree: int, folder: str) -> dict[str, Any]:
     return outcome(trainer)
 
 
-@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize("degree", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_evaluation_before_training_changes_nothing(degree: int, tmp_path: Path) -> None:
     """transformers 5.23 then trains without DDP: each process on its own gradient."""
     (one,) = run_distributed(train, 1, 1, 1, False, False, str(tmp_path))

@@ -194,8 +194,9 @@ def describe_lost_rank(cause: str | None, error: str, folder: str) -> str:
         ("step 5, rank 1 of 2: no disk", "gloo: closed", "another rank has failed: step 5, rank 1 of 2: no disk"),
         (None, "gloo: Connection closed by peer", "rank 1 exited without an error message (killed? check the host's"),
         (None, "gloo: timed out", "rank 1 did not answer within ddp_timeout = 60 s. It hangs, or needs longer: raise"),
+        ("", "gloo: closed", "another rank exited without an error message"),  # all are alive
     ],
-    ids=["failed", "killed", "hangs"],
+    ids=["failed", "killed", "hangs", "failed silently"],
 )
 def test_other_ranks_name_the_rank_that_failed(cause: str | None, error: str, message: str, tmp_path: Path) -> None:
     text, _ = run_distributed(describe_lost_rank, 2, cause, error, str(tmp_path))

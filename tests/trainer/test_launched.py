@@ -60,6 +60,7 @@ def refusals(folder: str) -> None:
     Path(folder, f"said-{os.environ['RANK']}").write_text(json.dumps(said))
 
 
+@pytest.mark.slow
 def test_processes_that_accelerate_has_not_joined_are_refused(tmp_path: Path) -> None:
     ended = launch(refusals, 2, str(tmp_path), folder=tmp_path / "log")
     assert ended.exit_code == 0, ended.errors

@@ -134,7 +134,9 @@ def messages(policy: MixedPrecisionPolicy | None, checkpointing: bool) -> int:
     return traffic.messages["send"]
 
 
-@pytest.mark.parametrize("policy", [HALF, MixedPrecisionPolicy()], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "policy", [HALF, pytest.param(MixedPrecisionPolicy(), marks=pytest.mark.slow)], ids=["bfloat16", "float32"]
+)
 def test_a_recomputed_layer_exchanges_nothing_again(policy: MixedPrecisionPolicy) -> None:
     plain = run_distributed(messages, 2, None, False)
     assert all(plain)

@@ -82,7 +82,7 @@ def assert_strength(noise: np.ndarray, length: int) -> None:
 @pytest.mark.parametrize(
     ("cls", "packed"),
     [
-        pytest.param(SequentialTrainer, False, id="rows"),
+        pytest.param(SequentialTrainer, False, id="rows", marks=pytest.mark.slow),
         pytest.param(MixedIn, True, id="mixin-packed"),
         pytest.param(SequentialTrainer, True, id="packed", marks=pytest.mark.slow),
         pytest.param(MixedIn, False, id="mixin-rows", marks=pytest.mark.slow),

@@ -134,7 +134,7 @@ def test_allowed_where_sequences_are_complete(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["Declared", "OwnLossFunction"])
+@pytest.mark.parametrize("name", [pytest.param("Declared", marks=pytest.mark.slow), "OwnLossFunction"])
 def test_right_on_shards(name: str, world: int, tmp_path: Path) -> None:
     (one,) = run_distributed(run, 1, name, {}, 1, str(tmp_path))
     for losses in run_distributed(run, world, name, {"sequence_parallel_size": 2}, world // 2, str(tmp_path)):

@@ -140,7 +140,7 @@ GRIDS = [  # (processes, sequence-parallel degree) before and after the stop
     ("kind", "grids"),
     [
         pytest.param("rows", [((2, 2), (4, 1))], id="rows"),
-        pytest.param("files", [((4, 2), (1, 1))], id="files"),
+        pytest.param("stream", [((4, 2), (1, 1))], id="stream"),
         pytest.param("rows", GRIDS, id="rows-all_grids", marks=pytest.mark.slow),
         pytest.param("stream", GRIDS[:2], id="stream-two_grids", marks=pytest.mark.slow),
         pytest.param("files", GRIDS[:2], id="files-two_grids", marks=pytest.mark.slow),

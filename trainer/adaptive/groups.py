@@ -135,8 +135,6 @@ class AdaptiveGroups:
         self._cluster = Cluster(devices=args.world_size, memory=profile.bytes.device)
         return fingerprint((self.costs, self._cluster, args.sequence_layout))
 
-    # ---- data
-
     def dataloader(self) -> tuple[DataLoader, DataOrder]:
         """Return a loader of the row numbers of every step, the same on all ranks, and its order of the rows."""
         trainer, args = self.trainer, self.trainer.args
@@ -213,8 +211,6 @@ class AdaptiveGroups:
         with annotate_read_errors(self.trainer):
             step = self._step = self._steps.next(epoch_iterator)
         return (None, 0) if step is None else (step.fingerprint, step.targets)
-
-    # ---- the step
 
     def train_step(self, model: nn.Module, step: PlannedStep, train: Callable[[dict[str, Any]], Tensor]) -> Tensor:
         """Train all micro-batches of a planned step, and return their loss.

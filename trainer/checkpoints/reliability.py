@@ -83,8 +83,6 @@ class ReliabilityMixin(Trainer):
             stack.enter_context(annotate_errors(self))
             return super().train(checkpoint, *args, **kwargs)
 
-    # ---- the start of a resumed run
-
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
     ) -> tuple[int, int]:
@@ -135,8 +133,6 @@ class ReliabilityMixin(Trainer):
             f"{self.args.world_size} continue; everything else continues exactly",
         )
 
-    # ---- data
-
     def get_train_dataloader(self) -> DataLoader:
         """Return Trainer's loader; streams are distributed row by row, in complete steps."""
         dataset, rows_per_step = self.train_dataset, self.get_total_train_batch_size(self.args)
@@ -185,8 +181,6 @@ class ReliabilityMixin(Trainer):
         ours = isinstance(model, (LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM))
         return ours and self.args.average_tokens_across_devices and self.compute_loss_func is None
 
-    # ---- steps
-
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Train one micro-batch, and note its shape and its loss."""
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
@@ -210,8 +204,6 @@ class ReliabilityMixin(Trainer):
                 logs["loss"], self._resumed_loss = self._resumed_loss.averaged_with(logs["loss"], steps), None
             self._finite_check.check_logged(logs["loss"])
         super().log(logs, *args, **kwargs)
-
-    # ---- checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint that is known to be complete, then remove older ones and upload (Trainer's hook)."""
