@@ -2,8 +2,8 @@
 
 K goes round the ring and fills the rows of scores column by column; after an ordinary softmax over complete rows,
 V goes round. In the backward pass V goes round for the gradient of the weights and K for that of the queries; the
-gradients of K and V are summed by one reduce-scatter. The scores take B * H_q * C * T numbers: a baseline of the literature,
-not a way to long sequences.
+gradients of K and V are summed by one reduce-scatter. The scores take B * H_q * C * T numbers: a baseline of the
+literature, not a way to long sequences.
 
 Every product is taken over visible tiles only, not over complete rows: a weight of 0 would carry nan and inf from one
 packed document into another.
