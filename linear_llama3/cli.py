@@ -15,7 +15,6 @@ import torch
 import typer
 
 from . import __version__
-from .commands.command_line import user_errors
 from .commands.evaluation import check_evaluation, evaluate
 from .commands.generation import chat, generate
 from .commands.needle import check_needle, needle
@@ -23,6 +22,7 @@ from .commands.serving import serve
 from .sequence_parallel.planner.checks import check_output
 from .sequence_parallel.planner.profile import SUFFIXES
 from .sequence_parallel.planner.report import report
+from .trainer.command_line import Changes, RecipeFile, user_errors
 from .trainer.launched import forget_launch, launched_processes
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 TRAINER, PROFILER = "linear_llama3.trainer", "linear_llama3.trainer.adaptive.profiling"
 EVALUATION, NEEDLE = "linear_llama3.commands.evaluation", "linear_llama3.commands.needle"
-SHUTDOWN_SECONDS = 300  # for a checkpoint after SIGTERM; torch would kill the processes after 30
+SHUTDOWN_SECONDS = 300  # for a checkpoint after SIGTERM; torch would kill the processes after 30 s
 
 Processes = Annotated[
     int | None,
@@ -38,7 +38,7 @@ Processes = Annotated[
 ]
 
 app = typer.Typer(
-    help="Train Llama-3-class models with linear attention on sequences that are spread over several devices.",
+    help="Train Llama-3-class models with linear attention on sequences sharded over several devices.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -66,54 +66,47 @@ def options(
 
 @app.command(no_args_is_help=True)
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="See trainer/recipes/recipe.py.")],
-    changes: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="In place of the recipe's: training.max_steps=10")
-    ] = None,
+    recipe: RecipeFile,
+    changes: Changes = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would run: sizes, memory, grid, strategies. Needs no GPU.")
+        bool, typer.Option("--dry-run", help="Print sizes, memory, grid and strategies without training. Needs no GPU.")
     ] = False,
 ) -> None:
-    """Train a recipe, on all visible GPUs or as many processes as it says."""
-    from .trainer.recipes.recipe import load_recipe
-
+    """Train a recipe, on all visible GPUs or on the recipe's number of processes."""
     if not dry_run:
         start(TRAINER, recipe, [str(recipe), *(changes or [])], changes)
-    try:
+    with user_errors():
         from .trainer.recipes.dry_run import dry_run as described
+        from .trainer.recipes.recipe import load_recipe
 
         loaded = load_recipe(recipe, changes or [])
         gpu, processes = number_of_processes(loaded, planned=True)
         print(described(loaded, processes, gpu=gpu))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 @app.command(no_args_is_help=True)
 def profile(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Its model and how it would be trained.")],
-    output: Annotated[Path, typer.Argument(metavar="FILE.json", help="What `plan` and size: adaptive plan by.")],
-    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="In place of the recipe's.")] = None,
+    recipe: RecipeFile,
+    output: Annotated[
+        Path, typer.Argument(metavar="FILE.json", help="The profile for `plan` and for recipes with size: adaptive.")
+    ],
+    changes: Changes = None,
 ) -> None:
-    """Measure what a recipe's layers and exchanges cost on this machine, on as many processes as it trains on."""
-    try:
+    """Measure the costs of a recipe's layers and collectives on this machine, on the processes it trains on."""
+    with user_errors():
         check_output(output, SUFFIXES)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
     start(PROFILER, recipe, [str(recipe), str(output), *(changes or [])], changes)
 
 
 @app.command()
 def presets(
-    names: Annotated[list[str] | None, typer.Argument(metavar="PRESET", help="All, unless named.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="PRESET", help="Names of presets. Default: all.")] = None,
 ) -> None:
-    """List named models with their layers, parameters and sizes of states."""
+    """List presets with their layers, parameters and state sizes."""
     from .modeling.presets import catalogue, table
 
-    try:
+    with user_errors():
         print(table(names or catalogue()))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 def on_processes(module: str, command: Callable[..., None], check: Callable[..., None]) -> Callable[..., None]:
@@ -162,37 +155,36 @@ def command_line(command: Callable[..., None], arguments: dict[str, Any]) -> lis
 
 
 def start(module: str, recipe: Path, arguments: list[str], changes: list[str] | None) -> NoReturn:
-    """Goes on as the processes of a module that takes these arguments, as many as the recipe says."""
+    """Run `module` with these arguments on the recipe's number of processes; does not return."""
     from .trainer.recipes.preflight import NothingLeft, check_before_launch
     from .trainer.recipes.recipe import load_recipe
 
-    try:
+    with user_errors():
         if launched_processes() > 1:  # torchrun, accelerate or MPI has started several processes
-            become(module, arguments)
+            exec_module(module, arguments)
         forget_launch()
         loaded = load_recipe(recipe, changes or [])
         gpu, processes = number_of_processes(loaded)
         if module == TRAINER:
-            check_before_launch(loaded, processes)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
-    except NothingLeft as finished:
-        print(finished)
-        raise SystemExit(0) from None
+            try:
+                check_before_launch(loaded, processes)
+            except NothingLeft as finished:
+                print(finished)
+                raise SystemExit(0) from None
     if not gpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     if processes > 1:
         launch(module, arguments, processes, gpu=gpu)
-    if gpu:  # of several visible ones, Trainer would use all by DataParallel
+    if gpu:  # with several visible GPUs, Trainer would use DataParallel
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    become(module, arguments)
+    exec_module(module, arguments)
 
 
 def number_of_processes(recipe: Recipe, *, planned: bool = False) -> tuple[bool, int]:
-    """Whether a recipe runs on GPUs, and on how many processes.
+    """Return whether a recipe runs on GPUs, and the number of its processes.
 
     Args:
-        planned: for a machine with as many GPUs as the recipe says.
+        planned: assume a machine with a GPU for each process of the recipe.
     """
     return place(recipe.processes, cpu=recipe.training.get("use_cpu", False), planned=planned)
 
@@ -213,15 +205,17 @@ def place(processes: int | str, *, cpu: bool = False, planned: bool = False) -> 
 
 
 def launch(module: str, arguments: list[str], processes: int, *, gpu: bool) -> NoReturn:
-    """`accelerate launch` on this machine; does not return. SIGTERM and Ctrl-C go on to all processes, and the first
-    failure's exit code is this one's."""
+    """Run `accelerate launch` on this machine; does not return.
+
+    All processes receive SIGTERM and Ctrl-C. The exit code is that of the first process that fails.
+    """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
     flags = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(processes), "--main_process_port", "0"]
-    flags += ["--mixed_precision", "no", "--dynamo_backend", "no", "--gpu_ids", "all"]  # the recipe's are the Trainer's
+    flags += ["--mixed_precision", "no", "--dynamo_backend", "no", "--gpu_ids", "all"]  # the Trainer sets the recipe's
     flags += [] if gpu else ["--num_cpu_threads_per_process", str(threads)]
     parsed = launch_command_parser().parse_args([*flags, "--module", module, *arguments])
     parsed.shutdown_timeout = SHUTDOWN_SECONDS
@@ -248,8 +242,8 @@ def _how_it_ended(exit_code: int) -> str:
     return f"was ended by signal {-exit_code} ({signal.strsignal(-exit_code)})"
 
 
-def become(module: str, arguments: list[str]) -> NoReturn:
-    """Goes on as a process of a module."""
+def exec_module(module: str, arguments: list[str]) -> NoReturn:
+    """Replace this process by `python -m module`."""
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 

@@ -1,11 +1,12 @@
-"""Adaptive groups against one degree for all, in the same run, on documents as long as Wikipedia's articles.
+"""Compare adaptive groups with one degree for all, in one run, on documents as long as Wikipedia's articles.
 
     ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 4 scripts/bench_adaptive.py RECIPE.yaml
     ACCELERATE_USE_CPU=true python scripts/slow_network.py 4 1gbit python scripts/bench_adaptive.py RECIPE.yaml
 
 Three ways take turns, each as a run of the recipe's Trainer: "adaptive"; "static": the same rows in the same steps, in
-groups of all ranks, packed as the planner packs; "rows": documents packed by best fit into rows that all ranks share
-(`sequence_parallel_size: auto`), as many steps of about as many tokens. The first step of a turn does not count.
+groups of all ranks, packed by the planner; "rows": documents packed by best fit into rows that all ranks share
+(`sequence_parallel_size: auto`), with the same number of steps and about the same number of tokens. The first step of a
+turn does not count.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ WAYS = ("adaptive", "static", "rows")
 
 
 class Watch(TrainerCallback):
-    """Seconds from the end of a step to the end of the next."""
+    """Record the seconds from the end of each step to the end of the next."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -55,7 +56,7 @@ class Watch(TrainerCallback):
 
 
 class StaticTrainer(LinearLlama3Trainer):
-    """Adaptive groups that may have but one degree."""
+    """Adaptive groups restricted to one degree, all ranks."""
 
     def prepare_groups(self) -> None:
         super().prepare_groups()
@@ -64,14 +65,14 @@ class StaticTrainer(LinearLlama3Trainer):
 
 
 def documents(count: int, longest: int, vocabulary: int) -> list[dict[str, np.ndarray]]:
-    """Random tokens, of lengths drawn like those of Wikipedia's articles."""
+    """Return random tokens; lengths are drawn from those of Wikipedia's articles."""
     draws = np.random.default_rng(0)
     rows = [draws.integers(vocabulary, size=n) for n in read_lengths("wikipedia", count).clip(max=longest)]
     return [{"input_ids": ids, "labels": ids} for ids in rows]
 
 
 def turn(way: str, recipe: Recipe, data: list[Any], rows: int, steps: int) -> tuple[list[float], list[Any]]:
-    """Seconds of every step but the first, and the log."""
+    """Return the seconds of every step except the first, and the log."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     torch.manual_seed(0)
@@ -126,7 +127,7 @@ def main() -> None:
 
 
 def report(arguments: Any, recipe: Recipe, seconds: dict[str, Any], logs: dict[str, list[Any]], data: Any) -> None:
-    """Medians over the turns; steps of "adaptive" and "static" hold the same rows, those of "rows" others."""
+    """Return medians over the turns; steps of "adaptive" and "static" hold the same rows, those of "rows" others."""
     by_step = {way: np.median(np.array(own), axis=0) for way, own in seconds.items()}
     totals = {way: float(own.sum()) for way, own in by_step.items()}
     tokens = {way: logs[way][-1]["num_input_tokens_seen"] - logs[way][0]["num_input_tokens_seen"] for way in WAYS}

@@ -1,10 +1,10 @@
-"""What one decoded token costs behind a short and behind a long context.
+"""Measure the cost of one decoded token after a short and after a long context.
 
     python scripts/bench_decode.py [--positions 1000 100000] [--models NAME ...] [--out FILE.json]
 
-The context is real: it is fed to the model, in pieces where all layers are linear. Then single tokens are decoded on
-one thread, in random turns behind the short and the long one, so that a noisy machine slows both; medians, and the
-ratio of the two. Softmax layers take minutes over 100,000 tokens.
+The model reads the complete context, in pieces if all layers are linear. Then single tokens are decoded on one thread,
+in random order after the short and the long context, so that a noisy machine slows both. The output has medians and
+their ratio. Softmax layers take minutes to read 100,000 tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DEFAULT = [name for name in NAMES if "pure" in name] + ["gla, hybrid 1/4", LLAMA
 
 def filled_cache(model: PreTrainedModel, tokens: int) -> Cache:
     layer_types = getattr(model.config, "layer_types", None) or ["full_attention"]
-    piece = tokens if "full_attention" in layer_types else PIECE  # a piece's softmax mask would be as large as it
+    piece = tokens if "full_attention" in layer_types else PIECE  # in pieces a softmax layer needs a mask
     cache = None
     for ids in random_ids(tokens).split(piece, dim=1):
         cache = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
@@ -36,7 +36,7 @@ def filled_cache(model: PreTrainedModel, tokens: int) -> Cache:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Keys, values and states of all layers."""
+    """Return the bytes of the keys, values and states of all layers."""
     held: list[Any] = []
     for layer in cache.layers:
         held += [getattr(layer, "keys", None), getattr(layer, "values", None)]
@@ -45,12 +45,12 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def step_seconds(model: PreTrainedModel, caches: list[Cache], repeats: int) -> list[float]:
-    """Median seconds of a step with each cache, taken in turns."""
+    """Return the median seconds of a step with each cache, taken in turns."""
     token, turns = random_ids(1), list(range(len(caches)))
     times: list[list[float]] = [[] for _ in caches]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for _ in range(repeats + 3):  # the first warm up
+    for _ in range(repeats + 3):  # the first ones warm up
         random.shuffle(turns)
         for turn in turns:
             start = time.perf_counter()

@@ -1,11 +1,11 @@
-"""The longest sequence that a model trains on one device, and where the memory goes, before and after each measure.
+"""Find the longest sequence that a model trains on one device, and where the memory goes, with each measure added.
 
     python scripts/bench_memory.py [--memory 80 139] [--tokens 524288] [--out FILE.json]
 
 Linear-Llama3-1B, purely linear and with every fourth layer softmax, in bfloat16 with AdamW, a row of one document. On a
 GPU the lengths are found by bisection on real steps; elsewhere they are computed, from the accounts
 (`linear_llama3.trainer.memory.account`) of the goal and of half of it: bytes grow evenly with tokens. A small model's
-steps are then measured here beside their account, and the loss alone with and without logits.
+steps are then measured here and compared with their account, and the loss alone with and without logits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from linear_llama3.trainer.memory.account import MemoryAccount, memory_account
 from linear_llama3.trainer.memory.peak import allocated_peak
 
 MODELS = ("linear-llama3-1b-basic-pure", "linear-llama3-1b-basic-hybrid-1-4")
-MEASURES: dict[str, dict[str, bool]] = {  # each beside those before it
+MEASURES: dict[str, dict[str, Any]] = {  # each in addition to those before it
     "none": {"chunked_loss": False},
     "loss in pieces": {"chunked_loss": True},
     "checkpointing": {"checkpointing": True},
@@ -41,7 +41,7 @@ MEASURES: dict[str, dict[str, bool]] = {  # each beside those before it
 }
 STEP = 1024  # lengths are multiples of it
 CONSTANT = ("weights", "gradients", "optimizer")
-USABLE = 0.95  # of a device: its context, and what allocators cannot use, take the rest
+USABLE = 0.95  # of a device; the rest is for its context and for what allocators cannot use
 SMALL = {  # a model for CPUs; its tiles are small as well
     "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "linear_num_key_value_heads": 4,
@@ -50,14 +50,14 @@ SMALL = {  # a model for CPUs; its tiles are small as well
 SMALL_TOKENS, SMALL_TILE = 2048, 2**18
 
 
-def measures() -> list[tuple[str, dict[str, bool]]]:
-    """Their names, and what is switched on with each."""
-    switched: dict[str, bool] = {}
+def measures() -> list[tuple[str, dict[str, Any]]]:
+    """Return the names of the measures with the options that are on, cumulatively."""
+    switched: dict[str, Any] = {}
     return [(name, switched := switched | more) for name, more in MEASURES.items()]
 
 
 def longest(fits: Callable[[int], bool]) -> int:
-    """The most tokens that fit, to 2 %."""
+    """Return the largest number of tokens that fits, to 2 %."""
     high = 1
     while fits(high * STEP):
         high *= 2
@@ -78,10 +78,10 @@ def training_step(
     tiling: bool = False,
     offload: bool = False,
 ) -> Callable[[], None]:
-    """A step on one row; gradients stay where they are."""
+    """Run a step on one row; gradients are kept."""
     enable_sequence_tiling(model, tiling)
     if checkpointing:  # releases before 5.23 have the old name only
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False}, offload=offload)
     ids = torch.randint(model.config.vocab_size, (1, tokens), device=model.device)
 
@@ -94,8 +94,8 @@ def training_step(
     return step
 
 
-def measured_bytes(config: LinearLlama3Config, tokens: int, switched: dict[str, bool]) -> int:
-    """Bytes of two real steps on this GPU, more than any device has if they do not fit."""
+def measured_bytes(config: LinearLlama3Config, tokens: int, switched: dict[str, Any]) -> int:
+    """Return the peak bytes of two real steps on this GPU; more than any device has if they do not fit."""
     try:
         with torch.device("cuda"):
             model = LinearLlama3ForCausalLM(config).bfloat16().train()
@@ -113,24 +113,24 @@ def measured_bytes(config: LinearLlama3Config, tokens: int, switched: dict[str, 
         torch.cuda.empty_cache()
 
 
-def account(config: LinearLlama3Config, tokens: int, switched: dict[str, bool]) -> MemoryAccount:
+def account(config: LinearLlama3Config, tokens: int, switched: dict[str, Any]) -> MemoryAccount:
     return memory_account(config, tokens=tokens, dtype=torch.bfloat16, **switched)
 
 
 def lengths(name: str, goal: int, memories: list[float]) -> Iterator[dict[str, Any]]:
-    """One row for every measure: the longest lengths, and the account of the goal."""
+    """Yield one row for every measure: the longest lengths, and the account of the goal."""
     config, gpu = LinearLlama3Config.from_preset(name), torch.cuda.is_available()
     for measure, switched in measures():
-        half, whole = (account(config, tokens, switched) for tokens in (goal // 2, goal))
+        half, full = (account(config, tokens, switched) for tokens in (goal // 2, goal))
 
-        def needed(tokens: int, switched: dict[str, bool] = switched) -> int:
+        def needed(tokens: int, switched: dict[str, Any] = switched) -> int:
             return measured_bytes(config, tokens, switched) if gpu else account(config, tokens, switched).total
 
-        def found(limit: float, half: int = half.total, whole: int = whole.total) -> int:
+        def found(limit: float, half: int = half.total, full: int = full.total) -> int:
             if gpu:
                 return longest(lambda tokens: needed(tokens) <= limit)
-            slope = 2 * (whole - half) / goal
-            tokens = goal + (limit - whole) / slope
+            slope = 2 * (full - half) / goal
+            tokens = goal + (limit - full) / slope
             while tokens < goal // 2 and (excess := needed(int(tokens)) - limit) > 0:  # the loss may need most
                 tokens -= max(STEP, excess / slope)
             return int(tokens) // STEP * STEP
@@ -139,15 +139,15 @@ def lengths(name: str, goal: int, memories: list[float]) -> Iterator[dict[str, A
         yield {
             "model": name, "measure": measure, "how": "measured" if gpu else "computed",
             "longest": {gb: found(limit) for gb, limit in limits.items()},
-            "goal": goal, "goal_bytes": needed(goal) if gpu else whole.total,
-            "goal_account": whole.lines, "host": whole.host,
+            "goal": goal, "goal_bytes": needed(goal) if gpu else full.total,
+            "goal_account": full.lines, "host": full.host,
         }  # fmt: skip
 
 
 def small_steps() -> list[dict[str, Any]]:
-    """A small model on this device: bytes that a step allocates, and its account."""
+    """Compare the bytes that a step of a small model allocates on this device with its account."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    whole, token_tiles.TILE_NUMBERS = token_tiles.TILE_NUMBERS, SMALL_TILE
+    default_tile, token_tiles.TILE_NUMBERS = token_tiles.TILE_NUMBERS, SMALL_TILE
     rows = []
     for interval in (0, 4):
         config = LinearLlama3Config(**SMALL, full_attention_interval=interval)
@@ -157,20 +157,20 @@ def small_steps() -> list[dict[str, Any]]:
             step = training_step(model, SMALL_TOKENS, **switched)
             step()  # makes the gradients
             measured = allocated_peak(step)
-            whole_account = memory_account(
+            full_account = memory_account(
                 config, tokens=SMALL_TOKENS, dtype=torch.bfloat16, gpu=device == "cuda", **switched
             )
-            computed = whole_account.total - sum(whole_account.lines[x] for x in CONSTANT)
+            computed = full_account.total - sum(full_account.lines[x] for x in CONSTANT)
             rows.append({
                 "model": "hybrid 1/4" if interval else "pure", "measure": measure,
                 "measured": measured, "account": computed, "ratio": computed / measured,
             })  # fmt: skip
-    token_tiles.TILE_NUMBERS = whole
+    token_tiles.TILE_NUMBERS = default_tile
     return rows
 
 
 def losses(hidden: int = 128, vocab_size: int = 128256) -> list[dict[str, Any]]:
-    """The loss over Llama 3's vocabulary, forward and backward, with logits and without."""
+    """Measure the loss over Llama 3's vocabulary, forward and backward, with logits and without."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     head = nn.Linear(hidden, vocab_size, bias=False, device=device)
     rows = []

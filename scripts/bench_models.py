@@ -1,5 +1,4 @@
-"""Models of one size: Llama, and what becomes of it with linear attention. For bench_decode.py and
-bench_training_step.py."""
+"""Models of one size for bench_decode.py and bench_training_step.py: Llama, and Llama with linear attention."""
 
 from __future__ import annotations
 
@@ -28,12 +27,12 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 LLAMA = "Llama (SDPA)"
-KINDS = {"pure linear": 0, "hybrid 1/4": 4}  # every which layer is softmax
+KINDS = {"pure linear": 0, "hybrid 1/4": 4}  # interval of softmax layers
 NAMES = [LLAMA, *(f"{mixer}, {kind}" for kind in KINDS for mixer in MIXERS)]
 
 
 def make_model(name: str) -> PreTrainedModel:
-    """One of NAMES, with random weights, float32."""
+    """Return the model of this name, one of NAMES, with random float32 weights."""
     torch.manual_seed(0)
     if name == LLAMA:
         return LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="sdpa"))
@@ -44,12 +43,12 @@ def make_model(name: str) -> PreTrainedModel:
 
 
 def random_ids(length: int) -> torch.Tensor:
-    """Token ids `[1, length]`."""
+    """Return token ids `[1, length]`."""
     return torch.randint(SIZES["vocab_size"], (1, length), generator=torch.Generator().manual_seed(1))
 
 
 def setting() -> dict[str, Any]:
-    """Where and when this runs."""
+    """Return the date, the hardware, the versions and the sizes of the models."""
     return {
         "date": date.today().isoformat(),
         "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
@@ -59,9 +58,9 @@ def setting() -> dict[str, Any]:
 
 
 def describe() -> str:
-    """The same in a line."""
-    where = setting()
-    return f"float32, {where['hardware']}, {where['versions']}, {where['date']}"
+    """Return the setting in one line."""
+    run = setting()
+    return f"float32, {run['hardware']}, {run['versions']}, {run['date']}"
 
 
 def save(path: Path | None, rows: list[dict[str, Any]]) -> None:

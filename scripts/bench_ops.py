@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +46,13 @@ def inputs(tokens: int, gate: str) -> dict[str, Tensor]:
     return named
 
 
-def forward(variables: dict[str, Tensor], backend: str) -> None:
+def forward(variables: dict[str, Any], backend: str) -> None:
     with torch.no_grad():
         linear_attention(**variables, backend=backend)
 
 
-def forward_backward(variables: dict[str, Tensor], backend: str) -> None:
-    leaves = {name: x.detach().requires_grad_() for name, x in variables.items()}
+def forward_backward(variables: dict[str, Any], backend: str) -> None:
+    leaves: dict[str, Any] = {name: x.detach().requires_grad_() for name, x in variables.items()}
     out, _ = linear_attention(**leaves, backend=backend)
     out.square().sum().backward()
 
@@ -119,7 +120,7 @@ def peer_forward_backward(variables: dict[str, Tensor], peer: str) -> None:
 
 
 def compare_with_peers() -> list[dict[str, object]]:
-    """Seconds at growing lengths, and the memory of the longest."""
+    """Measure seconds at growing lengths, and the memory of the longest."""
     columns = ["pass", "chunked s", "MiniMax s", "softmax s", "MiniMax / chunked", "softmax / chunked"]
     print(f"\n| B1 H{PEER_HEADS} D{DIM}, T | {' | '.join(columns)} |\n" + "|---" * 7 + "|")
     rows: list[dict[str, object]] = []
@@ -139,7 +140,7 @@ def compare_with_peers() -> list[dict[str, object]]:
 
 
 def prepare(kind: str, tokens: int, name: str) -> Callable[[], None]:
-    """A forward and backward, its inputs made: of a gate's chunked form, or of a peer."""
+    """Return a forward and backward with its inputs: of a gate's chunked form, or of a peer."""
     variables = inputs(tokens, name) if kind == "gate" else peer_inputs(tokens)
     if kind == "gate":
         return lambda: forward_backward(variables, "chunked")
@@ -147,7 +148,7 @@ def prepare(kind: str, tokens: int, name: str) -> Callable[[], None]:
 
 
 def peak_memory(kind: str, tokens: int, name: str) -> float:
-    """MiB that a forward and backward adds to the inputs, in a new process."""
+    """Return the MiB that a forward and backward adds to the inputs, measured in a new process."""
     code = f"import bench_ops; bench_ops.print_peak({kind!r}, {tokens}, {name!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
     return float(done.stdout)
@@ -162,7 +163,7 @@ def print_peak(kind: str, tokens: int, name: str) -> None:
 
 
 def high_water_mark() -> int:
-    """Peak resident memory of this process in KiB (Linux; ru_maxrss would include the parent's)."""
+    """Return the peak resident memory of this process in KiB (Linux; ru_maxrss would include the parent's)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 

@@ -1,13 +1,13 @@
-"""Linear attention on one GPU: our kernels beside flash-linear-attention, softmax attention and the memory's speed.
+"""Compare linear attention on one GPU with flash-linear-attention, softmax attention and the memory bandwidth.
 
     python scripts/bench_ops_gpu.py [--shapes B4_T4096_H64_D128 ...] [--gates none head] [--peers fla sdpa] [--quick]
                                     [--out FILE.json]
 
-One run, one machine: medians of forward, and of forward and backward, in bfloat16 with gates in float32. The limit is
-the time to move every input and output once (`minimal_bytes`) at the bandwidth of a large copy in the same run. fla is
-timed only where it computes what we do: outputs and gradients are compared before. SDPA is torch's causal softmax
-attention with the kernel that torch chooses; it has no gate, its time stands in every row of a shape. FILE.json grows
-with every row, so a run that is cut off leaves what it measured; at the end a plot is put beside it, FILE.png.
+Figures are medians of one run: forward, and forward and backward, in bfloat16 with gates in float32. The limit is the
+time to move every input and output once (`minimal_bytes`) at the bandwidth of a large copy in the same run. Where
+outputs or gradients of fla differ from ours, neither is timed. SDPA is torch's causal softmax attention with the kernel
+that torch chooses. It has no gate, so its time is repeated in every row of a shape. FILE.json is written after every
+row, so an interrupted run keeps its results. At the end a plot is saved as FILE.png.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ QUICK = tuple(shape.name for shape in SHAPES if shape.small)
 
 
 def minimal_bytes(shape: Shape, gate: str, which: str) -> int:
-    """Every input read once, every output written once, by an ideal kernel for each pass.
+    """Return the bytes of an ideal kernel for each pass, which reads every input and writes every output once.
 
     With H query heads over H_kv kv heads of size D, in 2 bytes each, and G bytes of gate (float32; a constant: none):
 
@@ -101,7 +101,7 @@ def minimal_bytes(shape: Shape, gate: str, which: str) -> int:
 
 
 def make_inputs(shape: Shape, gate: str) -> dict[str, Tensor]:
-    """q, k, v in bfloat16 and a log decay in float32, as the models of this package make them."""
+    """Return q, k, v in bfloat16 and a log decay in float32, as the models of this package make them."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     rows, kv_heads = (shape.batch, shape.tokens), shape.heads // shape.groups
 
@@ -122,8 +122,10 @@ def ours(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Te
 
 
 def fla(gate: str) -> Attend:
-    """The op of flash-linear-attention for this gate. Its states belong to query heads: like its layers, it is handed
-    keys, values and gates that are repeated for each."""
+    """Return a call of flash-linear-attention's op for this gate.
+
+    Its states belong to query heads, so keys, values and gates are repeated for each, as its layers do.
+    """
     name, options, gate_name = FLA_OPS[gate]
     op = getattr(importlib.import_module("fla.ops"), name)
 
@@ -148,7 +150,7 @@ def sdpa_arguments(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
 
 
 def prepare(attend: Attend, tensors: dict[str, Tensor], which: str) -> Callable[[], dict[str, Tensor]]:
-    """A call that gives the output and, with a backward pass, the gradients of all but a constant decay."""
+    """Return a call that computes the output and, in a backward pass, all gradients except that of a constant decay."""
     if which == "forward":
 
         def forward() -> dict[str, Tensor]:
@@ -171,7 +173,7 @@ def prepare(attend: Attend, tensors: dict[str, Tensor], which: str) -> Callable[
 
 
 def disagreement(got: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
-    """What differs by more than rounding, in words; None: nothing."""
+    """Name the results that differ by more than rounding; None if there are none."""
     errors = {}
     for name, x in expected.items():
         reference = x.float()
@@ -181,7 +183,7 @@ def disagreement(got: dict[str, Tensor], expected: dict[str, Tensor]) -> str | N
 
 
 def milliseconds(call: Callable[[], Any], *, quick: bool) -> float:
-    """Median on the device, with a cold cache."""
+    """Return the median time on the device, with a cold cache."""
     from triton.testing import do_bench
 
     warmup, repeat = (5, 20) if quick else (25, 100)
@@ -189,7 +191,7 @@ def milliseconds(call: Callable[[], Any], *, quick: bool) -> float:
 
 
 def host_microseconds(call: Callable[[], Any], calls: int = 20, repeats: int = 7) -> float:
-    """Of the host per call, when it does not wait for the device: below this a call cannot go."""
+    """Return the host's time per call without waiting for the device, a lower bound of the time of a call."""
     times = []
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -202,7 +204,7 @@ def host_microseconds(call: Callable[[], Any], calls: int = 20, repeats: int = 7
 
 
 def peak_mebibytes(call: Callable[[], Any]) -> float:
-    """What a call adds to its inputs, outputs and gradients included."""
+    """Return the memory that a call adds to its inputs, outputs and gradients included."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -212,7 +214,7 @@ def peak_mebibytes(call: Callable[[], Any]) -> float:
 
 
 def copy_bandwidth(size: int = 2**31) -> float:
-    """Bytes per second, read and written ones, of a copy inside the device's memory."""
+    """Return the bytes per second, read and written, of a copy inside the device's memory."""
     source, target = (torch.zeros(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     return 2 * size / (milliseconds(lambda: target.copy_(source), quick=False) / 1e3)
 
@@ -242,12 +244,12 @@ def version(package: str) -> str | None:
 
 
 def empty_row(**of: Any) -> dict[str, Any]:
-    """Figures by who made them: "ours", "fla", "sdpa"; notes say why one is missing."""
+    """Figures by implementation: "ours", "fla", "sdpa"; notes state why one is missing."""
     return {**of, "ms": {}, "peak_mib": {}, "host_us": {}, "notes": {}}
 
 
 def measure(shape: Shape, gate: str, which: str, peers: tuple[str, ...], *, quick: bool) -> dict[str, Any]:
-    """Ours and fla's; neither where they disagree."""
+    """Measure ours and fla's; neither is timed where they disagree."""
     row = empty_row(**{"shape": shape.name, "gate": gate, "pass": which, "bytes": minimal_bytes(shape, gate, which)})
     tensors = make_inputs(shape, gate)
     calls = {"ours": prepare(ours, tensors, which)}
@@ -277,7 +279,7 @@ def measure_call(row: dict[str, Any], name: str, call: Callable[[], Any], shape:
 
 
 def measure_softmax(shape: Shape, which: str, *, quick: bool) -> dict[str, Any]:
-    """SDPA's, the same for all gates."""
+    """Measure SDPA, which is the same for all gates."""
     row, tensors = empty_row(), make_inputs(shape, "none")
     row["notes"]["sdpa"] = SDPBackend(torch._fused_sdp_choice(**sdpa_arguments(**tensors))).name
     try:
@@ -329,11 +331,11 @@ def run(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [shape.name for shape in SHAPES]
-    parser.add_argument("--shapes", nargs="+", choices=names, metavar="SHAPE", help=f"of {' '.join(names)}")
+    parser.add_argument("--shapes", nargs="+", choices=names, metavar="SHAPE", help=f"some of {' '.join(names)}")
     parser.add_argument("--gates", nargs="+", choices=GATES, default=GATES)
     parser.add_argument("--peers", nargs="*", choices=("fla", "sdpa"), default=("fla", "sdpa"))
     parser.add_argument("--quick", action="store_true", help="shorter, by default of the small shapes only")
-    parser.add_argument("--out", type=Path, help="JSON; the plot is put beside it")
+    parser.add_argument("--out", type=Path, help="JSON; the plot is saved with the suffix .png")
     options = parser.parse_args()
     options.shapes = options.shapes or (QUICK if options.quick else names)
     if not torch.cuda.is_available():

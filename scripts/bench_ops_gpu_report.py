@@ -1,4 +1,4 @@
-"""What `bench_ops_gpu.py` measured, for people: a table, notes, a plot."""
+"""Results of `bench_ops_gpu.py` as a table, notes and a plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEADER = (
 
 
 def table_row(row: dict[str, Any], bandwidth: float) -> str:
-    """`bandwidth` in bytes per second: the limit is the time for the row's bytes."""
+    """Return a row of the table; the limit is the time for the row's bytes at `bandwidth` bytes per second."""
     ms, limit = row["ms"], row["bytes"] / bandwidth * 1e3
     cells = [row["shape"], row["gate"], row["pass"], *(_figure(ms.get(name), 3) for name in NAMES)]
     cells += [_figure(_ratio(ms.get(name), ms.get("ours")), 2) for name in NAMES[1:]]
@@ -32,7 +32,7 @@ def _figure(x: float | None, digits: int) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str, bandwidth: float) -> None:
-    """A panel for each pass: the times of all shapes and gates, and their limits."""
+    """Plot the times of all shapes and gates, and their limits, in a panel for each pass."""
     from matplotlib.figure import Figure
 
     passes = dict.fromkeys(row["pass"] for row in rows)
@@ -54,7 +54,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str, bandwidth: float) -
 
 
 def notes(rows: list[dict[str, Any]]) -> list[str]:
-    """Why a figure is missing, and which kernel SDPA chose: each said once, with the rows it is true of."""
+    """Return the reason for each missing figure, and the kernels of SDPA, once each with the rows they apply to."""
     where: dict[str, list[str]] = {}
     for row in rows:
         for peer, note in row["notes"].items():

@@ -1,4 +1,4 @@
-"""How long planning takes: python scripts/bench_planner.py [--devices 64 1024] [--profile flexsp-gpt-7b-a100]"""
+"""Time the planner: python scripts/bench_planner.py [--devices 64 1024] [--profile flexsp-gpt-7b-a100]"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from linear_llama3.sequence_parallel.planner import Cluster, load_profile, model
 from linear_llama3.sequence_parallel.planner.lengths import read_lengths
 from linear_llama3.sequence_parallel.planner.report import MODELS
 
-# (so many, the longest that a group holds, random numbers) -> lengths
+# (number, the longest that a group holds, random numbers) -> lengths
 LENGTHS: dict[str, Callable[[int, int, np.random.Generator], np.ndarray]] = {
     "Wikipedia's": lambda count, longest, rng: read_lengths("wikipedia", count),
     "lognormal, median 4,000": lambda count, longest, rng: rng.lognormal(8.3, 1, count),
@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="llama-3.1-8b-h100")
     parser.add_argument("--devices", type=int, nargs="+", default=[8, 64, 256, 1024])
-    parser.add_argument("--sequences", type=int, default=512, help="of a step")
+    parser.add_argument("--sequences", type=int, default=512, help="in a step")
     parser.add_argument("--max-length", type=int, default=393216)
     arguments = parser.parse_args()
 

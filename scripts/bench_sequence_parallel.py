@@ -1,4 +1,4 @@
-"""Every way of sharding side by side: messages, bytes, memory, time and error of one attention layer.
+"""Compare all strategies: messages, bytes, memory, time and error of one attention layer.
 
     python scripts/bench_sequence_parallel.py [--ranks 4 8] [--linear-lengths ...] [--softmax-lengths ...]
         [--strategies lasp2 ring/zigzag ...] [--link-rate 1gbit] [--out FILE.json] [--plot FILE.png]
@@ -54,7 +54,7 @@ CONFIGURATIONS = [
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the workers are told."""
+    """Settings of the workers."""
 
     configurations: list[str]
     linear_lengths: list[int]
@@ -69,7 +69,7 @@ class Job:
 
 
 def work(job: Job, out: Path) -> None:
-    """Measures everything; rank 0 writes the rows."""
+    """Measure everything; rank 0 writes the rows."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rows = []
@@ -77,17 +77,17 @@ def work(job: Job, out: Path) -> None:
         strategies = LINEAR_STRATEGIES if linear else SOFTMAX_STRATEGIES
         chosen = [c for c in job.configurations if c.split("/")[0] in strategies]
         for tokens in lengths if chosen else ():
-            whole = inputs(job, tokens)
-            expected = None if dist.get_rank() else one_device(whole, linear)
+            complete = inputs(job, tokens)
+            expected = None if dist.get_rank() else one_device(complete, linear)
             for configuration in chosen:
-                rows.append(measure(job, configuration, tokens, whole, expected, linear))
+                rows.append(measure(job, configuration, tokens, complete, expected, linear))
                 if dist.get_rank() == 0:
                     print(f"  W={dist.get_world_size()} T={tokens} {configuration}", file=sys.stderr, flush=True)
     if dist.get_rank() == 0:
         out.write_text(json.dumps(rows))
     dist.barrier()
     sys.stderr.flush()
-    os._exit(0)  # gloo now and then aborts at interpreter exit
+    os._exit(0)  # gloo sometimes aborts at interpreter exit
 
 
 def inputs(job: Job, tokens: int) -> dict[str, Tensor]:
@@ -96,21 +96,22 @@ def inputs(job: Job, tokens: int) -> dict[str, Tensor]:
     return {name: torch.randn(1, tokens, h, job.dim, generator=generator) for name, h in heads.items()}
 
 
-def one_device(whole: dict[str, Tensor], linear: bool) -> list[Tensor]:
-    leaves = [whole[name].clone().requires_grad_() for name in "qkv"]
+def one_device(complete: dict[str, Tensor], linear: bool) -> list[Tensor]:
+    leaves = [complete[name].clone().requires_grad_() for name in "qkv"]
     out = linear_on_one_device(*leaves)[0] if linear else sharded_softmax(*leaves, group=None)
-    return [out.detach(), *torch.autograd.grad(out, leaves, whole["w"])]
+    return [out.detach(), *torch.autograd.grad(out, leaves, complete["w"])]
 
 
 def measure(
-    job: Job, configuration: str, tokens: int, whole: dict[str, Tensor], expected: list[Tensor] | None, linear: bool
+    job: Job, configuration: str, tokens: int, complete: dict[str, Tensor], expected: list[Tensor] | None, linear: bool
 ) -> dict[str, Any]:
     strategy, layout = configuration.split("/")
     where: dict[str, Any] = {"group": dist.group.WORLD, "layout": layout}
-    local = {name: shard(x, **where).clone() for name, x in whole.items()}
+    local = {name: shard(x, **where).clone() for name, x in complete.items()}
     leaves = [local[name].requires_grad_() for name in "qkv"]
     op = sharded_linear if linear else sharded_softmax
-    times, results = [], []
+    times: list[float] = []
+    results: list[Tensor] = []
     for repeat in range(job.repeats + 1):  # the first one counts, and warms up
         results = []
         before, resident = sent_bytes(), reset_peak()
@@ -138,7 +139,7 @@ def measure(
 
 
 def error(results: list[Tensor], expected: list[Tensor] | None, where: dict[str, Any], tokens: int) -> float:
-    """Relative to the largest entry; every rank is sent its part of what one device computed."""
+    """Return the error relative to the largest entry; every rank receives its part of the result of one device."""
     worst = 0.0
     for i, got in enumerate(results):
         shape = (1, tokens, *got.shape[2:])
@@ -185,7 +186,7 @@ def summarize(
 
 
 def reset_peak() -> int:
-    """Gives freed memory back, and starts Linux's high-water mark anew; returns the resident bytes."""
+    """Return freed memory to the system, reset Linux's high-water mark, and return the resident bytes."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -205,7 +206,7 @@ def _status(name: str) -> int:
 
 
 def run_ranks(ranks: int, job: Job, link_rate: str | None) -> list[dict[str, Any]]:
-    """The rows of one number of ranks."""
+    """Return the rows of one number of ranks."""
     with (
         tempfile.TemporaryDirectory() as folder,
         slow_network(ranks, link_rate) if link_rate else nullcontext([]) as namespaces,
@@ -217,7 +218,7 @@ def run_ranks(ranks: int, job: Job, link_rate: str | None) -> list[dict[str, Any
 
 
 def print_tables(rows: list[dict[str, Any]]) -> None:
-    """Markdown, a table for each kind of layer; a cell holds the figures of all lengths. Bytes in MiB per rank."""
+    """Print a Markdown table for each kind of layer; a cell holds the figures of all lengths. Bytes in MiB per rank."""
     for kind in ("linear", "softmax"):
         chosen = [row for row in rows if row["kind"] == kind]
         if not chosen:
@@ -239,13 +240,13 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
 
 
 def _figures(values: list[float], digits: int = 2) -> str:
-    """One figure if they are all the same."""
+    """Return one figure if all are the same."""
     texts = [f"{value:.{digits}f}" for value in values]
     return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Bytes and time over the length, a line for every strategy and number of ranks."""
+    """Plot bytes and time over the length, a line for every strategy and number of ranks."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 9), layout="constrained")

@@ -1,8 +1,8 @@
-"""A training step (forward, backward, AdamW) of models of one size, beside Llama with torch's softmax attention.
+"""Compare a training step (forward, backward, AdamW) of models of one size with Llama and torch's softmax attention.
 
     python scripts/bench_training_step.py [--tokens 8192] [--models NAME ...] [--out FILE.json]
 
-The models take turns, so that a noisy machine slows all of them; medians, and the ratio to Llama.
+The models take turns, so that a noisy machine slows all of them. The output has medians and the ratio to Llama.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 
 def train_on(model: PreTrainedModel, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
-    """Seconds of one step."""
+    """Run one step and return its seconds."""
     start = time.perf_counter()
     model(ids, labels=ids, use_cache=False).loss.backward()
     optimizer.step()

@@ -1,8 +1,9 @@
-"""The loss of a recipe's new model on its first row, on as many processes as it is launched on.
+"""Print the loss and gradient norm of a recipe's new model on its first row, on the processes of the launch.
 
-    python compare_loss.py RECIPE.yaml; accelerate launch … compare_loss.py RECIPE.yaml [section.key=value …]
+    python scripts/compare_loss.py RECIPE.yaml [section.key=value ...]
+    accelerate launch ... scripts/compare_loss.py RECIPE.yaml [section.key=value ...]
 
-A launch on several processes also says how far it is from the last run on one.
+A launch on several processes also prints the difference to the last run on one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from transformers import default_data_collator, set_seed
 
 from linear_llama3.trainer import SequenceParallelAccelerator
-from linear_llama3.trainer.__main__ import leave
+from linear_llama3.trainer.command_line import leave
 from linear_llama3.trainer.data.training_rows import training_rows
 from linear_llama3.trainer.launched import join_on_cpus
 from linear_llama3.trainer.recipes.build import build_model, load_tokenizer

@@ -1,7 +1,7 @@
-# Sourced by the other scripts from the repository root: an environment in .venv with the package.
-# The argument is what pip installs: "." is the package, ".[dev]" adds the tools for tests and CI.
+# Create or update the environment .venv with the package. Other scripts source this file from the repository root.
+# The argument is the requirement for pip: "." is the package, ".[dev]" adds the tools for tests and CI.
 if [ ! -x .venv/bin/python ]; then
-  echo "Making a Python environment in .venv (once, 5 seconds)"
+  echo "Creating a Python environment in .venv (once, 5 seconds)"
   "${PYTHON:-python3}" -m venv .venv
 fi
 source .venv/bin/activate

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# From a bare machine with Python and git to a hybrid Linear-Llama3, trained on two processes that each hold half of
-# every sequence, saved, reloaded and generating. Everything it makes is in .venv and runs/quickstart.
+# Train a small hybrid on two processes that each hold half of every sequence, save it, reload it and generate text.
+# Needs Python and git. All files are written to .venv and runs/quickstart.
 #
 #   bash scripts/quickstart.sh [--fast] [section.key=value ...]
 #
-# --fast takes fewer documents, shorter rows, a smaller model and fewer steps: under 2 minutes after the installation.
-# Other arguments change the recipe: sequence_parallel.linear=lasp1 sequence_parallel.softmax=ring
+# --fast uses fewer documents, shorter rows, a smaller model and fewer steps: under 2 minutes after the installation.
+# Other arguments override recipe keys: sequence_parallel.linear=lasp1 sequence_parallel.softmax=ring
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 times=("15 seconds" "1 minute" "4 minutes" "15 seconds") # on two cores

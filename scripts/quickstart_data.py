@@ -1,4 +1,4 @@
-"""Python's standard library as long documents and as conversations, and a tokenizer: quickstart_data.py FOLDER"""
+"""Write Python's standard library as documents and conversations, and a tokenizer: quickstart_data.py FOLDER"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TURNS = 3  # questions in a conversation
 
 
 def gather(folder: Path) -> list[Path]:
-    """Copies the long modules (no tests, no generated tables) as text files."""
+    """Copy the long modules (no tests, no generated tables) as text files, and return their paths."""
     library = Path(sysconfig.get_path("stdlib"))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -32,7 +32,7 @@ def gather(folder: Path) -> list[Path]:
 
 
 def write_chats(files: list[Path], path: Path) -> int:
-    """Conversations about what functions do, answered by their documentation; returns how many."""
+    """Write conversations about functions, answered by their documentation, and return their number."""
     chats = []
     for source in files:
         tree = ast.parse(source.read_text(encoding="utf-8"))
@@ -42,13 +42,14 @@ def write_chats(files: list[Path], path: Path) -> int:
             for function in functions[first : first + TURNS]:
                 question = f"What does {function.name}({ast.unparse(function.args)}) do?"
                 messages.append({"role": "user", "content": question})
-                messages.append({"role": "assistant", "content": ast.get_docstring(function)})
+                messages.append({"role": "assistant", "content": ast.get_docstring(function) or ""})
             chats.append({"messages": messages})
     path.write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
     return len(chats)
 
 
 def train_tokenizer(files: list[Path], folder: Path) -> None:
+    """Train a byte-level BPE tokenizer and save it in `folder`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

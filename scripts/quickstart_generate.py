@@ -1,4 +1,4 @@
-"""Loads a checkpoint through the Auto classes and continues a line of Python: quickstart_generate.py FOLDER"""
+"""Load a checkpoint through the Auto classes and continue a line of Python: quickstart_generate.py FOLDER"""
 
 from __future__ import annotations
 

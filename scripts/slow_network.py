@@ -1,9 +1,9 @@
-"""A network namespace for every rank, joined by links of a limited rate (Linux, iproute2, root).
+"""Run a command with a network namespace per rank, joined by links of a limited rate (Linux, iproute2, root).
 
-    python scripts/slow_network.py RANKS RATE COMMAND ...    # RATE as of tc: 1gbit
+    python scripts/slow_network.py RANKS RATE COMMAND ...    # RATE in tc's notation: 1gbit
 
-Each namespace has one end of a veth pair; the other ends hang on a bridge in a namespace of their own. A token bucket
-filter (tbf) at both ends of a pair limits what a rank sends and what it receives.
+Each namespace has one end of a veth pair; the other ends are attached to a bridge in a separate namespace. A token
+bucket filter (tbf) at both ends of a pair limits what a rank sends and what it receives.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 PREFIX = "linearllama3"
 
 
-def explain_if_impossible() -> None:
-    """`SystemExit` with what is missing."""
+def require_network_tools() -> None:
+    """Raise SystemExit if a tool or the rights are missing."""
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
         raise SystemExit(f"--link-rate needs {' and '.join(missing)} (package iproute2), not found")
@@ -32,8 +32,8 @@ def explain_if_impossible() -> None:
 
 @contextmanager
 def slow_network(ranks: int, rate: str) -> Iterator[list[str]]:
-    """Yields the namespace of every rank; rank r has address 10.77.0.(r + 1) on the interface `eth0`."""
-    explain_if_impossible()
+    """Yield the namespace of every rank; rank r has address 10.77.0.(r + 1) on the interface `eth0`."""
+    require_network_tools()
     hub, names = f"{PREFIX}-hub", [f"{PREFIX}-{rank}" for rank in range(ranks)]
     limit = f"root tbf rate {rate} burst 256kb latency 50ms"
     try:
@@ -56,7 +56,7 @@ def slow_network(ranks: int, rate: str) -> Iterator[list[str]]:
 
 
 def start_ranks(command: list[str], ranks: int, namespaces: list[str]) -> None:
-    """Runs a command once for each rank, as torchrun does, in these namespaces if there are any, and waits for all."""
+    """Run a command once per rank, as torchrun does, in these namespaces if there are any, and wait for all."""
     shared = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     shared |= {"MASTER_ADDR": "10.77.0.1" if namespaces else "127.0.0.1", "MASTER_PORT": str(free_port())}
     if namespaces:
@@ -69,7 +69,7 @@ def start_ranks(command: list[str], ranks: int, namespaces: list[str]) -> None:
     while any(process.poll() is None for process in processes) and not any(p.poll() for p in processes):
         time.sleep(0.1)
     if failed := [rank for rank, process in enumerate(processes) if process.poll()]:
-        for process in processes:  # the others would wait for ever
+        for process in processes:  # the others would wait forever
             process.kill()
         raise SystemExit(f"ranks {failed} failed")
 
@@ -81,7 +81,7 @@ def free_port() -> int:
 
 
 def sent_bytes() -> int | None:
-    """What the kernel has sent on this namespace's link, headers included; None outside of such a namespace."""
+    """Return the bytes that the kernel has sent on this namespace's link, headers included; None outside of one."""
     counter = Path("/sys/class/net/eth0/statistics/tx_bytes")
     return int(counter.read_text()) if "GLOO_SOCKET_IFNAME" in os.environ and counter.is_file() else None
 

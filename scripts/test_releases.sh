@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests of models, generation, training and the ecosystem on the oldest and the newest releases that
+# Run the tests of models, generation, training and the ecosystem on the oldest and the newest releases that
 # pyproject.toml admits, each in a separate environment in .venv-releases/.
 #
 #   bash scripts/test_releases.sh                         # both
@@ -23,7 +23,7 @@ for release in "${releases[@]}"; do
   environment=".venv-releases/$release"
   "${PYTHON:-python3}" -m venv --clear "$environment"
   python="$environment/bin/python"
-  "$python" -m pip install --quiet packaging "tomli; python_version < '3.11'"
+  "$python" -m pip install --quiet packaging
   "$python" scripts/release_constraints.py "$release" ${TORCH:+--torch "$TORCH"} >"$environment/constraints.txt"
   echo "== $release releases: installing (a few minutes; up to 3 GB where torch comes with CUDA)"
   "$python" -m pip install --quiet --constraint "$environment/constraints.txt" torch

@@ -1,4 +1,4 @@
-"""The command `linear-llama3`: how many processes it starts, where, and what it hands on."""
+"""The command `linear-llama3`: its processes, their arguments, and mistakes that it finds before it starts them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from linear_llama3 import cli
 from linear_llama3.trainer import launched
 from linear_llama3.trainer.adaptive import profiling
 from linear_llama3.trainer.recipes.recipe import load_recipe
-from tests.trainer.test_recipe import recipe_with, write_corpus, write_tokenizer
+from tests.helpers.recipes import recipe_with, write_corpus, write_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,7 +105,9 @@ def test_more_processes_than_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "error: every process needs a GPU of its own, got processes: 4 and 2 visible GPUs" in str(done.exception)
 
 
-def test_one_process_is_this_one(tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_is_this_one(
+    tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = recipe_with(tmp_path)
     assert isinstance(run("train", recipe, "sequence_length=32").exception, Replaced)
     assert started == [["-m", "linear_llama3.trainer", str(recipe), "sequence_length=32"]]
@@ -117,7 +119,7 @@ def test_one_process_is_this_one(tmp_path: Path, started: list[list[str]], monke
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5" and "ACCELERATE_USE_CPU" not in os.environ
 
 
-def test_under_torchrun_it_is_the_trainer(
+def test_under_torchrun_the_command_becomes_the_module(
     tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -130,7 +132,7 @@ def test_under_torchrun_it_is_the_trainer(
     ]
 
 
-def test_what_another_launch_has_left(
+def test_variables_of_another_launch_are_removed(
     tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A launch of one process counts as none, so the recipe sets the number. Half a launch of eight is an error."""
@@ -153,8 +155,8 @@ def test_what_another_launch_has_left(
     assert launches == [2] and len(started) == 1
 
 
-def test_what_accelerate_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And that a signal ends in its exit code."""
+def test_accelerate_receives_processes_and_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal becomes an exit code."""
     told: list[Any] = []
 
     def launch_command(arguments: Any) -> None:
@@ -177,13 +179,14 @@ def test_what_accelerate_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def command(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, as the installed command runs it."""
+    """Run the command in its own process."""
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     line = [sys.executable, "-m", "linear_llama3.cli", *map(str, arguments)]
     return subprocess.run(line, env=os.environ | variables, capture_output=True, text=True, timeout=300)
 
 
-def test_a_launch_that_fails(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_launch_that_fails_prints_one_error_and_no_traceback(tmp_path: Path) -> None:
     """An error that only the processes can find: its message once, their exit code, and no traceback."""
     changes = ["processes=2", "training.load_best_model_at_end=true", "training.save_strategy=steps"]
     done = command("train", recipe_with(tmp_path), *changes, HF_DATASETS_CACHE=str(tmp_path / "cache"))
@@ -201,7 +204,7 @@ def test_a_launch_that_fails(tmp_path: Path) -> None:
         (-signal.SIGSEGV, (139, "was ended by signal 11 .Segmentation fault.")),
     ],
 )
-def test_how_a_process_has_ended(
+def test_the_end_of_a_process_is_described(
     exit_code: int,
     expected: tuple[int, str],
     tmp_path: Path,
@@ -237,7 +240,7 @@ def test_how_a_process_has_ended(
         (["recipe.yaml", "training.output_dir=/proc/nope"], "error: output_dir must be a folder that can be written"),
     ],
 )
-def test_what_is_refused_before_a_launch(
+def test_mistakes_are_found_before_a_launch(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe_with(tmp_path)
@@ -264,12 +267,13 @@ def test_a_profile_that_could_not_be_written_is_not_measured(
     recipe = recipe_with(tmp_path)
     assert message in str(run("profile", recipe, output).exception) and not started
     with pytest.raises(SystemExit, match=re.escape(message)):
-        profiling.main([str(recipe), output])
+        profiling.main(recipe, Path(output))
 
 
 @pytest.mark.parametrize("name", ["train", "profile", "plan", "evaluate", "needle", "generate", "chat", "serve"])
 def test_every_option_and_argument_has_a_help_text(name: str) -> None:
-    [parameters] = [c.params for key, c in typer.main.get_command(cli.app).commands.items() if key == name]
+    group: Any = typer.main.get_command(cli.app)
+    parameters = group.commands[name].params
     assert parameters and all(parameter.help for parameter in parameters)
     done = run(name, "--help")
     assert done.exit_code == 0 and all(p.help.split()[0] in done.stdout for p in parameters)

@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"": ROOT / "linear_llama3"} | {n: ROOT / n for n in ("modeling", "trainer", "model_cards")}

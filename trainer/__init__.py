@@ -1,4 +1,4 @@
-"""Training: transformers' Trainer with sequence parallelism, recipes, and what is left beside the weights."""
+"""Training: transformers' Trainer and Accelerator with sequence parallelism, recipes, checkpoints and reports."""
 
 if __name__ != "linear_llama3.trainer":
     raise ImportError("import linear_llama3.trainer, not " + __name__)
@@ -11,17 +11,22 @@ from ..modeling.releases import warn_untested
 if TYPE_CHECKING:
     from .accelerator import SequenceParallelAccelerator
     from .arguments import LinearLlama3TrainingArguments
-    from .trainer import LinearLlama3Trainer, SequenceParallelMixin
+    from .checkpoints.reliability import ReliabilityMixin
+    from .sharding import SequenceParallelMixin
+    from .trainer import LinearLlama3Trainer
 
 warn_untested("accelerate", "datasets", "peft", "trl")
 
 __all__ = [
     "LinearLlama3Trainer",
     "LinearLlama3TrainingArguments",
+    "ReliabilityMixin",
     "SequenceParallelAccelerator",
     "SequenceParallelMixin",
 ]
-_MODULES = dict(zip(__all__, ("trainer", "arguments", "accelerator", "trainer"), strict=True))
+_MODULES = dict(
+    zip(__all__, ("trainer", "arguments", "checkpoints.reliability", "accelerator", "sharding"), strict=True)
+)
 
 
 def __getattr__(name: str) -> Any:

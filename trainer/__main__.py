@@ -1,14 +1,11 @@
-"""Trains from a recipe: accelerate launch … -m linear_llama3.trainer RECIPE.yaml [section.key=value …]"""
+"""Training from a recipe: accelerate launch … -m linear_llama3.trainer RECIPE.yaml [section.key=value …]"""
 
 from __future__ import annotations
 
 import logging
-import os
-import sys
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, default_data_collator, set_seed
@@ -16,10 +13,11 @@ from transformers import PreTrainedTokenizerBase, default_data_collator, set_see
 from ..modeling.hub import CARD_NAME
 from .checkpoints import manifest
 from .checkpoints.manifest import ResumeError
+from .command_line import Changes, RecipeFile, run
 from .data.documents import load_documents
 from .data.files import DataError
-from .data.packing import collate_whole
-from .data.tokenization import unlearnt_stop
+from .data.packing import collate_documents
+from .data.tokenization import describe_missing_stop
 from .data.training_rows import training_rows, without_share
 from .failures import on_every_rank
 from .launched import fail, join_on_cpus
@@ -33,16 +31,15 @@ from .trainer import LinearLlama3Trainer
 logger = logging.getLogger(__name__)
 
 
-def main(arguments: list[str]) -> None:
-    if not arguments:
-        raise SystemExit("usage: accelerate launch … -m linear_llama3.trainer RECIPE.yaml [section.key=value …]")
+def main(recipe_file: RecipeFile, changes: Changes = None) -> None:
+    """Train a recipe in one of the processes of a launch."""
     logging.basicConfig(format="%(name)s: %(message)s")
-    logging.getLogger("linear_llama3").setLevel(logging.INFO)  # what "auto" chose, and why
+    logging.getLogger("linear_llama3").setLevel(logging.INFO)  # shows the choices of "auto" and their reasons
     try:
         join_on_cpus()
-        recipe = load_recipe(arguments[0], arguments[1:])
+        recipe = load_recipe(recipe_file, changes or [])
         trainer = build_trainer(recipe)
-    except (ValueError, ImportError) as error:  # the user's; later ones keep their traceback
+    except (ValueError, ImportError) as error:  # mistakes of the user; later errors keep their traceback
         fail(error)
     except NothingLeft as finished:
         if PartialState().is_main_process:
@@ -77,7 +74,7 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
         rows, validation_rows = make_rows(recipe, tokenizer)
     collator = default_data_collator
     if recipe.data.packing == "none":
-        collator = partial(collate_whole, padding=tokenizer.pad_token_id or 0)
+        collator = partial(collate_documents, padding=tokenizer.pad_token_id or 0)
     trainer = LinearLlama3Trainer(
         model=build_model(recipe, tokenizer),
         args=args,
@@ -122,7 +119,7 @@ def warn_of_missing_stop(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
     """Warn if the chat template does not teach the model to stop: the loss of such a run looks healthy."""
     tokenizer, ends = trainer.processing_class, trainer.model.generation_config.eos_token_id
     stops = {ends} if isinstance(ends, int) else set(ends or [])
-    ending = unlearnt_stop(next(iter(load_documents(recipe.data))), tokenizer, stops)
+    ending = describe_missing_stop(next(iter(load_documents(recipe.data))), tokenizer, stops)
     if ending is not None:
         template = recipe.data.chat_template or f"of the tokenizer {recipe.tokenizer}"
         logger.warning(
@@ -137,7 +134,7 @@ def warn_of_missing_stop(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
 
 
 def describe(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
-    """Says once what is trained on which grid of processes."""
+    """Print once the model, the data and the grid of processes."""
     if not trainer.is_world_process_zero():
         return
     length, context, rows = recipe.sequence_length, trainer.sequence_parallel_context, trainer.train_dataset
@@ -145,7 +142,7 @@ def describe(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
     parameters = f"{total / 1e6:.1f}M parameters" + (f", {trained / 1e6:.2f}M trained" if trained < total else "")
     number = "a stream of" if isinstance(rows, IterableDataset) else len(rows)
     print(f"{parameters}, {number} rows of {'up to ' if recipe.data.packing == 'none' else ''}{length} tokens")
-    if trainer.adapts:
+    if trainer.adaptive_groups is not None:
         print(f"{_grid(trainer)}, planned for every step of {trainer.get_total_train_batch_size(trainer.args)} rows")
         return
     ranks, layout = (1, "contiguous") if context is None else (context.world_size, context.layout)
@@ -157,7 +154,7 @@ def describe(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
 
 
 def save(trainer: LinearLlama3Trainer) -> None:
-    """The whole weights, tokenizer and state, also where FSDP2's checkpoints are sharded (its default)."""
+    """Save complete weights, tokenizer and state, even if FSDP2's checkpoints are sharded (its default)."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None:  # sharded, Trainer would leave the weights out
         plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -166,10 +163,10 @@ def save(trainer: LinearLlama3Trainer) -> None:
 
 
 def write_report(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
-    """Plot and model card beside the weights."""
+    """Write plot and model card next to the weights."""
     folder, state = Path(trainer.args.output_dir), trainer.state
     tokens = trainer.get_total_train_batch_size(trainer.args) * recipe.sequence_length
-    if trainer.adapts:
+    if trainer.adaptive_groups is not None:
         tokens = state.num_input_tokens_seen // max(state.global_step, 1)
     facts = {
         "processes": _grid(trainer),
@@ -187,24 +184,12 @@ def write_report(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
 
 
 def _grid(trainer: LinearLlama3Trainer) -> str:
-    if trainer.adapts:
-        degrees = ", ".join(map(str, sorted(trainer.costs.by_degree)))
+    if trainer.adaptive_groups is not None:
+        degrees = ", ".join(map(str, sorted(trainer.adaptive_groups.costs.by_degree)))
         return f"adaptive groups of {degrees} of {trainer.args.world_size} processes"
     ranks = 1 if trainer.sequence_parallel_context is None else trainer.sequence_parallel_context.world_size
     return f"{trainer.args.world_size // ranks} data-parallel x {ranks} sequence-parallel processes"
 
 
-def leave() -> None:
-    """Ends a process of several: after an orderly goodbye gloo may still abort at interpreter exit."""
-    if not dist.is_initialized():
-        return
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
-    leave()
+    run(main)

@@ -1,4 +1,4 @@
-"""Accelerate for one's own training loop, every sequence spread over several processes."""
+"""An Accelerator that shards every sequence over several processes, for custom training loops and for the Trainer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,21 @@ from torch import nn
 from ..ops.cross_entropy import IGNORE_INDEX
 from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
 from .launched import check_launch, launched_processes
-from .parallelism import PeerCheck, attach, hidden_parallelism, keep_precision, resolve_parallelism, uses_fsdp
-from .rows import ReplicaScheduler
+from .parallelism import (
+    PeerCheck,
+    install_cp_mesh,
+    keep_precision,
+    resolve_parallelism,
+    uses_fsdp,
+    without_parallelism_env,
+)
+from .rows import ReplicaScheduler, gather_rows
+
+
+def bare_model(accelerator: Accelerator, model: Any) -> Any:
+    """Return a model without the wrappers of accelerate and PEFT."""
+    model = accelerator.unwrap_model(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class SequenceParallelAccelerator(Accelerator):
@@ -35,7 +48,7 @@ class SequenceParallelAccelerator(Accelerator):
 
     Args:
         sequence_parallel_size: processes that share every sequence; "auto" takes all of the launch. accelerate's
-            own setting (`parallelism_config`, `PARALLELISM_CONFIG_CP_SIZE`) goes before it.
+            own setting (`parallelism_config`, `PARALLELISM_CONFIG_CP_SIZE`) takes precedence.
         sequence_parallel_config: strategies and layout.
         parallelism_config, kwargs: accelerate's.
 
@@ -53,7 +66,7 @@ class SequenceParallelAccelerator(Accelerator):
         parallelism_config: ParallelismConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        # before the process group is there: building it is left to accelerate, with the caller's kwargs_handlers
+        # accelerate builds the process group below, with the caller's kwargs_handlers
         if PartialState._shared_state:
             check_launch(PartialState().num_processes)
         parallelism = resolve_parallelism(parallelism_config, sequence_parallel_size, launched_processes())
@@ -62,17 +75,32 @@ class SequenceParallelAccelerator(Accelerator):
             super().__init__(*args, parallelism_config=parallelism_config, **kwargs)
         else:
             visible = parallelism if uses_fsdp(kwargs.get("fsdp_plugin"), cpu=cpu) else None
-            with hidden_parallelism():
+            with without_parallelism_env():
                 super().__init__(*args, parallelism_config=visible, **kwargs)
         check_launch(self.num_processes)
         keep_precision(self)
-        self._check_peers, self._causal = PeerCheck(), True
+        self._causal = True
+        self.restart_peer_check()
         if parallelism is not None:
             config = sequence_parallel_config or SequenceParallelConfig()
-            self.sequence_parallel_context = attach(self, parallelism, config)
+            self.sequence_parallel_context = SequenceParallelContext(install_cp_mesh(self, parallelism), config)
+
+    def restart_peer_check(self) -> None:
+        """Compare the batches of the ranks of a sequence again from the next one on, as at the start of a run."""
+        self._check_peers = PeerCheck()
+
+    def _prepare_cp(self, *args: Any) -> Any:
+        """Return what is prepared unchanged: accelerate would shard softmax attention, and refuse linear attention."""
+        return args
+
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """Gather like Accelerator's, with every row of the dataset once (`rows.gather_rows`)."""
+        if self._ranks == 1:
+            return super().gather_for_metrics(input_data, use_gather_object)
+        return gather_rows(self, self._ranks, input_data, use_gather_object)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
-        """As Accelerator's; models also get the sequence-parallel context."""
+        """Prepare like Accelerator's; models also get the sequence-parallel context."""
         for model in args:
             if isinstance(model, nn.Module):
                 self._causal &= getattr(getattr(model, "config", None), "is_causal", True)
@@ -94,7 +122,7 @@ class SequenceParallelAccelerator(Accelerator):
         return self._schedulers[-1]
 
     def shard_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """This process's part of a batch from a prepared loader (`SequenceParallelContext.shard_batch`)."""
+        """Return this process's part of a batch from a prepared loader (`SequenceParallelContext.shard_batch`)."""
         context = self.sequence_parallel_context
         if context is None:
             return batch
@@ -102,10 +130,10 @@ class SequenceParallelAccelerator(Accelerator):
         return context.shard_batch(batch)
 
     def num_items(self, *batches: dict[str, Any]) -> float:
-        """The model's `num_items_in_batch` for the (uncut) batches that this process accumulates in one optimizer step.
+        """Return the model's `num_items_in_batch` for the complete batches that this process accumulates in one step.
 
-        It is the number of labels in all processes' batches, divided by what the gradients will be divided by: the
-        number of processes, and accelerate's gradient accumulation steps. They become those of the mean over all
+        It is the number of labels in all processes' batches, divided by the number of processes and by accelerate's
+        gradient accumulation steps, since the gradients are divided by both: they become those of the mean over all
         labels. It is a Python number, since mixed precision would round a floating-point tensor.
         """
         first = 1 if self._causal else 0  # nothing predicts the first token of a causal model

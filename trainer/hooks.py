@@ -1,4 +1,4 @@
-"""The private interfaces of transformers' Trainer, accelerate and TRL that training overrides or reads."""
+"""Checks of what training overrides or reads in transformers, accelerate and TRL, and of what users override in it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 from ..modeling.releases import check_hooks
 
 TRAINER_HOOKS = {
+    "_build_accelerator_args": (),
     "_get_grad_norm": ("model", "grad_norm"),
     "_get_num_items_in_batch": ("batch_samples", "device"),
     "_init_training_state": (
@@ -17,7 +18,6 @@ TRAINER_HOOKS = {
     "_issue_warnings_after_load": ("load_result",),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_rng_state": ("checkpoint",),
-    "_maybe_log_save_evaluate": ("tr_loss",),
     "_prepare_context_parallel_inputs": ("model", "inputs"),
     "_prepare_inputs": ("inputs",),
     "_push_from_checkpoint": ("checkpoint_folder",),
@@ -40,7 +40,6 @@ TRAINER_HOOKS = {
 }  # fmt: skip
 TRAINER_ATTRIBUTES = (
     "_globalstep_last_logged",
-    "_total_loss_scalar",
     "_tr_loss",
     "gather_function",
     "label_smoother",
@@ -62,8 +61,34 @@ def check_trainer(trainer: type) -> None:
     check_hooks(TrainingArguments, {}, ("accelerator_config", "enable_jit_checkpoint", "fsdp_plugin_args"))
 
 
+READ_SHARDS = ("compute_loss", "_prepare_inputs")  # Trainer's methods that receive one rank's part of a batch
+RIGHT_FOR_SHARDS = (__package__, "transformers.trainer", "trl.trainer.sft_trainer")  # modules whose methods handle it
+
+
+def check_overrides(trainer: type) -> None:
+    """Raise ValueError if a class overrides a method that receives a part of a batch, without setting `handles_shards`.
+
+    In a part, logits end at the cut, labels lack their neighbors, and the mean over a part is not the mean.
+    """
+    for owner in trainer.__mro__:
+        methods = [name for name in READ_SHARDS if name in vars(owner)]
+        known = any(owner.__module__ == name or owner.__module__.startswith(f"{name}.") for name in RIGHT_FOR_SHARDS)
+        if methods and not known and not vars(owner).get("handles_shards", False):
+            raise ValueError(
+                f"under sequence parallelism {' and '.join(methods)} must know that a rank holds a part of every "
+                f"sequence, got {owner.__name__}'s own; set model.loss_function instead (called with shift_labels and "
+                "num_items_in_batch; needs chunked_loss=False), or set handles_shards = True in that class if it is "
+                "correct for a part, for example if it returns what super() returns, or train with "
+                "sequence_parallel_size=1"
+            )
+
+
 _PACKAGE = __name__.partition(".")[0]
 
-check_hooks(Accelerator, {"_prepare_cp": ()}, ("_is_accelerate_prepared", "gradient_state", "parallelism_config"))
+check_hooks(
+    Accelerator,
+    {"_prepare_cp": (), "gather_for_metrics": ("input_data", "use_gather_object")},
+    ("_is_accelerate_prepared", "gradient_state", "parallelism_config"),
+)
 check_hooks(PartialState, {}, ("_shared_state",))
 check_hooks(GradientState, {}, ("end_of_dataloader", "remainder"))

@@ -1,9 +1,9 @@
-"""How many processes share a sequence, and telling accelerate so.
+"""The grid of processes (data-parallel, sequence-parallel) in accelerate's terms, and checks of what runs on it.
 
-The degree is accelerate's own context-parallel setting, mesh axis `cp`, the innermost one. accelerate refuses that
-axis without FSDP2, for models with linear attention, and on CPUs, because of what its own context parallelism can
-do; ours needs none of it. So, except under FSDP2, the axis is attached once the Accelerator is built; and in every
-case its hook that would shard softmax attention (`_prepare_cp`) passes everything through.
+The sequence-parallel degree is accelerate's own context-parallel setting: `cp`, the innermost mesh axis. accelerate
+refuses that axis without FSDP2, for models with linear attention and on CPUs, since its own context parallelism shards
+softmax attention only. Ours has no such limit, so the mesh is installed after the Accelerator is built (except under
+FSDP2, which needs it before).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,32 +22,29 @@ from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed import DeviceMesh
+from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ..sequence_parallel import LAYOUTS, SequenceParallelConfig, SequenceParallelContext
+from ..sequence_parallel import LAYOUTS, SequenceParallelContext
 from ..sequence_parallel.collectives import fingerprints
-from .rows import gather_rows
 
 logger = logging.getLogger(__name__)
 
 REFUSED_ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
-READ_SHARDS = ("compute_loss", "_prepare_inputs")  # Trainer's methods that receive one rank's part of a batch
-RIGHT_FOR_SHARDS = (__package__, "transformers.trainer", "trl.trainer.sft_trainer")  # modules; else `handles_shards`
 _FLAG = "ACCELERATE_USE_PARALLELISM_CONFIG"
 
 
 def resolve_parallelism(given: ParallelismConfig | None, size: int | str, processes: int) -> ParallelismConfig | None:
-    """The processes as a grid (data-parallel, cp), or None where every sequence stays on one process.
+    """Return the grid of processes (data-parallel, cp), or None if every sequence stays on one process.
 
     Args:
-        given: accelerate's setting, if the caller has one; else `PARALLELISM_CONFIG_CP_SIZE` of the environment
-            (which `accelerate launch --parallelism_config_cp_size` sets) counts; else `size`.
+        given: accelerate's setting, if the caller has one. It takes precedence over `PARALLELISM_CONFIG_CP_SIZE` in the
+            environment (set by `accelerate launch --parallelism_config_cp_size`), and this over `size`.
         size: the sequence-parallel degree, or "auto" for all processes.
-        processes: of the whole launch.
+        processes: number of processes of the launch.
 
     Raises:
-        ValueError: a degree that does not divide the processes, or another axis than data-parallel beside cp.
+        ValueError: the degree does not divide the processes, or the grid has another axis than data-parallel and cp.
     """
     if given is None and "PARALLELISM_CONFIG_CP_SIZE" in os.environ:
         given = ParallelismConfig()
@@ -67,11 +63,11 @@ def resolve_parallelism(given: ParallelismConfig | None, size: int | str, proces
     for axis, axis_size in (("tp", given.tp_size), ("sp", given.sp_size)):
         if axis_size > 1:
             raise ValueError(
-                f"sequence parallelism goes with data parallelism only, got {axis}_size = {axis_size}; set it to 1"
+                f"sequence parallelism combines with data parallelism only, got {axis}_size = {axis_size}; set it to 1"
             )
     if given.total_size == processes:
         return given
-    # Only the degree was said: the rest is data-parallel. accelerate wants that in dp_shard, under DDP too.
+    # Only the degree was given: the rest is data-parallel. accelerate requires it in dp_shard, under DDP too.
     if given.total_size != degree:
         raise ValueError(
             f"the parallel sizes must multiply to the {processes} processes, got dp_replicate "
@@ -81,12 +77,12 @@ def resolve_parallelism(given: ParallelismConfig | None, size: int | str, proces
 
 
 def local_tokens(length: int, ranks: int, layout: str) -> int:
-    """Of a row, on each of the ranks that share it, padding included."""
+    """Return the tokens of a row on each of the ranks that share it, padding included."""
     return LAYOUTS[layout].padded(length, ranks) // ranks if ranks > 1 else length
 
 
 def describe_grid(processes: int, ranks: int, tokens: int) -> str:
-    """For the terminal: which processes share a sequence, and how many tokens of it each one has."""
+    """Describe the grid for the terminal: the processes that share a sequence, and the tokens on each of them."""
     lines = [
         f"{processes // ranks} data-parallel x {ranks} sequence-parallel processes, {tokens:,} tokens of every row each"
     ]
@@ -111,13 +107,13 @@ def check_dtypes(model: nn.Module, mixed_precision: str) -> None:
 
 
 def uses_fsdp(plugin: object, *, cpu: bool) -> bool:
-    """FSDP by a plugin's settings or by `accelerate launch --use_fsdp`; accelerate ignores both on CPUs."""
+    """Return True for FSDP by a plugin or by `accelerate launch --use_fsdp`; accelerate ignores both on CPUs."""
     return not cpu and (plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true")
 
 
 @contextlib.contextmanager
-def hidden_parallelism() -> Iterator[None]:
-    """Keeps accelerate from building a parallelism config of its own while an Accelerator is made."""
+def without_parallelism_env() -> Iterator[None]:
+    """Keep accelerate from building a parallelism config of its own while an Accelerator is made."""
     flag = os.environ.pop(_FLAG, None)
     try:
         yield
@@ -126,16 +122,19 @@ def hidden_parallelism() -> Iterator[None]:
             os.environ[_FLAG] = flag
 
 
-def attach(
-    accelerator: Accelerator, parallelism: ParallelismConfig, config: SequenceParallelConfig
-) -> SequenceParallelContext:
-    """Gives a built accelerator the grid, and returns this process's sequence-parallel context."""
-    state = accelerator.state
-    if state.distributed_type in REFUSED_ENGINES:
+def check_engine(accelerator: Accelerator) -> None:
+    """Raise ValueError unless the model is wrapped by DDP, FSDP2 or nothing."""
+    if (engine := accelerator.state.distributed_type) in REFUSED_ENGINES:
         raise ValueError(
-            f"sequence parallelism goes with DDP and FSDP2, got {state.distributed_type.value}; launch with "
-            "--multi_gpu or with --use_fsdp --fsdp_version 2"
+            f"sequence parallelism works with DDP and FSDP2, got {engine.value}; launch with --multi_gpu or with "
+            "--use_fsdp --fsdp_version 2"
         )
+
+
+def install_cp_mesh(accelerator: Accelerator, parallelism: ParallelismConfig) -> ProcessGroup:
+    """Give accelerate's shared state the grid, and return the process group of this rank's sequences."""
+    check_engine(accelerator)
+    state = accelerator.state
     if state.parallelism_config is None:
         state.parallelism_config = parallelism
         state.device_mesh = parallelism.get_device_mesh(accelerator.device.type)
@@ -144,11 +143,9 @@ def attach(
             "all accelerators of a process share one sequence-parallel degree (cp), got "
             f"{parallelism.cp_size} after {state.parallelism_config.cp_size}"
         )
-    accelerator._prepare_cp = lambda *objects: objects
-    accelerator.gather_for_metrics = partial(gather_rows, accelerator, parallelism.cp_size)
     if accelerator.is_main_process:
         warn_across_nodes(sequence_groups(state.device_mesh))
-    return SequenceParallelContext(state.device_mesh["cp"].get_group(), config)
+    return state.device_mesh["cp"].get_group()
 
 
 def keep_precision(accelerator: Accelerator) -> None:
@@ -175,14 +172,14 @@ def keep_precision(accelerator: Accelerator) -> None:
 
 
 def sequence_groups(mesh: DeviceMesh) -> list[list[int]]:
-    """The global ranks of every sequence-parallel group."""
+    """Return the global ranks of every sequence-parallel group."""
     axis = (mesh.mesh_dim_names or ()).index("cp")
     return mesh.mesh.movedim(axis, -1).reshape(-1, mesh.shape[axis]).tolist()
 
 
 def warn_across_nodes(groups: list[list[int]]) -> None:
-    """A warning if a group's exchange leaves a node; known where LOCAL_WORLD_SIZE is, so to torchrun and accelerate."""
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # torchrun numbers the ranks of a node in a row
+    """Warn of groups that cross nodes, if the launcher sets LOCAL_WORLD_SIZE (torchrun and accelerate do)."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # the ranks of a node are consecutive
     across = [group for group in groups if per_node and len({rank // per_node for rank in group}) > 1]
     if across:
         logger.warning(
@@ -194,36 +191,19 @@ def warn_across_nodes(groups: list[list[int]]) -> None:
 
 
 def set_timeout(accelerator: Accelerator, seconds: float) -> None:
-    """How long a collective waits for other processes: torch gives the groups of a mesh its own default, and
-    TrainingArguments' ddp_timeout does not reach any group on CPUs."""
+    """Set how long collectives wait for other processes.
+
+    torch gives the groups of a mesh its own default, and TrainingArguments' ddp_timeout reaches no group on CPUs.
+    """
     if not dist.is_initialized():
         return
     mesh = accelerator.state.device_mesh
     for group in [dist.group.WORLD, *(mesh.get_all_groups() if mesh is not None else ())]:
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)  # what torchtitan uses as well
-
-
-def check_overrides(trainer: type) -> None:
-    """Raise ValueError if a class overrides a method that receives a part of a batch, without setting `handles_shards`.
-
-    In a part, logits end at the cut, labels lack their neighbours, and the mean over a part is not the mean.
-    """
-    for owner in trainer.__mro__:
-        methods = [name for name in READ_SHARDS if name in vars(owner)]
-        known = any(owner.__module__ == name or owner.__module__.startswith(f"{name}.") for name in RIGHT_FOR_SHARDS)
-        if methods and not known and not vars(owner).get("handles_shards", False):
-            raise ValueError(
-                f"under sequence parallelism {' and '.join(methods)} must know that a rank holds a part of every "
-                f"sequence, got {owner.__name__}'s own; set model.loss_function instead (called with shift_labels and "
-                "num_items_in_batch; needs chunked_loss=False), or set handles_shards = True in that class if it is "
-                "correct for a part, for example if it returns what super() returns, or train with "
-                "sequence_parallel_size=1"
-            )
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)  # torchtitan uses it, too
 
 
 class PeerCheck:
-    """Compares the batches of the ranks of a sequence: the first one of a run and, because streams may part later,
-    the second, the fourth, the eighth and so on."""
+    """Compare the batches of the ranks of a sequence: batch 1, 2, 4, 8 and so on, since streams may diverge later."""
 
     def __init__(self) -> None:
         self.batches = 0
@@ -235,19 +215,19 @@ class PeerCheck:
 
 
 def check_peers(context: SequenceParallelContext, batch: Mapping[str, Any]) -> None:
-    """ValueError, on all ranks, unless all ranks of a sequence-parallel group hold the same tokens."""
+    """Raise ValueError on all ranks unless all ranks of a sequence-parallel group hold the same tokens."""
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
     if context.group is None or tokens is None:
         return
     hashes = fingerprints(tokens, context.group)
     if len(set(hashes)) > 1:
         raise ValueError(
-            f"all ranks of a sequence must load the same batch, got others: rank {context.rank} of "
+            f"all ranks of a sequence must load the same batch, got different ones: rank {context.rank} of "
             f"{context.world_size}, hashes of input_ids {[f'{h % 2**64:016x}' for h in hashes]}; for an iterable "
             "dataset set accelerator_config={'dispatch_batches': False}, and seed all samplers alike"
         )
 
 
 def is_sharded_by(model: nn.Module, context: SequenceParallelContext) -> bool:
-    """Whether `context` is enabled on `model`."""
+    """Return True if `context` is enabled on `model`."""
     return any(getattr(module, "sequence_parallel_context", None) is context for module in model.modules())

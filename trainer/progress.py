@@ -1,4 +1,4 @@
-"""What a run shows while it goes: speed for the log entries (and so for every tracker), and one progress bar."""
+"""Progress of a run: throughput for log entries (and so for every tracker), and one progress bar."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from transformers import ProgressCallback, TrainerCallback, TrainerState, Traini
 from ..modeling.flops import peak_flops
 
 
-class SpeedMeter(TrainerCallback):
-    """Tokens and FLOPs a second between two log entries, without the time of evaluations and saves.
+class ThroughputCallback(TrainerCallback):
+    """Measures tokens and FLOPs per second between two log entries, without the time of evaluations and saves.
 
-    Waiting for data is part of it. Its values of the first entry include what happens once, as compiling kernels.
+    Waiting for data is included, and compilation of kernels in the first entry.
     """
 
     def __init__(self) -> None:
@@ -35,8 +35,11 @@ class SpeedMeter(TrainerCallback):
     on_save = on_evaluate
 
     def read(self, args: TrainingArguments, state: TrainerState) -> dict[str, float]:
-        """`tokens_per_second` of all devices (where tokens are counted), `tflops_per_device`, and `mfu` where the
-        device's peak is known, since the last reading; then starts anew."""
+        """Return the throughput since the last reading.
+
+        `tokens_per_second` of all devices (if tokens are counted), `tflops_per_device`, and `mfu` (if the device's peak
+        is known).
+        """
         now = time.perf_counter()
         seconds = now - self._start
         tokens, flops = state.num_input_tokens_seen - self._tokens, state.total_flos - self._flops
@@ -52,7 +55,7 @@ class SpeedMeter(TrainerCallback):
 
 
 class ProgressBar(ProgressCallback):
-    """Trainer's bar on the first process, with loss, speed and memory; its lines too where no terminal shows a bar."""
+    """Trainer's bar on the first process, with loss, speed and memory; without a terminal, log lines as well."""
 
     def on_log(
         self,
@@ -70,7 +73,7 @@ class ProgressBar(ProgressCallback):
 
 
 def summary(logs: dict[str, Any]) -> str:
-    """A log entry in one short line."""
+    """Return a log entry as one short line."""
     parts = {
         "loss": "loss {:.4f}",
         "tokens_per_second": "{:,.0f} tokens/s",

@@ -18,7 +18,7 @@ def gather_rows(accelerator: Accelerator, ranks: int, input_data: Any, use_gathe
     because of the copies.
 
     Args:
-        ranks: number of neighbouring ranks that share a sequence.
+        ranks: number of adjacent ranks that share a sequence.
         input_data: nested tensors `[rows, ...]`, the same on all ranks of a sequence, or a list with one object per
             row. A tensor without dimensions belongs to the process; those of all processes are returned.
         use_gather_object: gather nested tensors as objects, too.

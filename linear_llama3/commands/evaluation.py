@@ -1,6 +1,6 @@
-"""The loss of a model on text: its mean, and whether it keeps falling with context.
+"""Loss of a model on text: its mean, and its course over the tokens of context.
 
-On one process, or with every row spread over all processes of the launch, with the same numbers:
+One process, or all processes of a launch with every row sharded over them, give the same numbers:
 
     linear-llama3 evaluate MODEL book.txt --length 32768 --output runs/evaluation
     torchrun --nproc_per_node 8 -m linear_llama3.commands.evaluation MODEL book.txt --length 1048576
@@ -28,8 +28,8 @@ from ..ops.cross_entropy import IGNORE_INDEX
 from ..ops.precision import working_dtype
 from ..sequence_parallel import SequenceParallelContext, enable_sequence_parallel
 from ..sequence_parallel.collectives import all_reduce
+from ..trainer.command_line import run, user_errors
 from ..trainer.launched import join_on_cpus
-from .command_line import run, user_errors
 
 PIECE = 2048  # tokens whose logits exist at once
 BUCKETS = 63  # powers of two in an int64
@@ -38,24 +38,24 @@ NAME = "loss_by_context"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenScores:
-    """Of the targets among this rank's tokens: all are `[n]`."""
+    """Scores of the n targets among this rank's tokens; all tensors are `[n]`."""
 
     loss: Tensor  # at least float32
     correct: Tensor  # bool: the target has the highest logit
-    context: Tensor  # int64: tokens of its document before the target
-    document: Tensor  # int64: number of its document in the batch
+    context: Tensor  # int64: preceding tokens in the target's document
+    document: Tensor  # int64: number of the target's document in the batch
     documents: int  # number of documents in the batch, on all ranks together
 
 
 def score_tokens(model: nn.Module, batch: Mapping[str, Any]) -> TokenScores:
-    """What a causal model makes of the targets of a batch.
+    """Score the targets of a batch with a causal model.
 
-    A model under a sequence-parallel context (`enable_sequence_parallel`) scores this rank's part of every row; all
-    ranks of the sequence give the same batch.
+    A model under a sequence-parallel context (`enable_sequence_parallel`) scores this rank's shard of every row; all
+    ranks of the sequence pass the same batch.
 
     Args:
-        model: a LinearLlama3ForCausalLM, or a LlamaForCausalLM to compare with.
-        batch: as `SequenceParallelContext.shard_batch` takes it; `labels` are by default all tokens that the
+        model: a LinearLlama3ForCausalLM, or a LlamaForCausalLM for comparison.
+        batch: a batch for `SequenceParallelContext.shard_batch`. `labels` default to all tokens that the
             `attention_mask` shows. `position_ids` start from 0 in every document.
     """
     from ..trainer.parallelism import check_peers  # imports accelerate, which the command line's help does not need
@@ -91,7 +91,7 @@ def known_model(model: nn.Module) -> LinearLlama3ForCausalLM | LlamaForCausalLM:
     """Return the model; raise ValueError if it is of a class that the evaluation does not know."""
     if not isinstance(model, LinearLlama3ForCausalLM | LlamaForCausalLM):
         raise ValueError(
-            f"the evaluation takes a LinearLlama3ForCausalLM or a LlamaForCausalLM, got a {type(model).__name__}; "
+            f"the model must be a LinearLlama3ForCausalLM or a LlamaForCausalLM, got a {type(model).__name__}; "
             "merge adapters with merge_and_unload() first"
         )
     return model
@@ -127,7 +127,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def sum_over_ranks(model: nn.Module, x: Tensor) -> Tensor:
-    """The sum of what the ranks of a sequence have."""
+    """Return the sum of `x` over the ranks of a sequence."""
     context = getattr(model.model, "sequence_parallel_context", None)
     return x if context is None or context.group is None else all_reduce(x, context.group).wait()
 
@@ -185,7 +185,7 @@ def _mean(sums: Tensor) -> dict[str, Any]:
 
 
 def plot_loss_by_context(buckets: list[dict[str, float]], path: Path) -> None:
-    """The loss over the tokens of context, on a logarithmic scale, as a PNG."""
+    """Plot the loss over the tokens of context, on a logarithmic scale, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.8), layout="constrained")
@@ -207,7 +207,7 @@ def check_inputs(model: str, output: Path) -> None:
 
 
 def load_for_evaluation(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase, bool]:
-    """Model and tokenizer of a folder or Hub name, every row spread over the launch; and whether to write results."""
+    """Return model and tokenizer, with rows sharded over the launch, and True on the process that writes results."""
     from ..trainer.accelerator import SequenceParallelAccelerator
 
     join_on_cpus()
@@ -224,11 +224,10 @@ def plus_minus(value: float, error: float | None, digits: int) -> str:
 
 def check_evaluation(model: str, files: list[str], output: Path, **_: Any) -> None:
     """Raise ValueError for invalid arguments of `evaluate`."""
-    from ..trainer.data.documents import find_files
-    from ..trainer.recipes.recipe import DataRecipe
+    from ..trainer.data.files import expand
 
     check_inputs(model, output)
-    find_files(DataRecipe(files=files))
+    expand(files, "FILE...")
 
 
 def evaluate(

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from ..modeling.loading import load_model, load_tokenizer_of
-from .command_line import user_errors
+from ..trainer.command_line import user_errors
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a causal language model.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")]

@@ -1,7 +1,8 @@
-"""A needle in a haystack: does the model find one fact in a long text, wherever it stands?
+"""Needle in a haystack: the share of facts that a model finds in a long text, by length and depth.
 
-A number hidden at some depth of generated text is asked for at its end. The answer counts if each of its tokens has the
-highest logit behind the ones before it, which is to say, if greedy generation gives it.
+A number is hidden at some depth of a generated text, whose end asks for it. The answer is right if each of its tokens
+has the highest logit after the preceding ones, as in greedy generation. lm_eval has such tasks (RULER), but runs them
+on one process: here every haystack is sharded over all processes of the launch.
 
     linear-llama3 needle MODEL --length 4096 --length 131072 --output runs/evaluation
     torchrun --nproc_per_node 8 -m linear_llama3.commands.needle MODEL --length 4096 --length 131072
@@ -24,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..modeling.loading import load_config, load_tokenizer
 from ..ops.cross_entropy import IGNORE_INDEX
-from .command_line import run, user_errors
+from ..trainer.command_line import run, user_errors
 from .evaluation import check_inputs, load_for_evaluation, plus_minus, score_tokens, sum_over_ranks
 
 NAME = "needle"
@@ -43,10 +44,10 @@ CITIES = ("Lisbon", "Nairobi", "Kyoto", "Quito", "Tbilisi", "Oslo", "Hanoi", "Da
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Haystack:
-    """Tokens, of which the last ones are the answer."""
+    """Tokens that end in the answer."""
 
     tokens: list[int]
-    answer: int  # how many
+    answer: int  # number of tokens in the answer
 
 
 Generator = Callable[[int, float, random.Random], Haystack]
@@ -54,14 +55,14 @@ Generator = Callable[[int, float, random.Random], Haystack]
 
 
 def text_haystack(tokenizer: PreTrainedTokenizerBase) -> Generator:
-    """Plain sentences with "The secret number of Oslo is 4071623." among them, and the same again at the end."""
+    """Return a generator of sentences with "The secret number of Oslo is 4071623." among them and at the end."""
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def generate(length: int, depth: float, source: random.Random) -> Haystack:
         asked = encode(f" The secret number of {source.choice(CITIES)} is")
-        answer = encode(f" {source.randrange(10**6, 10**7)}")  # encoded alone, so that both times it is the same tokens
+        answer = encode(f" {source.randrange(10**6, 10**7)}")  # encoded alone, for the same tokens in both places
         needle = [*asked, *answer, *encode(".")]
         start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         room = _room(length, len(start) + len(needle) + len(asked) + len(answer))
@@ -78,9 +79,11 @@ def text_haystack(tokenizer: PreTrainedTokenizerBase) -> Generator:
 
 
 def token_haystack(vocab_size: int, answer: int = 1) -> Generator:
-    """Random tokens with (marker, key, value ...) among them, and the same again at the end: for models that were
-    trained on token ids. The marker is the last token of the vocabulary and stands nowhere else; a guess is right with
-    a chance of 1 / (vocab_size - 1) for each token of the answer."""
+    """Return a generator of random tokens with (marker, key, value ...) among them and at the end.
+
+    It suits models that were trained on token ids. The marker is the last token of the vocabulary and occurs only
+    there; a guess is right with probability 1 / (vocab_size - 1) for each token of the answer.
+    """
     if vocab_size < 3 or answer < 1:
         raise ValueError(
             "a haystack of tokens needs a marker, two further tokens and an answer, got "
@@ -111,9 +114,9 @@ def needle_accuracy(
     samples: int = 8,
     seed: int = 0,
 ) -> list[dict[str, float]]:
-    """The share of needles that the model finds, for every length and depth.
+    """Return the share of needles that the model finds, for every length and depth.
 
-    A model under a sequence-parallel context reads every haystack together with the other ranks.
+    A model under a sequence-parallel context reads its shard of every haystack.
 
     Returns:
         `length`, `depth`, `samples`, `accuracy` with its `standard_error`, and `loss`, the mean over the tokens of the
@@ -122,7 +125,7 @@ def needle_accuracy(
     """
     source, device = random.Random(seed), next(model.parameters()).device
     cells = [(length, depth) for length in lengths for depth in depths]
-    found = torch.zeros(len(cells), samples, 3, dtype=torch.float64, device=device)  # right tokens, loss, tokens
+    found = torch.zeros(len(cells), samples, 3, dtype=torch.float64, device=device)  # correct tokens, loss, tokens
     for cell, (length, depth) in enumerate(cells):
         for sample in range(samples):
             hay = generate(length, depth, source)
@@ -130,8 +133,9 @@ def needle_accuracy(
             labels = torch.full_like(ids, IGNORE_INDEX)
             labels[:, -hay.answer :] = ids[:, -hay.answer :]
             scores = score_tokens(model, {"input_ids": ids, "labels": labels})
-            counts: list[Any] = [scores.correct.sum(), scores.loss.double().sum(), scores.correct.numel()]
-            found[cell, sample] = torch.stack([torch.as_tensor(x, device=device).double() for x in counts])
+            found[cell, sample, 0] = scores.correct.sum()
+            found[cell, sample, 1] = scores.loss.double().sum()
+            found[cell, sample, 2] = scores.correct.numel()
     right, loss, tokens = sum_over_ranks(model, found).cpu().unbind(-1)
     return [
         {
@@ -147,7 +151,7 @@ def needle_accuracy(
 
 
 def plot_needle(cells: list[dict[str, float]], path: Path) -> None:
-    """A heat map of the accuracy over length and depth as a PNG."""
+    """Plot a heat map of the accuracy over length and depth as a PNG."""
     from matplotlib.figure import Figure
 
     lengths, depths = (sorted({cell[key] for cell in cells}) for key in ("length", "depth"))

@@ -11,7 +11,7 @@ from transformers.utils.import_utils import is_serve_available
 from ..modeling import LinearLlama3ForCausalLM
 from ..modeling.loading import load_config, load_tokenizer_of
 from ..modeling.releases import check_hooks
-from .command_line import user_errors
+from ..trainer.command_line import user_errors
 
 
 def serve(

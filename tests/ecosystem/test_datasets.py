@@ -13,7 +13,7 @@ from datasets import IterableDataset, load_dataset
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
 from tests.helpers.checkpoint import TEXTS, load, tokenizer
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import SequentialTrainer, arguments, assert_same, outcome, reset_accelerate
+from tests.helpers.training import SequentialTrainer, arguments, assert_same, outcome, reset_accelerate
 
 LENGTH = 24
 

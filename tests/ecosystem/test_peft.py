@@ -16,7 +16,7 @@ from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.trainer import LinearLlama3TrainingArguments
 from tests.helpers.checkpoint import assert_documents_alone, documents, load, loss_alone
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import SequentialTrainer, arguments, outcome, reset_accelerate
+from tests.helpers.training import SequentialTrainer, arguments, outcome, reset_accelerate
 
 SCALE = 2.0  # lora_alpha / r
 LLAMA_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj"]

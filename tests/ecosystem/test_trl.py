@@ -16,7 +16,7 @@ from linear_llama3.trainer import SequenceParallelMixin
 from tests.ecosystem.test_peft import adapted
 from tests.helpers.checkpoint import TEXTS, assert_documents_alone, documents, load, loss_alone, tokenizer
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import outcome, reset_accelerate
+from tests.helpers.training import outcome, reset_accelerate
 
 LEARNING_RATE = 0.05
 BATCHES: dict[str, dict[str, Any]] = {

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from linear_llama3 import LinearLlama3ForCausalLM
+from tests.helpers.recipes import write_tokenizer
 from tests.helpers.tiny import tiny_model
-from tests.trainer.test_recipe import write_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}.{{ m.content }}_{% endfor %}"

@@ -30,7 +30,7 @@ def quickstart(folder: str) -> None:
     changes = {"tokenizer": f"{folder}/tokenizer", "data.files": str(ROOT / "LICENSE"), "sequence_length": 256}
     changes |= {f"model.{key}": value for key, value in model.items()}
     changes |= {f"training.{key}": value for key, value in training.items()}
-    main([str(ROOT / "scripts/recipes/quickstart.yaml"), *(f"{key}={value}" for key, value in changes.items())])
+    main(ROOT / "scripts/recipes/quickstart.yaml", [f"{key}={value}" for key, value in changes.items()])
 
 
 def load(folder: str | Path) -> LinearLlama3ForCausalLM:
@@ -73,7 +73,7 @@ def assert_documents_alone(
             assert run["history"][step] == pytest.approx((loss.item(), norm.item()), rel=2e-5)
         with torch.no_grad():
             for parameter, gradient in zip(parameters.values(), gradients, strict=True):
-                parameter -= learning_rate * gradient
+                parameter.sub_(learning_rate * gradient)
     for name, parameter in parameters.items():
         update = parameter.detach() - before[name]
         rounding = steps * torch.finfo(torch.float32).eps / 2 * parameter.detach().norm()

@@ -1,4 +1,4 @@
-"""The benchmark of the kernels, as far as it needs no GPU: bytes, which peer answers to which gate, what is refused."""
+"""The benchmark of the kernels without a GPU: bytes, the peers' gates, and disagreements."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def on_cpu(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The benchmark with tiny shapes, on this machine, where a clock says that everything takes a millisecond."""
+    """Return the benchmark with tiny shapes on the CPU and a clock that reports one millisecond for everything."""
 
     def chunked(*inputs: Tensor, log_decay: Tensor | None, backend: str) -> tuple[Tensor, Tensor | None]:
         assert backend == "triton"
@@ -50,7 +50,7 @@ def on_cpu(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def install_fla(monkeypatch: pytest.MonkeyPatch, **changes: Callable[..., Any]) -> None:
-    """A stand-in with the signatures of flash-linear-attention, made of our own recurrence."""
+    """Install a stand-in with the signatures of flash-linear-attention that calls our own op."""
 
     def chunk_linear_attn(q: Tensor, k: Tensor, v: Tensor, normalize: bool = True) -> tuple[Tensor, Any]:
         return linear_attention(q, k, v, normalize=normalize)
@@ -75,7 +75,7 @@ def install_fla(monkeypatch: pytest.MonkeyPatch, **changes: Callable[..., Any]) 
     monkeypatch.setitem(sys.modules, "fla.ops", ops)
 
 
-def test_bytes(bench: Any) -> None:
+def test_minimal_bytes_per_token_and_head(bench: Any) -> None:
     """Per token and head of 128 in bfloat16: 1024 forward, 1792 backward; a kv head's are shared by its query heads."""
     one = bench.Shape(1, 1, 1)
     assert bench.minimal_bytes(one, "none", "forward") == bench.minimal_bytes(one, "head", "forward") == 1024
@@ -88,7 +88,7 @@ def test_bytes(bench: Any) -> None:
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_bytes_are_those_of_the_tensors(on_cpu: Any, gate: str) -> None:
+def test_minimal_bytes_are_those_of_the_tensors(on_cpu: Any, gate: str) -> None:
     for shape in on_cpu.SHAPES:
         inputs = on_cpu.make_inputs(shape, gate)
         results = on_cpu.prepare(on_cpu.ours, inputs, "forward + backward")()
@@ -112,7 +112,7 @@ def options(bench: Any, **changes: Any) -> argparse.Namespace:
     )
 
 
-def test_a_run(
+def test_a_run_reports_every_shape_gate_and_pass(
     on_cpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every shape, gate and pass, with peers that compute the same, also with grouped queries."""
@@ -129,7 +129,7 @@ def test_a_run(
     assert " 1.00 | 1.00 | 0.000 | 0 | 5 / 5 / 5 | 10 / 10 / 10 |" in table[2]
 
 
-def test_who_disagrees_is_not_timed(on_cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_that_disagree_or_fail_are_not_timed(on_cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def two_percent_more(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Any]:
         return linear_attention(q, k, 1.02 * v, log_decay=g)
 
@@ -146,13 +146,15 @@ def test_who_disagrees_is_not_timed(on_cpu: Any, monkeypatch: pytest.MonkeyPatch
     assert on_cpu.notes(rows)[0].startswith("fla: RuntimeError: not with this compiler (B2_T70_H2_D16 forward head, ")
 
 
-def test_without_fla(on_cpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fla_is_left_out_where_it_is_not_installed(
+    on_cpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "fla", None)
     assert on_cpu.present_peers(["fla", "sdpa"]) == ("sdpa",)
     assert "fla not installed: column left out" in capsys.readouterr().out
 
 
-def test_softmax_attention_with_grouped_queries(on_cpu: Any) -> None:
+def test_sdpa_with_grouped_queries_equals_a_masked_softmax(on_cpu: Any) -> None:
     inputs = {name: x.float() for name, x in on_cpu.make_inputs(on_cpu.SHAPES[1], "none").items()}
     k, v = (inputs[name].repeat_interleave(2, dim=2) for name in "kv")
     scores = torch.einsum("bihd,bjhd->bhij", inputs["q"], k) / 4
@@ -162,7 +164,7 @@ def test_softmax_attention_with_grouped_queries(on_cpu: Any) -> None:
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_fla_takes_these_arguments(bench: Any, gate: str) -> None:
+def test_fla_accepts_these_arguments(bench: Any, gate: str) -> None:
     fla_ops = pytest.importorskip("fla.ops")
     name, given, gate_name = bench.FLA_OPS[gate]
     signature = inspect.signature(getattr(fla_ops, name))

@@ -62,7 +62,9 @@ class Machine:
     ],
     ids=["GPU", "local wheel", "PyTorch's CPU index", "no CPU index"],
 )
-def test_the_build_of_torch(tmp_path: Path, machine: dict[str, bool], ways: list[str], said: str) -> None:
+def test_the_build_of_torch_suits_the_machine(
+    tmp_path: Path, machine: dict[str, bool], ways: list[str], said: str
+) -> None:
     calls, printed = Machine(tmp_path, **machine).install(".")
     assert len(calls) == len(ways) + 1 and calls[-1].endswith("--editable .")
     for call, way in zip(calls, ways, strict=False):
@@ -70,7 +72,7 @@ def test_the_build_of_torch(tmp_path: Path, machine: dict[str, bool], ways: list
     assert re.search(said, " ".join(printed.splitlines()))
 
 
-def test_what_is_installed_is_kept(tmp_path: Path) -> None:
+def test_repeated_calls_install_only_changes(tmp_path: Path) -> None:
     """Test tools are added to the package. Asking for the package alone afterwards installs and removes nothing."""
     machine = Machine(tmp_path, wheel=True)
     for what, installs in [(".", True), (".", False), (".[dev]", True), (".[dev]", False), (".", False)]:
@@ -84,14 +86,14 @@ def test_what_is_installed_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "what"), [("scripts/quickstart.sh", "."), ("scripts/test.sh", ".[dev]"), (".ci/run", ".[dev]")]
 )
-def test_who_installs_what(script: str, what: str) -> None:
+def test_scripts_install_what_they_need(script: str, what: str) -> None:
     assert f'source scripts/environment.sh "{what}"' in (ROOT / script).read_text().splitlines()
 
 
 OVERWRITE = " training.overwrite_output_dir=true"  # of the training alone: the quickstart can be repeated
 
 
-def test_the_fast_quickstart(tmp_path: Path) -> None:
+def test_the_fast_quickstart_uses_one_smaller_recipe(tmp_path: Path) -> None:
     """Both comparisons and the training use the smaller recipe; the user's changes override it."""
     machine, recipe, changed = Machine(tmp_path, wheel=True), "scripts/recipes/quickstart.yaml", "training.max_steps=9"
     runs = {}

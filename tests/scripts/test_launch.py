@@ -1,4 +1,4 @@
-"""Launch files: what they hold, the SLURM script with a stub of SLURM, and torchrun's restart of a run that died."""
+"""Launch files: their contents, the SLURM script with a stub of SLURM, and torchrun's restart of a run that died."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.trainer.test_recipe import recipe_with, write_corpus, write_tokenizer
+from tests.helpers.recipes import recipe_with, write_corpus, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "scripts" / "launch"
-LATEST = "training.resume_from_checkpoint=latest"  # a launch that comes back goes on
+LATEST = "training.resume_from_checkpoint=latest"  # a repeated launch continues
 SETTINGS = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "270", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
@@ -28,7 +28,7 @@ def documents(name: str) -> list[dict[str, Any]]:
 
 
 def options(command: list[str]) -> dict[str, str]:
-    """Of torchrun; the rest is what it starts."""
+    """Return torchrun's options, and check the command that it starts."""
     assert command[0] == "torchrun"
     end = command.index("-m")
     assert command[end : end + 2] == ["-m", "linear_llama3.trainer"] and command[end + 2].endswith(".yaml")
@@ -36,8 +36,8 @@ def options(command: list[str]) -> dict[str, str]:
     return dict(option.removeprefix("--").split("=") for option in command[1:end])
 
 
-def test_kubernetes() -> None:
-    """The pods' names are those of the job, the service and the rendezvous; torchrun's processes are the GPUs."""
+def test_kubernetes_names_and_sizes_agree() -> None:
+    """Names of pods, job, service and rendezvous agree; torchrun starts one process per GPU."""
     service, job = documents("kubernetes.yaml")
     spec, name = job["spec"], job["metadata"]["name"]
     pod = spec["template"]["spec"]
@@ -55,7 +55,7 @@ def test_kubernetes() -> None:
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
-def test_kubeflow() -> None:
+def test_kubeflow_sizes_and_volumes_agree() -> None:
     (job,) = documents("trainjob.yaml")
     trainer = job["spec"]["trainer"]
     assert job["apiVersion"].startswith("trainer.kubeflow.org/") and job["kind"] == "TrainJob"
@@ -71,7 +71,7 @@ def test_kubeflow() -> None:
 
 
 def run_script(text: str, folder: Path, **environment: str) -> list[str]:
-    """The arguments that a shell script gives to torchrun."""
+    """Run a shell script and return the arguments that it gives to torchrun."""
     stub(folder, "torchrun", 'printf "%s\\n" "$@" >"$ARGUMENTS"; env >"$ARGUMENTS.env"')
     environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "ARGUMENTS": str(folder / "arguments")}
     subprocess.run(["bash", "-euo", "pipefail", "-c", text], env=environment, check=True, timeout=30)
@@ -84,7 +84,7 @@ def stub(folder: Path, name: str, body: str) -> None:
     path.chmod(0o755)
 
 
-def test_skypilot(tmp_path: Path) -> None:
+def test_skypilot_starts_torchrun_on_all_nodes(tmp_path: Path) -> None:
     (task,) = documents("skypilot.yaml")
     assert (ROOT / task["envs"]["RECIPE"]).is_file() and task["num_nodes"] == 2 and task["resources"]["accelerators"]
     given = {
@@ -119,7 +119,7 @@ SCONTROL = 'if [ "$1" = show ]; then printf "localhost\\nother\\n"; else echo "$
 
 
 def slurm(folder: Path, job: int = 7) -> dict[str, str]:
-    """A cluster of two nodes that are this machine."""
+    """Return the environment of a cluster of two nodes, both of which are this machine."""
     stub(folder, "srun", SRUN)
     stub(folder, "scontrol", SCONTROL)
     return os.environ | {
@@ -140,8 +140,8 @@ def slurm(folder: Path, job: int = 7) -> dict[str, str]:
         (False, 0, False),
     ],
 )
-def test_slurm_puts_back_what_it_stopped(signalled: bool, status: int, requeued: bool, tmp_path: Path) -> None:
-    """Both ranks hear of SIGTERM and may save; then the job is queued again, unless it was done."""
+def test_slurm_requeues_a_job_that_it_stopped(signalled: bool, status: int, requeued: bool, tmp_path: Path) -> None:
+    """Both ranks receive SIGTERM and may save; then the job is queued again, unless it has finished."""
     train = f"trap 'kill %1; echo saved; exit {status}' TERM; sleep 30 & touch {tmp_path}/started$SLURM_PROCID; wait"
     stub(tmp_path, "torchrun", train if signalled else f"exit {status}")
     job = subprocess.Popen(
@@ -159,7 +159,7 @@ def test_slurm_puts_back_what_it_stopped(signalled: bool, status: int, requeued:
         assert (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
-def test_slurm_asks_for_a_recipe(tmp_path: Path) -> None:
+def test_slurm_requires_a_recipe(tmp_path: Path) -> None:
     done = subprocess.run(["bash", LAUNCH / "slurm.sh"], env=slurm(tmp_path), capture_output=True, text=True)
     assert done.returncode != 0 and "usage: sbatch scripts/launch/slurm.sh RECIPE.yaml" in done.stderr
     text = (LAUNCH / "slurm.sh").read_text()
@@ -188,8 +188,7 @@ def build(recipe, build_trainer=program.build_trainer):
     return trainer
 
 program.build_trainer = build
-program.main(sys.argv[1:])
-program.leave()
+program.run(program.main)
 """
 
 
@@ -205,9 +204,10 @@ main([*options[:module], str(folder / "dies.py"), *options[module + 2 :]])
 """
 
 
-def test_two_nodes_of_slurm_and_a_rank_that_dies(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_slurm_restarts_both_nodes_from_the_checkpoint_after_a_rank_dies(tmp_path: Path) -> None:
     """Two torchruns meet and train one model, each holding half of every row. The rank of one of them is killed in its
-    third step; all begin again at the checkpoint of the second, and finish."""
+    third step. All restart at the checkpoint of the second and finish."""
     write_corpus(tmp_path / "corpus")
     write_tokenizer(tmp_path / "tokenizer")
     recipe = recipe_with(tmp_path, sequence_length=9)
@@ -223,7 +223,7 @@ def test_two_nodes_of_slurm_and_a_rank_that_dies(tmp_path: Path) -> None:
     }
     stub(tmp_path, "torchrun", f'exec {sys.executable} {tmp_path}/torchrun.py "$@"')
     (tmp_path / "torchrun.py").write_text(TORCHRUN)
-    command = ["bash", LAUNCH / "slurm.sh", recipe, *changes]
+    command = ["bash", str(LAUNCH / "slurm.sh"), str(recipe), *changes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("1 data-parallel x 2 sequence-parallel processes, 6 tokens of every row each") == 2

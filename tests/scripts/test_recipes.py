@@ -1,4 +1,7 @@
-"""Every recipe of scripts/recipes runs, in small: two steps on two processes, on data of the quickstart's script."""
+"""Small versions of all recipes in scripts/recipes run for two steps on two processes, on the quickstart's data.
+
+The quickstart runs by default, the other recipes with the marker `slow`; tests/trainer tests their parts.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ from linear_llama3.trainer.__main__ import build_trainer, main
 from linear_llama3.trainer.adaptive.profiling import measure_profile
 from linear_llama3.trainer.recipes.recipe import load_recipe
 from tests.helpers.ranks import run_distributed
+from tests.helpers.training import reset_accelerate
 from tests.test_cli import command
-from tests.trainer.test_exactness import reset_accelerate
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["sequence_length=256", "training.max_steps=2", "training.disable_tqdm=true"]
@@ -35,12 +38,13 @@ def arguments(name: str, *changes: str) -> list[str]:
 
 
 def train(folder: str, name: str, *changes: str) -> None:
-    """As `python -m linear_llama3.trainer` in `folder`."""
+    """Run the equivalent of `python -m linear_llama3.trainer` in `folder`."""
     reset_accelerate()
     before, datasets.config.HF_DATASETS_CACHE = os.getcwd(), Path(folder) / "cache"
     os.chdir(folder)
     try:
-        main(arguments(name, *changes))
+        recipe, *values = arguments(name, *changes)
+        main(Path(recipe), values)
     finally:
         os.chdir(before)
         reset_accelerate()
@@ -48,7 +52,7 @@ def train(folder: str, name: str, *changes: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the quickstart leaves: data, a tokenizer, a model."""
+    """Return a folder with the quickstart's results: data, a tokenizer, a model."""
     folder = tmp_path_factory.mktemp("recipes")
     (folder / "scripts").symlink_to(ROOT / "scripts")
     data = runpy.run_path(str(ROOT / "scripts/quickstart_data.py"))
@@ -64,34 +68,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def difference(folder: Path, trained: Any) -> float:
-    """How far the weights have gone from the quickstart's, relative to these."""
+    """Return the largest relative change of a weight since the quickstart."""
     start = LinearLlama3ForCausalLM.from_pretrained(folder / "runs/quickstart/model").state_dict()
     now = trained.state_dict()
     return max(float((now[name] - x).norm() / x.norm()) for name, x in start.items())
 
 
-def test_quickstart(folder: Path) -> None:
+def test_quickstart_saves_a_hybrid_model_and_a_plot(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "runs/quickstart/model")
     assert model.config.layer_types == ["linear_attention"] * 3 + ["full_attention"]
     assert (folder / "runs/quickstart/model/loss.png").is_file()
 
 
-def test_long_context(folder: Path) -> None:
+@pytest.mark.slow
+def test_long_context_starts_from_the_quickstart_with_a_larger_rotary_base(folder: Path) -> None:
     run_distributed(train, 2, str(folder), "long_context", "sequence_length=512")
     model = AutoModelForCausalLM.from_pretrained(folder / "runs/quickstart/long_context")
     assert model.config.rope_parameters["rope_theta"] == 2e6 and model.config.max_position_embeddings == 512
-    assert 0 < difference(folder, model) < 0.5, "it goes on from the weights"
+    assert 0 < difference(folder, model) < 0.5, "it starts from these weights"
 
 
-def test_sft(folder: Path) -> None:
+@pytest.mark.slow
+def test_sft_saves_weights_and_chat_template(folder: Path) -> None:
     run_distributed(train, 2, str(folder), "sft")
     assert 0 < difference(folder, AutoModelForCausalLM.from_pretrained(folder / "runs/quickstart/sft")) < 0.5
     tokenizer = AutoTokenizer.from_pretrained(folder / "runs/quickstart/sft")
     assert "generation" in tokenizer.chat_template, "the template is saved with the tokenizer"
 
 
-def learnt(folder: str) -> list[str]:
-    """The targets of the conversations' rows as text, one for each unbroken stretch of them."""
+def training_targets(folder: str) -> list[str]:
+    """Return the targets of the conversations' rows as text, one string per unbroken stretch."""
     os.chdir(folder)
     reset_accelerate()
     datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
@@ -109,9 +115,10 @@ def learnt(folder: str) -> list[str]:
     return found
 
 
-def test_what_sft_learns(folder: Path) -> None:
-    """Answers, each closed by the end token, and nothing else; those beyond the row are cut."""
-    (found,) = run_distributed(learnt, 1, str(folder))
+@pytest.mark.slow
+def test_sft_trains_on_answers_and_end_tokens_only(folder: Path) -> None:
+    """Targets are answers, each closed by the end token; those that exceed the row are cut."""
+    (found,) = run_distributed(training_targets, 1, str(folder))
     lines = (folder / "runs/quickstart/chats.jsonl").read_text().splitlines()
     answers = [m["content"] for line in lines for m in json.loads(line)["messages"][1::2]]
     assert len(found) > 5
@@ -120,8 +127,9 @@ def test_what_sft_learns(folder: Path) -> None:
     assert sum(text.endswith("<|end|>") for text in found) > 5
 
 
-def test_lora_by_the_command(folder: Path) -> None:
-    """`linear-llama3 train`, which starts both processes through accelerate."""
+@pytest.mark.slow
+def test_lora_by_the_command_saves_adapters_only(folder: Path) -> None:
+    """Run `linear-llama3 train`, which starts both processes through accelerate."""
     before = os.getcwd()
     os.chdir(folder)
     try:
@@ -152,8 +160,9 @@ def test_lora_by_the_command(folder: Path) -> None:
     assert "LoRA adapters" in card
 
 
-def test_pretrain(folder: Path) -> None:
-    """With a small model, and a stream of local files in place of the Hub's."""
+@pytest.mark.slow
+def test_pretrain_runs_on_a_stream_of_local_files(folder: Path) -> None:
+    """Use a small model, and a stream of local files in place of the Hub's."""
     run_distributed(
         train,
         2,
@@ -174,7 +183,7 @@ def test_pretrain(folder: Path) -> None:
 
 
 def profile(folder: str, *changes: str) -> None:
-    """As `python -m linear_llama3.trainer.adaptive.profiling` in `folder`."""
+    """Run the equivalent of `python -m linear_llama3.trainer.adaptive.profiling` in `folder`."""
     before = os.getcwd()
     os.chdir(folder)
     try:
@@ -186,7 +195,8 @@ def profile(folder: str, *changes: str) -> None:
         os.chdir(before)
 
 
-def test_adaptive(folder: Path) -> None:
+@pytest.mark.slow
+def test_adaptive_runs_on_a_measured_profile(folder: Path) -> None:
     changes = ["sequence_length=256", *SMALL_MODEL]
     run_distributed(profile, 2, str(folder), *changes)
     run_distributed(train, 2, str(folder), "adaptive", *SMALL_MODEL, "training.logging_steps=1")
@@ -197,6 +207,6 @@ def test_adaptive(folder: Path) -> None:
     assert "adaptive groups of 1, 2 of 2 processes" in card
 
 
-def test_all_recipes_are_here() -> None:
+def test_every_recipe_has_a_test() -> None:
     names = {path.stem for path in (ROOT / "scripts/recipes").glob("*.yaml")}
     assert names == {"quickstart", "long_context", "sft", "lora", "pretrain", "adaptive"}

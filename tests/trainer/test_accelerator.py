@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from linear_llama3.trainer import SequenceParallelAccelerator
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import reset_accelerate, rows, tiny_model
+from tests.helpers.training import reset_accelerate, rows, tiny_model
 
 
 def own_loop(degree: int, accumulate: int) -> tuple[list[float], Tensor]:

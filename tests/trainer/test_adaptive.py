@@ -1,4 +1,4 @@
-"""Whatever the groups, losses, gradients and trained parameters are those of one process."""
+"""Losses, gradients and trained parameters in any groups equal those of one process."""
 
 from __future__ import annotations
 
@@ -14,57 +14,25 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
 
-from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.sequence_parallel import enable_sequence_parallel
-from linear_llama3.sequence_parallel.costs import LinkSpeed
 from linear_llama3.sequence_parallel.planner import (
     Cluster,
-    Costs,
-    DegreeCosts,
     Group,
     MicroBatch,
-    Profile,
     StepPlan,
 )
-from linear_llama3.sequence_parallel.planner.profile import Bytes, Seconds
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
 from linear_llama3.trainer.adaptive.planned_steps import StepPlanner, group_contexts
-from linear_llama3.trainer.adaptive.trainer import planner_model
-from linear_llama3.trainer.data.packing import collate_whole
+from linear_llama3.trainer.data.packing import collate_documents
+from tests.helpers.adaptive import LENGTHS, MODELS, flat_costs, one_row, profile_file, rows, tiny_model
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import arguments, outcome, reset_accelerate, tiny_config
-from tests.trainer.test_fsdp import shard_on_cpus
+from tests.helpers.training import arguments, outcome, reset_accelerate, shard_on_cpus
 
-LENGTHS = [29, 17, 11, 7, 6, 5, 3, 2, 13, 4, 1, 8]  # of 12 rows
-MODELS = {"hybrid": ("gla", 2), "gla": ("gla", None), "linear": ("basic", None)}
 PLANS: dict[str, list[list[tuple[int, list[int]]]]] = {  # micro-batches of (degree, positions)
     "2+1+1": [[(2, [0, 3, 9]), (1, [1, 10, 6, 4]), (1, [2, 5, 7, 8, 11])]],
     "1+1+2, 4": [[(1, [1, 10]), (1, [2, 5]), (2, [0, 3])], [(4, [8, 4, 6, 7, 9, 11])]],
     "2+2, 1+1+1+1, 4": [[(2, [0]), (2, [1, 2, 10])], [(1, [3]), (1, [4, 9]), (1, [5, 6]), (1, [7])], [(4, [8, 11])]],
 }
-STRATEGIES = {2: ("lasp1", "ring"), 4: ("all_scan", "lasp2h")}
-
-
-def tiny_model(kind: str) -> LinearLlama3ForCausalLM:
-    torch.manual_seed(0)
-    mixer, interval = MODELS[kind]
-    return LinearLlama3ForCausalLM(tiny_config(linear_attention_type=mixer, full_attention_interval=interval))
-
-
-def rows(count: int = len(LENGTHS)) -> list[dict[str, Tensor]]:
-    """Documents with very uneven labels."""
-    generator = torch.Generator().manual_seed(1)
-    out = []
-    for i, length in enumerate((LENGTHS * 2)[:count]):
-        ids = torch.randint(23, (length,), generator=generator)
-        labels = ids.clone()
-        labels[: length // 2 if i % 3 == 0 else 0] = -100
-        out.append({"input_ids": ids, "labels": labels})
-    return out
-
-
-def one_row(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: x[None] for name, x in batch[0].items()}
 
 
 def hand_made(layout: list[list[tuple[int, list[int]]]]) -> StepPlan:
@@ -77,17 +45,6 @@ def hand_made(layout: list[list[tuple[int, list[int]]]]) -> StepPlan:
         ]
         batches.append(MicroBatch(groups=tuple(made)))
     return StepPlan(devices=4, micro_batches=tuple(batches))
-
-
-def flat_costs(degrees: list[int]) -> Costs:
-    def costs(degree: int) -> DegreeCosts:
-        linear, softmax = STRATEGIES.get(degree, ("", ""))
-        return DegreeCosts(
-            fixed=1.0, per_token=1 / degree, per_square=0.0, fixed_bytes=0, bytes_per_token=1, linear=linear,
-            softmax=softmax,
-        )  # fmt: skip
-
-    return Costs(by_degree={degree: costs(degree) for degree in degrees})
 
 
 def documents_inside(data: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -109,9 +66,11 @@ def run_plans(kind: str, inside: bool) -> dict[str, tuple[float, Tensor]]:
     for name, layout in PLANS.items():
         order = sorted(i for groups in layout for _, own in groups for i in own)
         assert order == list(range(len(data)))
-        step = planner.realise(hand_made(layout), order)
-        assert step.tokens == sum(LENGTHS)
-        portions[name] = [(portion.group, portion.inputs) for portion in step.portions]
+        step = planner.materialize(hand_made(layout), order)
+        tokens = torch.tensor(step["input_ids"].numel())
+        dist.all_reduce(tokens)
+        assert tokens == sum(LENGTHS)
+        portions[name] = [(batch.group, batch.inputs) for batch in step.micro_batches]
         assert step.targets == sum(int((inputs["shift_labels"] != -100).sum()) for _, inputs in portions[name])
     portions["static"] = [((4, 0), contexts[4, 0].shard_batch(one_row([row]))) for row in data]
     for name, own in portions.items():
@@ -132,7 +91,15 @@ def run_plans(kind: str, inside: bool) -> dict[str, tuple[float, Tensor]]:
     return results
 
 
-@pytest.mark.parametrize(("kind", "inside"), [*((kind, False) for kind in MODELS), ("hybrid", True)])
+@pytest.mark.parametrize(
+    ("kind", "inside"),
+    [
+        ("hybrid", True),
+        ("linear", False),
+        pytest.param("hybrid", False, marks=pytest.mark.slow),
+        pytest.param("gla", False, marks=pytest.mark.slow),
+    ],
+)
 def test_any_plan_equals_one_process(kind: str, inside: bool) -> None:
     """float64, every row by itself through the plain model, and in the same way with one degree for all.
 
@@ -154,24 +121,6 @@ def test_any_plan_equals_one_process(kind: str, inside: bool) -> None:
             assert abs(gradients - expected).max() < 1e-10, name
 
 
-def profile_file(folder: Path, kind: str, devices: int) -> str:
-    """By which the longest row needs all devices, and a step several micro-batches."""
-    profile = Profile(
-        name="test",
-        origin="simulated",
-        source="made up",
-        hardware="none",
-        gradient_checkpointing=None,
-        model=planner_model(tiny_model(kind).config, 4),
-        seconds=Seconds(micro_batch=0.01, token=1e-3, softmax_square=0.0),
-        bytes=Bytes(device=1e5 / devices, states=1e3, sharded=False, token=2e3),
-        links={2: LinkSpeed(1e-4, 1e9), 4: LinkSpeed(2e-4, 1e9)},
-    )
-    path = folder / f"profile-{devices}.json"
-    profile.save(path)
-    return str(path)
-
-
 class FsdpTrainer(LinearLlama3Trainer):
     """FSDP2 over all ranks, as accelerate does on GPUs."""
 
@@ -181,7 +130,7 @@ class FsdpTrainer(LinearLlama3Trainer):
 
 
 class StopAt(TrainerCallback):
-    """As a machine that is switched off behind a save."""
+    """Stops a run after a save, like a machine that is switched off."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -191,7 +140,7 @@ class StopAt(TrainerCallback):
 
 
 def train(kind: str, folder: str, profile: str | None, checkpoint: str | None = None, **changes: Any) -> dict[str, Any]:
-    """Epochs of 20 shuffled rows in steps of 8, 8 and 4; without a profile on whole rows."""
+    """Train epochs of 20 shuffled rows in steps of 8, 8 and 4; without a profile on complete rows."""
     reset_accelerate()
     world = dist.get_world_size()
     stop, fsdp = changes.pop("stop", None), changes.pop("fsdp", False) and world > 1
@@ -223,7 +172,7 @@ def train(kind: str, folder: str, profile: str | None, checkpoint: str | None = 
         args=args,
         train_dataset=data,
         eval_dataset=rows(8),
-        data_collator=functools.partial(collate_whole, padding=0),
+        data_collator=functools.partial(collate_documents, padding=0),
         callbacks=[StopAt(stop)] if stop else [],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -242,12 +191,18 @@ def assert_equal(run: dict[str, Any], one: dict[str, Any], where: Any) -> None:
     assert run["tokens"] == one["tokens"], where
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_training_equals_one_process(kind: str, tmp_path: Path) -> None:
-    """The same order of the rows, losses, gradient norms, parameters, tokens; then an evaluation on whole rows."""
+@pytest.mark.parametrize(
+    ("kind", "worlds"),
+    [
+        pytest.param("gla", (4,), id="gla-W4"),
+        *(pytest.param(kind, (4, 2, 1), id=kind, marks=pytest.mark.slow) for kind in MODELS),
+    ],
+)
+def test_training_equals_one_process(kind: str, worlds: tuple[int, ...], tmp_path: Path) -> None:
+    """The same order of the rows, losses, gradient norms, parameters, tokens; then an evaluation on complete rows."""
     (one,) = run_distributed(train, 1, kind, str(tmp_path / "one"), None)
     assert one["eval"] < one["history"][0][0] - 0.1, "nothing was learnt"
-    for world in (4, 2, 1):
+    for world in worlds:
         profile = profile_file(tmp_path, kind, world)
         for run in run_distributed(train, world, kind, str(tmp_path / "many"), profile):
             assert_equal(run, one, world)
@@ -261,13 +216,16 @@ def test_training_equals_one_process(kind: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(
     transformers.__version__.startswith("5.17."), reason="transformers 5.17 cannot resume on several CPU processes"
 )
-def test_a_resume_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
-    """On as many ranks, on fewer, and on one degree for all: the rows of a step stay the same."""
+@pytest.mark.parametrize(
+    "resumed", [[(2, True)], pytest.param([(4, True), (1, False)], marks=pytest.mark.slow)], ids=["W2", "W4-static"]
+)
+def test_a_resume_continues_in_the_middle_of_an_epoch(resumed: list[tuple[int, bool]], tmp_path: Path) -> None:
+    """On four ranks, on fewer, and with a static degree: the rows of a step stay the same."""
     (one,) = run_distributed(train, 1, "hybrid", str(tmp_path / "one"), None)
     saved = str(tmp_path / "saved")
     run_distributed(train_until, 4, saved, profile_file(tmp_path, "hybrid", 4), 2)
     checkpoint = f"{saved}/checkpoint-2"
-    for world, adaptive in ((4, True), (2, True), (1, False)):
+    for world, adaptive in resumed:
         profile = profile_file(tmp_path, "hybrid", world) if adaptive else None
         for run in run_distributed(train, world, "hybrid", str(tmp_path / "on"), profile, checkpoint):
             assert_equal(run, one, (world, adaptive))
@@ -281,7 +239,11 @@ def train_with(folder: str, profile: str | None, changes: dict[str, Any]) -> dic
     return train("hybrid", folder, profile, None, **changes)
 
 
-@pytest.mark.parametrize("changes", [{"lora": True}, {"gradient_checkpointing": True}, {"fsdp": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora": True, "gradient_checkpointing": True}, pytest.param({"fsdp": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_with_adapters_checkpointing_shards(changes: dict[str, Any], tmp_path: Path) -> None:
     (one,) = run_distributed(train_with, 1, str(tmp_path / "one"), None, changes)
     profile = profile_file(tmp_path, "hybrid", 4)

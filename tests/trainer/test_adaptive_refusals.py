@@ -1,4 +1,4 @@
-"""What adaptive groups refuse: by name, at the start where it can be known there, and on all ranks at once."""
+"""Refusals of adaptive groups: by name, at the start if possible, and on all ranks at once."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from linear_llama3 import LinearLlama3Config, LinearLlama3ForMaskedLM
 from linear_llama3.sequence_parallel.planner import Cluster, Costs, StepPlan, plan_one_degree
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
 from linear_llama3.trainer.adaptive import planned_steps
+from linear_llama3.trainer.adaptive.groups import AdaptiveGroups
+from tests.helpers.adaptive import flat_costs, one_row, profile_file, rows, tiny_model
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_adaptive import flat_costs, one_row, profile_file, rows, tiny_model
-from tests.trainer.test_exactness import arguments, reset_accelerate
+from tests.helpers.training import arguments, reset_accelerate
 
 Rows = list[dict[str, Tensor]]
 
@@ -110,8 +111,8 @@ def refused(folder: str, profiles: str | list[str] | None, changes: dict[str, An
         ({"planner_profile": None}, "need planner_profile"),
         ({"planner_profile": "mine"}, "a profile must be one of"),
         ({"planner_profile": "llama-3.1-8b-h100"}, "a profile must be of the model"),
-        ({"parallelism_config": ParallelismConfig(cp_size=2)}, "stand for a static degree, got both"),
-        ({"compute_loss_func": one_row}, "take no compute_loss_func"),
+        ({"parallelism_config": ParallelismConfig(cp_size=2)}, "replace a static degree, got both"),
+        ({"compute_loss_func": one_row}, "accept no compute_loss_func"),
         ({"kind": "masked"}, "train causal language models, got a LinearLlama3ForMaskedLM"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
@@ -121,7 +122,10 @@ def refused(folder: str, profiles: str | list[str] | None, changes: dict[str, An
         ({"linear_strategy": "mail"}, "a strategy for linear layers must be one of"),
         ({"data": "stream"}, "planned from the lengths of stored rows, got a stream"),
         ({"data": "masks"}, "with zeros in its attention_mask"),
-        ({"data": "from the rank on"}, "all ranks must make the same plan, got others of step 1 on rank 1 than on"),
+        (
+            {"data": "from the rank on"},
+            "must make the same plan, got different ones of step 1 on rank 1 than on",
+        ),
         ({"data": "tokens of the rank"}, "all ranks of a sequence must load the same batch"),
     ],
     ids=str,
@@ -136,14 +140,14 @@ def test_other_rows_in_the_same_plan(tmp_path: Path) -> None:
     """In groups of one nobody else would notice."""
     changes = {"data": "of one length", "seed of the rank": True}
     texts = run_distributed(refused, 2, str(tmp_path), profile_file(tmp_path, "hybrid", 2), changes)
-    assert all("all ranks must make the same plan, got others of step 1 on rank 1" in text for text in texts), texts
+    assert all("must make the same plan, got different ones of step 1 on rank 1" in text for text in texts), texts
 
 
 def test_other_plans_of_the_same_rows(tmp_path: Path) -> None:
     """Rank 0 plans groups of one, rank 1 groups of two."""
     profile = edited(profile_file(tmp_path, "hybrid", 2), bytes={"device": 1e7})
     texts = run_distributed(refused, 2, str(tmp_path), profile, {"plans of the rank": True})
-    assert all("all ranks must make the same plan, got others of step 1 on rank 1" in text for text in texts), texts
+    assert all("must make the same plan, got different ones of step 1 on rank 1" in text for text in texts), texts
 
 
 def edited(path: str, **changes: Any) -> str:
@@ -163,8 +167,8 @@ def edited(path: str, **changes: Any) -> str:
     [
         (4, {"links": {"4": None}}, "links of all groups that 4 processes can form, got none of 4 in"),
         (4, {"links": {"2": None, "4": None}}, "links of all groups that 4 processes can form, got none of 2 and 4 in"),
-        (4, {"origin": "measured", "processes": 2}, "as many processes as the launch has, 4, got one of 2 in"),
-        (2, {"origin": "measured", "processes": 4}, "as many processes as the launch has, 2, got one of 4 in"),
+        (4, {"origin": "measured", "processes": 2}, "the launch's number of processes, 4, got one of 2 in"),
+        (2, {"origin": "measured", "processes": 4}, "the launch's number of processes, 2, got one of 4 in"),
         (2, {"origin": "measured", "processes": 2}, ""),
         (
             2,
@@ -185,11 +189,11 @@ def test_profiles_of_other_launches(world: int, changes: dict[str, Any], message
 
 @pytest.mark.parametrize("fails", [False, True], ids=["differs", "is not there"])
 def test_profiles_of_other_ranks(fails: bool, tmp_path: Path) -> None:
-    """Of four ranks the last has a profile by which it would make other groups, or none at all."""
+    """The last of four ranks has a profile by which it would make other groups, or no profile."""
     profile = profile_file(tmp_path, "hybrid", 4)
     other = str(tmp_path / "nowhere.json") if fails else edited(profile, seconds={"token": 2e-3})
     texts = run_distributed(refused, 4, str(tmp_path), [profile] * 3 + [other], {})
-    expected = ["ValueError: all ranks must plan by the same costs, got others on rank 3 than on rank 0"] * 4
+    expected = ["ValueError: all ranks must plan by the same costs, got different ones on rank 3 than on rank 0"] * 4
     if fails:
         known = "a profile must be one of"
         expected = [f"ValueError: rank 3 has failed: {known}"] * 3 + [f"ValueError: {known}"]
@@ -235,7 +239,7 @@ def test_the_last_step_needs_a_row_for_every_group(tmp_path: Path) -> None:
 def test_the_last_step_by_the_degrees_that_there_are(degrees: list[int], left: int, needed: int) -> None:
     """Ulysses cannot divide four heads over eight ranks, so groups have up to four."""
     args = SimpleNamespace(world_size=8, dataloader_drop_last=False)
-    trainer: Any = SimpleNamespace(costs=flat_costs(degrees), args=args)
-    LinearLlama3Trainer._check_last_step(trainer, 16 + needed, 16)
+    groups: Any = SimpleNamespace(costs=flat_costs(degrees), trainer=SimpleNamespace(args=args))
+    AdaptiveGroups._check_last_step(groups, 16 + needed, 16)
     with pytest.raises(ValueError, match=f"at least {needed} rows .* got {left}") if left < needed else nullcontext():
-        LinearLlama3Trainer._check_last_step(trainer, 16 + left, 16)
+        AdaptiveGroups._check_last_step(groups, 16 + left, 16)

@@ -1,4 +1,4 @@
-"""Which checkpoints are whole, which one a run goes on from, and which ones are deleted."""
+"""Complete and incomplete checkpoints, the one from which a run continues, and those that are deleted."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from linear_llama3.trainer.checkpoints import manifest as checkpoints
 
 
 def write(folder: Path, *, plain: bool = False, age: int = 0) -> Path:
-    """A whole checkpoint; `plain` as transformers' Trainer leaves it; `age` in hours."""
+    """Write a complete checkpoint; `plain` as transformers' Trainer leaves it; `age` in hours."""
     if plain:
         folder.mkdir(parents=True)
     else:
         checkpoints.begin(folder)
-        assert checkpoints.problem(folder) == "its save did not come to an end"
+        assert checkpoints.find_defect(folder) == "its save did not finish"
     (folder / "shards").mkdir()
     (folder / "shards" / "0.distcp").write_bytes(b"optimizer")
     save_file({"weight": torch.ones(100)}, folder / "model.safetensors")
@@ -29,7 +29,7 @@ def write(folder: Path, *, plain: bool = False, age: int = 0) -> Path:
         assert checkpoints.read_facts(folder) == {"order": [1]}
     time = folder.stat().st_mtime - 3600 * age
     os.utime(folder, (time, time))
-    assert checkpoints.problem(folder) is None
+    assert checkpoints.find_defect(folder) is None
     return folder
 
 
@@ -38,41 +38,32 @@ def cut(file: Path) -> None:
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["", "plain"])
-def test_broken_checkpoints_are_known(plain: bool, tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_incomplete(plain: bool, tmp_path: Path) -> None:
     folder = write(tmp_path / "checkpoint-1", plain=plain)
     weights = folder / "model.safetensors"
     size = weights.stat().st_size
     cut(weights)
     expected = "incomplete" if plain else f"model.safetensors has {size - 1} bytes of {size}"
-    assert expected in str(checkpoints.problem(folder))
+    assert expected in str(checkpoints.find_defect(folder))
     folder = write(tmp_path / "checkpoint-2", plain=plain)
     (folder / "trainer_state.json").unlink()
-    assert "trainer_state.json" in str(checkpoints.problem(folder))
+    assert "trainer_state.json" in str(checkpoints.find_defect(folder))
     folder = write(tmp_path / "checkpoint-3", plain=plain)
     cut(folder / ("trainer_state.json" if plain else checkpoints.MANIFEST_NAME))
-    assert "cannot be read" in str(checkpoints.problem(folder))
-    assert checkpoints.problem(tmp_path / "checkpoint-4") == "there is no such folder"
+    assert "cannot be read" in str(checkpoints.find_defect(folder))
+    assert checkpoints.find_defect(tmp_path / "checkpoint-4") == "there is no such folder"
 
 
-def test_what_else_breaks_a_checkpoint(tmp_path: Path) -> None:
+def test_a_missing_file_or_a_mark_makes_a_checkpoint_incomplete(tmp_path: Path) -> None:
     folder = write(tmp_path / "checkpoint-1")
     (folder / "shards" / "0.distcp").unlink()
-    assert checkpoints.problem(folder) == "shards/0.distcp is missing"
+    assert checkpoints.find_defect(folder) == "shards/0.distcp is missing"
     plain = write(tmp_path / "checkpoint-2", plain=True)
     (plain / "checkpoint-is-incomplete.txt").touch()  # transformers' enable_jit_checkpoint
-    assert checkpoints.problem(plain) == "its save did not come to an end"
+    assert checkpoints.find_defect(plain) == "its save did not finish"
 
 
-def test_a_changed_byte_is_found_by_its_checksum(tmp_path: Path) -> None:
-    folder = write(tmp_path / "checkpoint-1")
-    assert checkpoints.problem(folder, contents=True) is None
-    shard = folder / "shards" / "0.distcp"
-    shard.write_bytes(b"0ptimizer")
-    assert checkpoints.problem(folder) is None, "sizes do not tell"
-    assert checkpoints.problem(folder, contents=True) == "shards/0.distcp no longer holds what was saved (checksum)"
-
-
-def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
     assert checkpoints.newest(tmp_path / "none") is None
     for step in (5, 10, 100):
         write(tmp_path / f"checkpoint-{step}", plain=step == 5)
@@ -100,7 +91,7 @@ def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
         (1, None, (1, 2, 3, 4), [1, 2, 3, 4]),
     ],
 )
-def test_a_limit_counts_whole_checkpoints(
+def test_a_limit_counts_complete_checkpoints(
     limit: int | None, best: int | None, broken: tuple[int, ...], left: list[int], tmp_path: Path
 ) -> None:
     for step in (1, 2, 3, 4):
@@ -114,16 +105,16 @@ def test_a_limit_counts_whole_checkpoints(
     assert {path.name for path in tmp_path.iterdir()} == folders
 
 
-def test_age_goes_before_the_step(tmp_path: Path) -> None:
-    """A run anew in the folder of an older one: its first checkpoints must not be taken for old ones."""
+def test_age_matters_more_than_the_step(tmp_path: Path) -> None:
+    """A new run in the folder of an older one: its first checkpoints are the newest."""
     for step, age in ((900, 2), (1000, 1), (10, 0)):
         write(tmp_path / f"checkpoint-{step}", age=age)
     checkpoints.rotate(tmp_path, 2, saved=tmp_path / "checkpoint-10", best=None)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1000", "checkpoint-10"}
 
 
-def test_what_was_just_saved_stays(tmp_path: Path) -> None:
-    """Also where a file system keeps no times, and a folder of a larger step, which may be damaged, seems newer."""
+def test_the_checkpoint_just_saved_stays(tmp_path: Path) -> None:
+    """Even if the file system keeps no times and a folder with a larger step seems newer."""
     for step in (5, 4):
         os.utime(write(tmp_path / f"checkpoint-{step}"), (0, 0))
     checkpoints.rotate(tmp_path, 1, saved=tmp_path / "checkpoint-4", best=None)
@@ -135,4 +126,4 @@ def test_a_save_that_is_repeated_leaves_nothing_of_the_first(tmp_path: Path) -> 
     (folder / "rng_state_7.pth").touch()  # of more processes
     checkpoints.begin(folder)
     assert [path.name for path in folder.iterdir()] == [checkpoints.MANIFEST_NAME]
-    assert not json.loads((folder / checkpoints.MANIFEST_NAME).read_text())["whole"]
+    assert not json.loads((folder / checkpoints.MANIFEST_NAME).read_text())["complete"]

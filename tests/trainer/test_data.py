@@ -19,7 +19,7 @@ from linear_llama3.trainer.data import training_rows as rows_of
 from linear_llama3.trainer.data.documents import DataError, load_documents
 from linear_llama3.trainer.data.training_rows import training_rows
 from linear_llama3.trainer.recipes.recipe import DataRecipe
-from tests.trainer.test_recipe import write_tokenizer
+from tests.helpers.recipes import write_tokenizer
 
 TEXTS = ["abcdef", "g", "", "hijklmnopqrst", "uv", "wxyz"]
 CHATS = [{"prompt": text[:1], "completion": text[1:]} for text in TEXTS if len(text) > 1]
@@ -130,7 +130,7 @@ def test_the_cache_is_used_until_something_changes(
     assert files() == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")} == times
     others = [files(7), files(packing="best_fit"), files(long_documents="cut")]
-    monkeypatch.setattr(rows_of, "CODE", "another release")
+    monkeypatch.setattr(rows_of, "CACHE_VERSION", 2)
     others.append(files())
     file.write_bytes(lines([{"text": text} for text in TEXTS[::-1]]))
     os.utime(file, (1, 1))
@@ -152,7 +152,7 @@ def test_columns(tmp_path: Path) -> None:
     file.write_bytes(GOOD)
     with pytest.raises(DataError, match=r"needs a column messages, or prompt and completion, got \['text'\]"):
         load_documents(DataRecipe(files=str(file), format="chat"))
-    with pytest.raises(DataError, match=r"data\.arguments must leave out split; say it in data itself"):
+    with pytest.raises(DataError, match=r"data\.arguments must leave out split; set it in data itself"):
         load_documents(DataRecipe(dataset="json", arguments={"split": "train"}))
 
 
@@ -165,7 +165,7 @@ def parquet(rows: int = 1000, text: Any = "abcdefgh") -> bytes:
 
 
 def damaged_parquet() -> bytes:
-    """Bytes in the middle of the rows are others, the schema at the end is whole."""
+    """Bytes in the middle of the rows are others, the schema at the end is intact."""
     whole = bytearray(parquet())
     whole[4:40] = b"\xff" * 36
     return bytes(whole)
@@ -186,8 +186,8 @@ def damaged_parquet() -> bytes:
         ),
         ("a.jsonl", GOOD + b'{"txt": "abc"}\n', "line 2: a document must be text, got None"),
         ("a.jsonl", GOOD + b'{"text": 5}\n', "line 2: a document must be text, got 5; correct it or take it out"),
-        ("a.jsonl", b"", r"a\.jsonl is empty; take it out of data\.files"),
-        ("a.jsonl", b"\n\n", r"a\.jsonl is empty; take it out of data\.files"),
+        ("a.jsonl", b"", r"a\.jsonl is empty; take it out of the data"),
+        ("a.jsonl", b"\n\n", r"a\.jsonl is empty; take it out of the data"),
         (
             "a.jsonl.gz",
             gzip.compress(GOOD * 99)[:-12],

@@ -10,10 +10,10 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from linear_llama3.trainer.data.order import WholeSteps, content_hash
+from linear_llama3.trainer.data.order import CompleteSteps, content_hash
 from linear_llama3.trainer.data.training_rows import training_rows
 from linear_llama3.trainer.recipes.recipe import DataRecipe
-from tests.trainer.test_recipe import write_corpus, write_tokenizer
+from tests.helpers.recipes import write_corpus, write_tokenizer
 
 
 class FirstWorkerOnly(IterableDataset):
@@ -26,13 +26,13 @@ class FirstWorkerOnly(IterableDataset):
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_worker_may_have_nothing_to_read(workers: int) -> None:
-    loader = DataLoader(WholeSteps(FirstWorkerOnly(), 2), batch_size=2, num_workers=workers)
+    loader = DataLoader(CompleteSteps(FirstWorkerOnly(), 2), batch_size=2, num_workers=workers)
     assert torch.cat(list(loader)).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_stream_must_fill_a_step(workers: int) -> None:
-    loader = DataLoader(WholeSteps(FirstWorkerOnly(), 6), batch_size=2, num_workers=workers)
+    loader = DataLoader(CompleteSteps(FirstWorkerOnly(), 6), batch_size=2, num_workers=workers)
     with pytest.raises(ValueError, match="must hold the rows of a step, 6, got 5; add data"):
         list(loader)
 

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from linear_llama3.modeling.flops import batch_flops
 from linear_llama3.sequence_parallel import SequenceParallelContext, enable_sequence_parallel
 from linear_llama3.sequence_parallel.traffic import Traffic
-from linear_llama3.trainer.memory.account import memory_account
+from linear_llama3.trainer.memory.account import MemoryAccount
 from linear_llama3.trainer.recipes import dry_run as module
 from linear_llama3.trainer.recipes.build import build_model, load_tokenizer
 from linear_llama3.trainer.recipes.dry_run import dry_run
 from linear_llama3.trainer.recipes.recipe import load_recipe
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_recipe import MODEL, recipe_with, write_tokenizer
+from tests.helpers.recipes import MODEL, recipe_with, write_tokenizer
 
 LENGTH = 32
 
@@ -157,12 +157,12 @@ PLAIN = {
     ids=str,
 )
 def test_memory(changes: list[str], expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the account is asked, and that its table is printed."""
+    """The recipe's settings reach the account, and its table is printed."""
     asked: list[dict[str, Any]] = []
 
     def account(model: Any, **arguments: Any) -> Any:
         asked.append(arguments)
-        return memory_account(model, **arguments)
+        return MemoryAccount(lines={"weights": 3 * 2**30}, exchanged=0, host=0)
 
     monkeypatch.setattr(module, "memory_account", account)
     path = recipe_of(tmp_path)
@@ -170,7 +170,7 @@ def test_memory(changes: list[str], expected: dict[str, Any], tmp_path: Path, mo
     (arguments,) = asked
     assert arguments.pop("strategies") == load_recipe(path).sequence_parallel.config()
     assert arguments == PLAIN | expected
-    assert re.search(r"  weights +[\d.]+ GiB", text) and re.search(r"  total +[\d.]+ GiB", text)
+    assert re.search(r"  weights +3\.00 GiB", text) and re.search(r"  total +3\.00 GiB", text)
 
 
 def test_adapters_of_the_head_alone(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from linear_llama3.commands.evaluation import measure_loss, plot_loss_by_context
 from linear_llama3.commands.needle import needle_accuracy, plot_needle, text_haystack, token_haystack
 from linear_llama3.sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
 from tests.helpers.ranks import run_distributed
+from tests.helpers.recipes import write_tokenizer
 from tests.helpers.tiny import VOCAB, tiny_config, tiny_model, tokens
-from tests.trainer.test_recipe import write_tokenizer
 
 DOCUMENTS = [9, 4, 6, 1, 18]  # two rows of 19
 
@@ -212,7 +212,7 @@ def test_a_model_that_copies_half_of_an_answer_finds_none() -> None:
 
 
 def test_a_model_that_guesses() -> None:
-    """Of 8 possible answers one in 8; 4 standard deviations of 300 samples are 0.076."""
+    """One in 8 possible answers is right; 4 standard deviations of 300 samples are 0.076."""
     model = tiny_model("basic", vocab_size=9, pad_token_id=None, bos_token_id=None, eos_token_id=None)
     model.lm_head.weight.data[8] = 0  # never the marker
     model.lm_head.weight.data.mul_(0.1)

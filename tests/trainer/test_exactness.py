@@ -11,105 +11,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
-from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
 from linear_llama3.sequence_parallel import LAYOUTS
-from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
+from linear_llama3.trainer import LinearLlama3TrainingArguments
 from tests.helpers.ranks import run_distributed
-
-LENGTH = 13  # no multiple of any number of ranks
-GRIDS = [(1, 1), (2, 2), (2, 1), (4, 2), (4, 4)]  # (processes, sequence-parallel degree)
-
-
-def tiny_config(**changes: Any) -> LinearLlama3Config:
-    fields: dict[str, Any] = {
-        "vocab_size": 23,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "linear_attention_type": "gla",
-        "gate_bias_init": 0.0,
-        "full_attention_interval": 2,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    return LinearLlama3Config(**{**fields, **changes})
-
-
-def tiny_model() -> LinearLlama3ForCausalLM:
-    torch.manual_seed(0)
-    return LinearLlama3ForCausalLM(tiny_config())
-
-
-def rows(packed: bool) -> list[dict[str, Tensor]]:
-    """Eight rows with very uneven labels: the loss of a row's last part, or of all but it, does not count."""
-    generator = torch.Generator().manual_seed(1)
-    out = []
-    for i in range(8):
-        ids = torch.randint(23, (LENGTH,), generator=generator)
-        labels = ids.clone()
-        labels[: 12 if i % 3 == 0 else 0] = -100
-        labels[5 if i % 3 == 1 else LENGTH :] = -100
-        row = {"input_ids": ids, "labels": labels}
-        if packed:
-            row["position_ids"] = torch.cat([torch.arange(4 + i % 4), torch.arange(LENGTH - 4 - i % 4)])
-        out.append(row)
-    return out
-
-
-def reset_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def arguments(folder: str, replicas: int, **changes: Any) -> dict[str, Any]:
-    """Two optimizer steps of 4 rows each, whatever the number of data-parallel processes."""
-    return {
-        "output_dir": folder,
-        "use_cpu": True,
-        "max_steps": 2,
-        "per_device_train_batch_size": 2 // replicas,
-        "per_device_eval_batch_size": 2 // replicas,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1.0,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 1e9,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        **changes,
-    }
-
-
-def outcome(trainer: Trainer) -> dict[str, Any]:
-    """(loss, gradient norm) per step, the parameters, the tokens."""
-    parameters = {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().numpy()  # FSDP2's are parts
-        for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
-    }
-    return {
-        "history": [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log],
-        "parameters": parameters,
-        "tokens": trainer.state.num_input_tokens_seen,
-        "flops": trainer.state.total_flos,
-    }
-
-
-def assert_same(run: dict[str, Any], one: dict[str, Any], where: Any) -> None:
-    for got, expected in zip(run["history"], one["history"], strict=True):
-        assert got == pytest.approx(expected, rel=2e-4), where
-    for name, expected in one["parameters"].items():
-        assert abs(run["parameters"][name] - expected).max() < 2e-5, (where, name)
-    assert run["tokens"] == one["tokens"], where
-    assert run["flops"] == pytest.approx(one["flops"], rel=1e-6), where
+from tests.helpers.training import (
+    GRIDS,
+    LENGTH,
+    SequentialTrainer,
+    arguments,
+    assert_same,
+    outcome,
+    reset_accelerate,
+    rows,
+    tiny_model,
+)
 
 
 def train(world: int, degree: int, packed: bool, checkpointing: bool, folder: str, **choices: str) -> dict[str, Any]:
@@ -135,21 +53,22 @@ def train(world: int, degree: int, packed: bool, checkpointing: bool, folder: st
     }
 
 
-class SequentialTrainer(LinearLlama3Trainer):
-    """Rows in their order, so that every grid sees the same ones in a step."""
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-
 def train_with(linear: str, softmax: str, layout: str, folder: str) -> dict[str, Any]:
     return train(2, 2, True, False, folder, linear_strategy=linear, softmax_strategy=softmax, sequence_layout=layout)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(layout, marks=[pytest.mark.slow] * (layout == "contiguous")) for layout in LAYOUTS]
+)
 @pytest.mark.parametrize(
     ("linear", "softmax"),
-    [("lasp1", "ring"), ("all_scan", "token_ring"), ("all_to_all", "rsa"), ("lasp2", "ulysses"), ("auto", "auto")],
+    [
+        ("lasp1", "ring"),
+        pytest.param("all_scan", "token_ring", marks=pytest.mark.slow),
+        ("all_to_all", "rsa"),
+        pytest.param("lasp2", "ulysses", marks=pytest.mark.slow),
+        ("auto", "auto"),
+    ],
 )
 def test_strategies_by_name(linear: str, softmax: str, layout: str, tmp_path: Path) -> None:
     (one,) = run_distributed(train, 1, 1, 1, True, False, str(tmp_path))
@@ -159,13 +78,20 @@ def test_strategies_by_name(linear: str, softmax: str, layout: str, tmp_path: Pa
         assert abs(run["logits"] - one["logits"]).max() < 1e-4
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_any_grid_equals_one_process(packed: bool, checkpointing: bool, tmp_path: Path) -> None:
-    results = {
-        grid: run_distributed(train, grid[0], *grid, packed, checkpointing, str(tmp_path))
-        for grid in (GRIDS if not checkpointing else GRIDS[:2])
-    }
+@pytest.mark.parametrize(
+    ("grids", "packed", "checkpointing"),
+    [
+        pytest.param([(1, 1), (2, 1), (4, 2)], True, False, id="packed"),
+        pytest.param([(1, 1), (2, 2)], True, True, id="packed-checkpointing"),
+        pytest.param(GRIDS, False, False, id="rows-all_grids", marks=pytest.mark.slow),
+        pytest.param(GRIDS, True, False, id="packed-all_grids", marks=pytest.mark.slow),
+        pytest.param(GRIDS, False, True, id="rows-checkpointing-all_grids", marks=pytest.mark.slow),
+    ],
+)
+def test_any_grid_equals_one_process(
+    grids: list[tuple[int, int]], packed: bool, checkpointing: bool, tmp_path: Path
+) -> None:
+    results = {grid: run_distributed(train, grid[0], *grid, packed, checkpointing, str(tmp_path)) for grid in grids}
     (one,) = results[1, 1]
     assert one["history"][0][0] != pytest.approx(one["history"][1][0], rel=1e-2), "nothing was learnt"
     assert one["tokens"] == 8 * LENGTH
@@ -212,12 +138,12 @@ def train_as(kind: str, degree: int, folder: str) -> dict[str, Any]:
         reset_accelerate()
 
 
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["environment", "config", "stream"])
-def test_other_ways_to_the_same_run(kind: str, tmp_path: Path) -> None:
+def test_other_ways_to_the_same_run(kind: str, world: int, tmp_path: Path) -> None:
     (one,) = run_distributed(train, 1, 1, 1, False, False, str(tmp_path))
-    for world in (2, 4):
-        for run in run_distributed(train_as, world, kind, 2, str(tmp_path)):
-            assert_same(run, one, (kind, world))
+    for run in run_distributed(train_as, world, kind, 2, str(tmp_path)):
+        assert_same(run, one, (kind, world))
 
 
 def train_after_evaluation(degree: int, folder: str) -> dict[str, Any]:

@@ -19,23 +19,27 @@ from transformers import TrainerCallback
 
 from linear_llama3.trainer import LinearLlama3TrainingArguments
 from linear_llama3.trainer.checkpoints import manifest as checkpoints
-from linear_llama3.trainer.failures import TrainingFailure, _less_memory, _lost
+from linear_llama3.trainer.failures import FailureStore, TrainingFailure, _describe_lost_rank, _less_memory
 from tests.helpers.launch import launch
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import SequentialTrainer, arguments, outcome, reset_accelerate, rows, tiny_model
+from tests.helpers.training import SequentialTrainer, arguments, outcome, reset_accelerate, rows, tiny_model
 
 REACHED = 1  # the last step with a checkpoint
 STEPS = 4
 
 
 class FailingTrainer(SequentialTrainer):
-    """Fails on rank 1 (a full disk on rank 0) in the step, or the save, behind the first checkpoint."""
+    """Fails on the last rank (a full disk on rank 0) in the step, or the save, after the first checkpoint."""
 
     handles_shards = True
     kind = ""
 
+    @property
+    def fails(self) -> bool:
+        return self.args.process_index == self.args.world_size - 1
+
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == REACHED and self.args.process_index == 1:
+        if self.state.global_step == REACHED and self.fails:
             if self.kind == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.kind == "hangs":
@@ -46,13 +50,13 @@ class FailingTrainer(SequentialTrainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
-        broken = self.state.global_step == REACHED and self.args.process_index == 1 and self.kind == "not a number"
+        broken = self.state.global_step == REACHED and self.fails and self.kind == "not a number"
         return loss * float("nan") if broken else loss
 
     def _save_scaler(self, output_dir: str) -> None:
         """In the middle of a save."""
         if self.state.global_step == REACHED + 1:
-            if self.kind == "killed in a save" and self.args.process_index == 1 and first_attempt():
+            if self.kind == "killed in a save" and self.fails and first_attempt():
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.kind == "full disk" and self.args.process_index == 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -60,13 +64,13 @@ class FailingTrainer(SequentialTrainer):
 
 
 class RemoteRows(torch.utils.data.Dataset):
-    """Cannot be reached from rank 1 in the second step (its last batch: the loader is one batch ahead)."""
+    """Cannot be reached from the last rank in the second step (its last batch: the loader is one batch ahead)."""
 
     def __len__(self) -> int:
         return 8
 
     def __getitem__(self, index: int) -> Any:
-        if index >= 6 and os.environ["RANK"] == "1":
+        if index >= 6 and int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"]):
             raise ConnectionError("Max retries exceeded with url: /data")
         return rows(False)[index]
 
@@ -95,7 +99,7 @@ def fail(kind: str, folder: str) -> None:
         (
             "killed",
             0,
-            ["step 2, rank 0 of 2: rank 1 has ended without a word, as if killed", "RECIPE.yaml --dry-run` computes"],
+            ["step 2, rank 0 of 2: rank 1 exited without an error message (killed?", "RECIPE.yaml --dry-run` computes"],
         ),
         ("hangs", 0, ["step 2, rank 0 of 2: rank 1 did not answer within ddp_timeout = 2 s", "raise ddp_timeout"]),
         (
@@ -119,12 +123,13 @@ def fail(kind: str, folder: str) -> None:
         ),
     ],
 )
+@pytest.mark.slow
 def test_a_launch_ends_with_the_reason(kind: str, rank: int, messages: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended = launch(fail, 2, kind, str(out), folder=tmp_path / "log")
     assert ended.exit_code != 0
-    whole = f"{out / 'checkpoint-1'} is whole: resume_from_checkpoint=True goes on from there"
-    for message in [*messages, whole]:
+    complete = f"{out / 'checkpoint-1'} is complete: resume_from_checkpoint=True continues from it"
+    for message in [*messages, complete]:
         assert message in ended.errors[rank], ended.errors[rank][-2000:]
     if kind != "killed":  # the other rank says whose failure it was, and which one
         step = 3 if kind == "full disk" else 2
@@ -132,7 +137,69 @@ def test_a_launch_ends_with_the_reason(kind: str, rank: int, messages: list[str]
         assert kind == "hangs" or expected in ended.errors[1 - rank], ended.errors[1 - rank][-2000:]
     assert checkpoints.newest(out) == out / "checkpoint-1"
     if kind == "full disk":
-        assert checkpoints.problem(out / "checkpoint-2") == "its save did not come to an end"
+        assert checkpoints.find_defect(out / "checkpoint-2") == "its save did not finish"
+
+
+def fail_alone(kind: str, folder: str) -> str:
+    reset_accelerate()
+    try:
+        fail(kind, folder)
+    except Exception as error:
+        return str(error)
+    finally:
+        reset_accelerate()
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "messages"),
+    [
+        ("full disk", ["could not be written: [Errno 28] No space left on device", "save_total_limit"]),
+        (
+            "out of memory",
+            ["step 2, rank 0 of 1: out of memory. The batch has 2 x 13 tokens over 1 ranks, 13 of every"],
+        ),
+        ("unreachable data", ["step 2, rank 0 of 1: the data could not be read: ConnectionError: Max retries"]),
+    ],
+)
+def test_a_failure_on_one_process_names_step_and_checkpoint(kind: str, messages: list[str], tmp_path: Path) -> None:
+    (error,) = run_distributed(fail_alone, 1, kind, str(tmp_path))
+    complete = f"{tmp_path / 'checkpoint-1'} is complete: resume_from_checkpoint=True continues from it"
+    for message in [*messages, complete]:
+        assert message in error
+    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-1"
+    if kind == "full disk":
+        assert checkpoints.find_defect(tmp_path / "checkpoint-2") == "its save did not finish"
+
+
+def describe_lost_rank(cause: str | None, error: str, folder: str) -> str:
+    """Return what rank 0 says of a collective without rank 1, which posts a cause or, for None, nothing."""
+    rank = dist.get_rank()
+    store = FailureStore(rank, 2)
+    if rank == 1:
+        if cause is not None:
+            store.post(cause)
+        dist.barrier()
+        return ""
+    args = SimpleNamespace(process_index=0, world_size=2, output_dir=folder, ddp_timeout=60)
+    trainer = SimpleNamespace(args=args, state=SimpleNamespace(global_step=4))
+    text = _describe_lost_rank(trainer, RuntimeError(error), store)
+    dist.barrier()
+    return text
+
+
+@pytest.mark.parametrize(
+    ("cause", "error", "message"),
+    [
+        ("step 5, rank 1 of 2: no disk", "gloo: closed", "another rank has failed: step 5, rank 1 of 2: no disk"),
+        (None, "gloo: Connection closed by peer", "rank 1 exited without an error message (killed? check the host's"),
+        (None, "gloo: timed out", "rank 1 did not answer within ddp_timeout = 60 s. It hangs, or needs longer: raise"),
+    ],
+    ids=["failed", "killed", "hangs"],
+)
+def test_other_ranks_name_the_rank_that_failed(cause: str | None, error: str, message: str, tmp_path: Path) -> None:
+    text, _ = run_distributed(describe_lost_rank, 2, cause, error, str(tmp_path))
+    assert text.startswith(f"step 5, rank 0 of 2: {message}")
 
 
 def loss_is_not_finite(folder: str, changes: dict[str, Any]) -> Any:
@@ -152,7 +219,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     results = run_distributed(loss_is_not_finite, 2, str(tmp_path), {})
     for rank, (message, step, finite) in enumerate(results):
         assert f"step 2, rank {rank} of 2: the loss is not finite, first on rank 1 in micro-batch 0" in message
-        assert "lower learning_rate" in message and f"{tmp_path / 'checkpoint-1'} is whole" in message
+        assert "lower learning_rate" in message and f"{tmp_path / 'checkpoint-1'} is complete" in message
         assert step == 1 and finite, "the parameters are those before the step"
     for message, step, _ in run_distributed(loss_is_not_finite, 2, str(tmp_path), {"logging_nan_inf_filter": True}):
         assert not message and step == STEPS
@@ -165,7 +232,7 @@ def restarted(kind: str, folder: str) -> None:
         torch.save(outcome(trainer), f"{folder}/outcome")
 
 
-def whole_run(folder: str) -> dict[str, Any]:
+def uninterrupted_run(folder: str) -> dict[str, Any]:
     reset_accelerate()
     trainer = failing("", folder)
     trainer.train()
@@ -178,18 +245,19 @@ cannot_resume = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @cannot_resume
 def test_torchrun_restarts_a_launch_whose_rank_was_killed_in_a_save(tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended = launch(restarted, 2, "killed in a save", str(out), folder=tmp_path / "log", restarts=1)
     assert ended.exit_code == 0, ended.errors[0][-2000:]
-    assert "step 3, rank 0 of 2: rank 1 has ended without a word" in ended.errors[0], "of the first attempt"
-    assert f"{out / 'checkpoint-2'} is not whole: its save did not come to an end" in ended.errors[0]
+    assert "step 3, rank 0 of 2: rank 1 exited without an error message" in ended.errors[0], "of the first attempt"
+    assert f"{out / 'checkpoint-2'} is not complete: its save did not finish" in ended.errors[0]
     assert_same_run(torch.load(out / "outcome", weights_only=False), tmp_path)
 
 
 def assert_same_run(run: dict[str, Any], tmp_path: Path) -> None:
-    whole = run_distributed(whole_run, 2, str(tmp_path / "whole"))[0]
+    whole = run_distributed(uninterrupted_run, 2, str(tmp_path / "whole"))[0]
     for got, expected in zip(run["history"], whole["history"], strict=True):
         assert got == pytest.approx(expected, rel=1e-5)
     for name, expected in whole["parameters"].items():
@@ -222,7 +290,7 @@ def preempted(kind: str, callback: type[TrainerCallback], folder: str, **changes
 
 
 def preempted_here(folder: str) -> Any:
-    """The exit code; nobody else's process ends."""
+    """Return the exit code of the run; the process continues."""
     reset_accelerate()
     try:
         preempted("", SignalToOneRank, folder)
@@ -250,13 +318,14 @@ def test_sigterm_saves_at_the_same_step_on_all_ranks(tmp_path: Path) -> None:
         assert_same_run(run, tmp_path)
 
 
+@pytest.mark.slow
 def test_sigterm_to_a_launch(tmp_path: Path) -> None:
     """From the scheduler to torchrun, from there to the ranks, from wherever to the loader's workers."""
     out = tmp_path / "out"
     started = out / "step-3"
     ended = launch(launched, 2, str(out), folder=tmp_path / "log", interrupt=started.exists)
     (step,) = checkpoints.steps(out)
-    assert ended.exit_code != 0 and 3 <= step < 100 and checkpoints.problem(out / f"checkpoint-{step}") is None
+    assert ended.exit_code != 0 and 3 <= step < 100 and checkpoints.find_defect(out / f"checkpoint-{step}") is None
     assert f"SIGTERM: step {step} is saved in {out}" in ended.errors[0], ended.errors[0][-2000:]
     assert "Traceback" not in ended.errors[0] + ended.errors[1]
     saved = (out / f"checkpoint-{step}" / checkpoints.MANIFEST_NAME).stat().st_mtime
@@ -267,17 +336,17 @@ def launched(folder: str) -> None:
     preempted("long", SignalToLoaders, folder, max_steps=100, dataloader_num_workers=1)
 
 
-def test_what_is_said_when_the_store_has_ended_too(tmp_path: Path) -> None:
-    """Where torchrun does not hold the store, it goes with rank 0."""
+def test_the_store_may_have_ended_as_well(tmp_path: Path) -> None:
+    """If torchrun does not hold the store, it ends with rank 0."""
 
     def ended() -> None:
         raise dist.DistNetworkError("Connection reset by peer")
 
     args = SimpleNamespace(process_index=1, world_size=2, output_dir=tmp_path, ddp_timeout=60)
     trainer = SimpleNamespace(args=args, state=SimpleNamespace(global_step=4))
-    words = SimpleNamespace(leave=lambda: None, hear=ended)
-    text = _lost(trainer, RuntimeError("gloo: Connection closed by peer"), words)
-    assert text.startswith("step 5, rank 1 of 2: another rank has ended") and "its own output says why" in text
+    store = SimpleNamespace(post=lambda: None, collect=ended)
+    text = _describe_lost_rank(trainer, RuntimeError("gloo: Connection closed by peer"), store)
+    assert text.startswith("step 5, rank 1 of 2: another rank has ended") and "own output says why" in text
 
 
 def without_targets(folder: str, degree: int, average: bool, empty: list[int]) -> str:

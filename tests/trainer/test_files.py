@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from linear_llama3.trainer.data.documents import find_files, load_documents
-from linear_llama3.trainer.data.files import DataError
+from linear_llama3.trainer.data.documents import load_documents
+from linear_llama3.trainer.data.files import DataError, expand
 from linear_llama3.trainer.data.training_rows import training_rows
 from linear_llama3.trainer.recipes.recipe import DataRecipe
-from tests.trainer.test_recipe import write_tokenizer
+from tests.helpers.recipes import write_tokenizer
 
 both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["stored", "stream"])
 NAMES = ["a[1]", "a*", "a?", "a::b", "file::b", "zip::b", "hf:", "a{b}", "a#b%20", "~a", "-", "'a b'"]  # next to a1
@@ -74,7 +74,7 @@ def test_a_name_is_neither_a_pattern_nor_a_url(
             for files in (place, [str(tmp_path / place)]):
                 found = load_documents(DataRecipe(files=files, streaming=streaming))
                 assert list(found) == [{"text": "right"}], files
-    assert len(find_files(DataRecipe(files=f"?1{suffix}"))) == 1, "a name without a file is still a pattern"
+    assert len(expand(f"?1{suffix}")) == 1, "a name without a file is still a pattern"
 
 
 def test_a_dataset_that_is_a_folder_with_such_a_name(tmp_path: Path) -> None:

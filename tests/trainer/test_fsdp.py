@@ -11,16 +11,22 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 import transformers
-from accelerate import PartialState
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from linear_llama3.trainer import LinearLlama3TrainingArguments
 from linear_llama3.trainer.__main__ import save
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import SequentialTrainer, arguments, outcome, reset_accelerate, rows, tiny_model
+from tests.helpers.training import (
+    SequentialTrainer,
+    arguments,
+    outcome,
+    reset_accelerate,
+    rows,
+    shard_on_cpus,
+    tiny_model,
+)
 
 STEPS, STOP = 4, 3  # a step is half an epoch
 
@@ -29,19 +35,6 @@ class FsdpTrainer(SequentialTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         shard_on_cpus(self)
-
-
-def shard_on_cpus(trainer: Any) -> None:
-    """FSDP2 for a Trainer whose Accelerator has just been made."""
-    state = trainer.accelerator.state
-    PartialState._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
-    state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LinearLlama3DecoderLayer"],
-        cpu_ram_efficient_loading=False,
-    )
-    trainer.is_fsdp_enabled = True
 
 
 def train(
@@ -85,9 +78,18 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.skipif(
     transformers.__version__.startswith("5.17."), reason="transformers 5.17 cannot resume on several CPU processes"
 )
-def test_shards_of_the_model_and_of_sequences(one: dict[str, Any], tmp_path: Path) -> None:
-    """Runs, their distributed checkpoints at other degrees, and the whole weights at the end."""
-    for world, degree, checkpointing in ((2, 2, False), (4, 2, True)):
+@pytest.mark.parametrize(
+    ("grids", "resumes"),
+    [
+        pytest.param([(2, 2, False)], [("2-2", 4, 4)], id="W2"),
+        pytest.param([(2, 2, False), (4, 2, True)], [("4-2", 2, 2), ("2-2", 4, 4)], id="W2-W4", marks=pytest.mark.slow),
+    ],
+)
+def test_shards_of_the_model_and_of_sequences(
+    grids: list[tuple[int, int, bool]], resumes: list[tuple[str, int, int]], one: dict[str, Any], tmp_path: Path
+) -> None:
+    """Runs, their distributed checkpoints at other degrees, and the complete weights at the end."""
+    for world, degree, checkpointing in grids:
         folder = tmp_path / f"{world}-{degree}"
         for run in run_distributed(train, world, degree, str(folder), None, 1, checkpointing):
             assert_equal(run, one, (world, degree))
@@ -96,12 +98,13 @@ def test_shards_of_the_model_and_of_sequences(one: dict[str, Any], tmp_path: Pat
         weights = load_file(folder / "model.safetensors")
         assert weights.keys() == one["parameters"].keys()
         assert all(abs(weights[name].numpy() - p).max() < 1e-5 for name, p in one["parameters"].items())
-    for before, world, degree in (("4-2", 2, 2), ("2-2", 4, 4)):
+    for before, world, degree in resumes:
         checkpoint = str(tmp_path / before / f"checkpoint-{STOP}")
         for run in run_distributed(train, world, degree, str(tmp_path / "on"), checkpoint):
             assert_equal(run, one, (before, world, degree))
 
 
+@pytest.mark.slow
 def test_replicas_of_shards(one: dict[str, Any], tmp_path: Path) -> None:
     """HSDP: 2 replicas x 2 shards x 2 ranks of a sequence."""
     for run in run_distributed(train, 8, 2, str(tmp_path), None, 2):

@@ -23,8 +23,8 @@ from linear_llama3.trainer import (
 from linear_llama3.trainer import __main__ as program
 from linear_llama3.trainer.launched import SIZES, check_launch, launched_processes
 from tests.helpers.launch import launch
-from tests.trainer.test_exactness import reset_accelerate, rows, tiny_model
-from tests.trainer.test_recipe import recipe_with, write_corpus, write_tokenizer
+from tests.helpers.recipes import recipe_with, write_corpus, write_tokenizer
+from tests.helpers.training import reset_accelerate, rows, tiny_model
 
 
 class PlainTrainer(SequenceParallelMixin, Trainer):
@@ -83,6 +83,7 @@ def commands(folder: str, recipe: str) -> None:
     needle.needle(f"{folder}/out", [16], [0.5], samples=2, tokens=True, output=Path(folder))
 
 
+@pytest.mark.slow
 def test_commands_join_the_processes_of_a_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes have the losses of one, and print each table once."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

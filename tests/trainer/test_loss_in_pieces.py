@@ -13,8 +13,7 @@ from torch import nn
 from linear_llama3.ops import token_tiles
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
 from tests.helpers.ranks import run_distributed
-
-from .test_exactness import (
+from tests.helpers.training import (
     SequentialTrainer,
     arguments,
     assert_same,
@@ -41,12 +40,12 @@ def make(folder: str, degree: int = 1, world: int = 1, adapters: bool = False, *
 
 
 def run(
-    folder: str, world: int, degree: int, accumulation: int, adapters: bool, packed: bool, in_pieces: bool
+    folder: str, world: int, degree: int, accumulation: int, adapters: bool, packed: bool, tiled: bool
 ) -> dict[str, Any]:
-    """Two steps of 4 rows and an evaluation; in pieces of three tokens in the loss, and of two in the layers."""
+    """Two steps of 4 rows and an evaluation; tiles of three tokens in the loss, and of two in the layers."""
     reset_accelerate()
     token_tiles.TILE_NUMBERS, whole = 3 * 23, token_tiles.TILE_NUMBERS
-    changes: dict[str, Any] = dict.fromkeys(("chunked_loss", "sequence_tiling", "gradient_checkpointing"), in_pieces)
+    changes: dict[str, Any] = dict.fromkeys(("chunked_loss", "sequence_tiling", "gradient_checkpointing"), tiled)
     changes |= {"gradient_accumulation_steps": accumulation, "learning_rate": 0.1}
     changes["per_device_train_batch_size"] = 4 * degree // world // accumulation
     trainer = make(folder, degree, world, adapters, data=rows(packed), prediction_loss_only=True, **changes)
@@ -57,18 +56,33 @@ def run(
     evaluated = trainer.evaluate()["eval_loss"]
     token_tiles.TILE_NUMBERS = whole
     reset_accelerate()
-    assert seen and all(skipped == in_pieces for skipped in seen)
+    assert seen and all(skipped == tiled for skipped in seen)
     return {**outcome(trainer), "eval": evaluated}
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-@pytest.mark.parametrize("adapters", [False, True], ids=["", "lora"])
-def test_any_grid_in_pieces_equals_one_process_as_a_whole(packed: bool, adapters: bool, tmp_path: Path) -> None:
+ALL_GRIDS = [(1, 1, 4), (2, 2, 2), (2, 1, 1), (4, 2, 2), (4, 4, 1), (4, 4, 4)]  # (processes, degree, accumulation)
+
+
+@pytest.mark.parametrize(
+    ("grids", "packed", "adapters"),
+    [
+        pytest.param([(2, 2, 2)], True, True, id="packed-lora"),
+        pytest.param([(4, 2, 2)], False, False, id="rows"),
+        *(
+            pytest.param(ALL_GRIDS, packed, adapters, id=f"{packed=}-{adapters=}-all_grids", marks=pytest.mark.slow)
+            for packed in (False, True)
+            for adapters in (False, True)
+        ),
+    ],
+)
+def test_any_grid_with_tiles_equals_one_process_without(
+    grids: list[tuple[int, int, int]], packed: bool, adapters: bool, tmp_path: Path
+) -> None:
     if adapters:
         pytest.importorskip("peft")
     folder = str(tmp_path)
     (one,) = run_distributed(run, 1, folder, 1, 1, 1, adapters, packed, False)
-    for world, degree, accumulation in [(1, 1, 4), (2, 2, 2), (2, 1, 1), (4, 2, 2), (4, 4, 1), (4, 4, 4)]:
+    for world, degree, accumulation in grids:
         for other in run_distributed(run, world, folder, world, degree, accumulation, adapters, packed, True):
             assert_same(other, one, (world, degree, accumulation))
             assert other["eval"] == pytest.approx(one["eval"], rel=1e-5)
@@ -83,7 +97,7 @@ def test_an_evaluation_with_metrics_has_its_logits(tmp_path: Path) -> None:
     assert loss == pytest.approx(make(str(tmp_path), chunked_loss=False).evaluate()["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("reader", ["label smoothing", "compute_loss_func"])
+@pytest.mark.parametrize("reader", ["label smoothing", pytest.param("compute_loss_func", marks=pytest.mark.slow)])
 def test_what_reads_logits_in_training_has_them(reader: str, tmp_path: Path) -> None:
     def loss(outputs: Any, labels: Any, num_items_in_batch: Any) -> Any:
         assert outputs["logits"].shape == (2, 13, 23)
@@ -115,7 +129,7 @@ def test_models_without_such_a_loss_are_left_alone(tmp_path: Path) -> None:
     assert trainer.state.global_step == 2
 
 
-def test_tiles_of_a_model_made_anew_for_a_run(tmp_path: Path) -> None:
+def test_model_init_makes_a_model_with_tiles(tmp_path: Path) -> None:
     args = LinearLlama3TrainingArguments(**arguments(str(tmp_path), 1, sequence_tiling=True))
     trainer = LinearLlama3Trainer(model_init=tiny_model, args=args, train_dataset=rows(False))
     trainer.train()

@@ -13,7 +13,7 @@ from torch import Tensor
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForMaskedLM
 from linear_llama3.trainer import LinearLlama3TrainingArguments, SequenceParallelAccelerator
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import GRIDS, SequentialTrainer, arguments, assert_same, outcome, reset_accelerate
+from tests.helpers.training import GRIDS, SequentialTrainer, arguments, assert_same, outcome, reset_accelerate
 
 LENGTH, VOCAB, MASK = 13, 23, 22
 
@@ -55,11 +55,18 @@ def train(world: int, degree: int, padded: bool, folder: str) -> dict[str, Any]:
     return {**outcome(trainer), "eval": evaluated}
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["rows", "padded"])
-def test_any_grid_equals_one_process(padded: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("grids", "padded"),
+    [
+        pytest.param([(4, 2)], True, id="padded"),
+        pytest.param(GRIDS[1:], False, id="rows-all_grids", marks=pytest.mark.slow),
+        pytest.param(GRIDS[1:], True, id="padded-all_grids", marks=pytest.mark.slow),
+    ],
+)
+def test_any_grid_equals_one_process(grids: list[tuple[int, int]], padded: bool, tmp_path: Path) -> None:
     (one,) = run_distributed(train, 1, 1, 1, padded, str(tmp_path))
     assert one["history"][1][0] < one["history"][0][0], "nothing was learnt"
-    for world, degree in GRIDS[1:]:
+    for world, degree in grids:
         for run in run_distributed(train, world, world, degree, padded, str(tmp_path)):
             assert_same(run, one, (world, degree))
             assert run["eval"] == pytest.approx(one["eval"], rel=1e-4)

@@ -1,4 +1,4 @@
-"""The account of a step's memory is what torch's allocator sees, and leaves nothing behind."""
+"""The account of a step's memory agrees with torch's allocator and leaves no patch behind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def config(mixer: str, interval: int, **changes: Any) -> LinearLlama3Config:
 
 
 def step_bytes(account: MemoryAccount) -> int:
-    """Without what is alive before the step."""
+    """Return the bytes of a step, without those alive before it."""
     return account.total - sum(account.lines[name] for name in ("weights", "gradients", "optimizer", "communication"))
 
 
@@ -49,8 +49,8 @@ def measured(
     chunked_loss: bool = True,
     documents: int = 1,
 ) -> int:
-    """Bytes of a real step on this rank, all ranks of the launch sharing the sequence."""
-    whole, token_tiles.TILE_NUMBERS = token_tiles.TILE_NUMBERS, TILE
+    """Measure the bytes of a real step on this rank; all ranks of the launch share the sequence."""
+    before, token_tiles.TILE_NUMBERS = token_tiles.TILE_NUMBERS, TILE
     model = LinearLlama3ForCausalLM(config).to(dtype).train()
     enable_sequence_tiling(model, tiling)
     if checkpointing:
@@ -71,8 +71,8 @@ def measured(
 
     step()  # makes the gradients
     peaks = [allocated_peak(step) for _ in range(1 if strategies is None else 6)]
-    token_tiles.TILE_NUMBERS = whole
-    return min(peaks)  # what a rank has sent is freed by other threads, now and then late
+    token_tiles.TILE_NUMBERS = before
+    return min(peaks)  # other threads free sent tensors, sometimes late
 
 
 @pytest.fixture(autouse=True)
@@ -80,28 +80,34 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_tiles, "TILE_NUMBERS", TILE)
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("mixer", "interval", "options"),
     [
-        ("basic", 0, {**HALF, "chunked_loss": False}),
         ("basic", 4, HALF),
-        ("gla", 4, {**HALF, "checkpointing": True}),
-        ("gla", 0, {"dtype": torch.float32, "autocast": torch.bfloat16, "checkpointing": True}),
-        ("retention", 2, {**HALF, "checkpointing": True, "tiling": True}),
-        ("based", 4, {**HALF, "tiling": True, "documents": 5}),
         ("lightning", 2, {**HALF, "checkpointing": True, "tiling": True, "documents": 5}),
         ("rebased", 1, {"checkpointing": True, "autocast": torch.bfloat16, "tiling": True}),
+        slow("basic", 0, {**HALF, "chunked_loss": False}),
+        slow("gla", 4, {**HALF, "checkpointing": True}),
+        slow("gla", 0, {"dtype": torch.float32, "autocast": torch.bfloat16, "checkpointing": True}),
+        slow("retention", 2, {**HALF, "checkpointing": True, "tiling": True}),
+        slow("based", 4, {**HALF, "tiling": True, "documents": 5}),
     ],
 )
-def test_a_step_needs_what_the_account_says(mixer: str, interval: int, options: dict[str, Any]) -> None:
+def test_the_account_is_within_10_percent_of_a_step(mixer: str, interval: int, options: dict[str, Any]) -> None:
     computed = step_bytes(memory_account(config(mixer, interval), tokens=TOKENS, gpu=False, **options))
     assert computed == pytest.approx(measured(config(mixer, interval), **options), rel=0.1)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "linear", "softmax"), [(2, "lasp2", "lasp2h"), (2, "lasp1", "ulysses"), (4, "all_to_all", "ring")]
+    ("ranks", "linear", "softmax"),
+    [(2, "lasp2", "lasp2h"), slow(2, "lasp1", "ulysses"), slow(4, "all_to_all", "ring")],
+    ids=lambda value: f"W{value}" if isinstance(value, int) else value,
 )
-def test_of_a_rank_too(ranks: int, linear: str, softmax: str) -> None:
+def test_the_account_of_a_rank_is_within_10_percent_of_its_step(ranks: int, linear: str, softmax: str) -> None:
     """In float32: in bfloat16 two ranks of this hybrid need 13 % more than the account, for a reason not found yet."""
     options = {"checkpointing": True, "tiling": True}
     strategies = SequenceParallelConfig(linear=linear, softmax=softmax)
@@ -118,8 +124,8 @@ def measured_on_a_rank(config: LinearLlama3Config, strategies: SequenceParallelC
     return measured(config, strategies, **options)
 
 
-def test_what_ranks_exchange() -> None:
-    """LASP-2: every rank's states `[H_kv, D_k, D_v]` in float32, and one's own, whatever the length."""
+def test_lasp2_exchanges_one_state_per_rank() -> None:
+    """LASP-2 sends the own state `[H_kv, D_k, D_v]` in float32 and receives that of every rank, at any length."""
     sizes = [
         memory_account(config("basic", 0), tokens=tokens, ranks=4, gpu=gpu).exchanged
         for tokens in (TOKENS, 2 * TOKENS)
@@ -139,7 +145,7 @@ def test_checkpoints_keep_the_inputs_of_layers_here_or_on_the_host() -> None:
     assert "in host memory" in host.table() and "layer inputs" in device.table()
 
 
-@pytest.mark.parametrize("options", [{}, {"documents": 5}, {"ranks": 2}], ids=["", "packed", "sharded"])
+@pytest.mark.parametrize("options", [{"ranks": 2}, slow({"documents": 5}), slow({})], ids=["W2", "packed", "plain"])
 def test_a_gpu_keeps_no_more_than_a_cpu_and_leaves_nothing_behind(options: dict[str, Any]) -> None:
     """Its kernels take half precision as it is, and repeat no key or value for the heads of a group."""
     pytest.importorskip("triton")

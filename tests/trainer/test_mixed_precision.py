@@ -22,8 +22,7 @@ from linear_llama3.sequence_parallel.traffic import Traffic
 from linear_llama3.trainer import LinearLlama3TrainingArguments, SequenceParallelAccelerator
 from linear_llama3.trainer.parallelism import keep_precision
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import SequentialTrainer, arguments, reset_accelerate, tiny_config
-from tests.trainer.test_fsdp import shard_on_cpus
+from tests.helpers.training import SequentialTrainer, arguments, reset_accelerate, shard_on_cpus, tiny_config
 
 LABELS = 511  # 512 in bfloat16
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16)  # casts inputs, as by default
@@ -205,10 +204,11 @@ def train(degree: int, bf16: bool, folder: str, average: bool = True) -> dict[st
     return {"losses": history, "counts": counts, "eval": evaluated}
 
 
-def test_trainer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("grids", [[(2, 2)], pytest.param([(2, 1), (4, 2)], marks=pytest.mark.slow)], ids=str)
+def test_trainer(grids: list[tuple[int, int]], tmp_path: Path) -> None:
     """Losses equal those of one float32 process to less than the spacing of bfloat16 (1/64 at 3)."""
     (one,) = run_distributed(train, 1, 1, False, str(tmp_path))
-    for world, degree in ((2, 2), (2, 1), (4, 2)):
+    for world, degree in grids:
         for run in run_distributed(train, world, degree, True, str(tmp_path)):
             assert set(run["counts"][:4]) == {511}, (world, degree)
             assert run["losses"] == pytest.approx(one["losses"], rel=1e-3), (world, degree)

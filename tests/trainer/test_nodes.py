@@ -13,13 +13,13 @@ from linear_llama3.sequence_parallel import SequenceParallelConfig
 from linear_llama3.trainer import SequenceParallelAccelerator
 from linear_llama3.trainer.parallelism import sequence_groups, warn_across_nodes
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import reset_accelerate
+from tests.helpers.training import reset_accelerate
 
 RANKS = 4
 
 
 def warnings_of_a_launch(degree: int, per_node: int) -> list[str]:
-    """What this rank says while `degree` ranks are joined, on nodes of `per_node`."""
+    """Return this rank's warnings when `degree` ranks are joined, on nodes of `per_node`."""
     heard: list[str] = []
     handler, before = logging.Handler(), os.environ["LOCAL_WORLD_SIZE"]
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]

@@ -14,9 +14,9 @@ from transformers import Trainer, TrainingArguments
 
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.trainer import LinearLlama3TrainingArguments, SequenceParallelMixin
+from tests.helpers.adaptive import one_row, profile_file, tiny_model
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_adaptive import one_row, profile_file, tiny_model
-from tests.trainer.test_exactness import SequentialTrainer, arguments, reset_accelerate
+from tests.helpers.training import SequentialTrainer, arguments, reset_accelerate
 
 ALPHA, LENGTH, ROWS = 5.0, 301, 2
 
@@ -79,8 +79,15 @@ def assert_strength(noise: np.ndarray, length: int) -> None:
     assert abs(noise.mean()) < 0.05 * bound
 
 
-@pytest.mark.parametrize("cls", [SequentialTrainer, MixedIn])
-@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize(
+    ("cls", "packed"),
+    [
+        pytest.param(SequentialTrainer, False, id="rows"),
+        pytest.param(MixedIn, True, id="mixin-packed"),
+        pytest.param(SequentialTrainer, True, id="packed", marks=pytest.mark.slow),
+        pytest.param(MixedIn, False, id="mixin-rows", marks=pytest.mark.slow),
+    ],
+)
 def test_strength(cls: type, packed: bool, tmp_path: Path) -> None:
     """The noise has the distribution of one process with rows of LENGTH tokens, packed or not."""
     for world in (1, 4):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from linear_llama3.trainer.data import packing
-from linear_llama3.trainer.data.packing import best_fit, collate_whole, pack
+from linear_llama3.trainer.data.packing import best_fit, collate_documents, pack
 
 PADDING = 0
 ODD_SIZES = [0, 1, 8, 3, 0, 1, 1, 20, 7, 2, 16, 8, 5]  # empty, one token, exactly a row, several rows
@@ -32,7 +32,7 @@ def packed(
 
 
 def pieces(sizes: list[int], length: int, long_documents: str) -> list[list[int]]:
-    """What of every document is kept, in parts of at most `length` tokens."""
+    """Return the kept parts of every document, of at most `length` tokens each."""
     found = []
     for document in documents(sizes):
         ids = document["input_ids"]
@@ -158,7 +158,7 @@ def test_labels_are_the_tokens_by_default() -> None:
 
 
 def test_rows_of_different_lengths_are_filled_up() -> None:
-    batch: dict[str, Any] = collate_whole(packed([2, 4], 8, "none"), padding=9)
+    batch: dict[str, Any] = collate_documents(packed([2, 4], 8, "none"), padding=9)
     assert batch["input_ids"].tolist() == [[1, 2, 9, 9], [3, 4, 5, 6]]
     assert batch["labels"].tolist() == [[-100, 2, -100, -100], [-100, 4, 5, 6]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]

@@ -13,11 +13,10 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from linear_llama3.sequence_parallel import SequenceParallelConfig
 from linear_llama3.trainer import LinearLlama3TrainingArguments
-from linear_llama3.trainer.parallelism import attach, resolve_parallelism
+from linear_llama3.trainer.parallelism import install_cp_mesh, resolve_parallelism
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import SequentialTrainer, reset_accelerate, rows, tiny_model
+from tests.helpers.training import SequentialTrainer, reset_accelerate, rows, tiny_model
 
 
 def degree_of(setting: str, size: int | str) -> int | str:
@@ -94,5 +93,5 @@ def test_refusals(changes: dict[str, Any], message: str, tmp_path: Path) -> None
 
 def test_engines_that_are_refused() -> None:
     accelerator = SimpleNamespace(state=SimpleNamespace(distributed_type=DistributedType.DEEPSPEED))
-    with pytest.raises(ValueError, match="goes with DDP and FSDP2, got DEEPSPEED"):
-        attach(accelerator, ParallelismConfig(cp_size=2), SequenceParallelConfig())
+    with pytest.raises(ValueError, match="works with DDP and FSDP2, got DEEPSPEED"):
+        install_cp_mesh(accelerator, ParallelismConfig(cp_size=2))

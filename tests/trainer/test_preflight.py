@@ -14,8 +14,8 @@ from linear_llama3.trainer.checkpoints import manifest as checkpoints
 from linear_llama3.trainer.recipes.preflight import NothingLeft, check_before_launch, check_output_dir, check_trackers
 from linear_llama3.trainer.recipes.recipe import load_recipe
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import arguments, reset_accelerate, rows, tiny_model
-from tests.trainer.test_recipe import MODEL, recipe_with, write_corpus, write_tokenizer
+from tests.helpers.recipes import MODEL, recipe_with, write_corpus, write_tokenizer
+from tests.helpers.training import arguments, reset_accelerate, rows, tiny_model
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -145,13 +145,13 @@ def test_runs_into_one_folder(
     write_corpus(tmp_path / "corpus")
     write_tokenizer(tmp_path / "tokenizer")
     out = tmp_path / "out"
-    file = str(recipe_with(tmp_path, sequence_length=9, model={**MODEL, "tie_word_embeddings": True}))
+    file = recipe_with(tmp_path, sequence_length=9, model={**MODEL, "tie_word_embeddings": True})
     saving = ["training.save_strategy=steps", "training.save_steps=1"]
     latest = [*saving, "training.resume_from_checkpoint=latest"]
 
     def run(*changes: str) -> None:
         reset_accelerate()
-        main([file, *changes])
+        main(file, list(changes))
 
     run(*latest)
     before = content(out)
@@ -186,13 +186,13 @@ def test_runs_into_one_folder(
 
 
 def test_data_that_a_stream_reaches_late(tmp_path: Path) -> None:
-    """As all mistakes in data, a message and no traceback."""
+    """The error is a message without a traceback, like every mistake in data."""
     write_tokenizer(tmp_path / "tokenizer")
     (tmp_path / "a.jsonl").write_text('{"text": "abcdefgh"}\n' * 100 + "{")  # behind the first documents tokenized
-    file = str(recipe_with(tmp_path, sequence_length=9))
+    file = recipe_with(tmp_path, sequence_length=9)
     reset_accelerate()
     with pytest.raises(SystemExit, match=r"^error: .*a\.jsonl, line 101 is not JSON: [^\n]*; correct or remove it$"):
-        main([file, f"data.files={tmp_path}/a.jsonl", "data.streaming=true", "training.max_steps=999"])
+        main(file, [f"data.files={tmp_path}/a.jsonl", "data.streaming=true", "training.max_steps=999"])
 
 
 @pytest.mark.parametrize("text", ["{a: [1", "data: {files: a, : b"])

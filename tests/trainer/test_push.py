@@ -14,8 +14,8 @@ from transformers import TrainingArguments, default_data_collator
 from linear_llama3.trainer import LinearLlama3Trainer
 from linear_llama3.trainer.recipes.recipe import load_recipe
 from linear_llama3.trainer.recipes.report import write_model_card
+from tests.helpers.recipes import recipe_with, write_tokenizer
 from tests.helpers.tiny import tiny_model, tokens
-from tests.trainer.test_recipe import recipe_with, write_tokenizer
 
 FILES = {
     "README.md", "chat_template.jinja", "config.json", "generation_config.json", "linear_llama3_hub.py",

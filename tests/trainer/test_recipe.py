@@ -1,69 +1,23 @@
-"""Recipes: what is read, what is refused, and a whole run through accelerate."""
+"""Recipes: the values that are read and refused, and a complete run through accelerate."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 from huggingface_hub import ModelCard
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.fsdp import StateDictType
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from linear_llama3.sequence_parallel import SequenceParallelConfig
 from linear_llama3.trainer.__main__ import build_trainer, save
 from linear_llama3.trainer.recipes.build import build_model
 from linear_llama3.trainer.recipes.recipe import load_recipe
-
-ROOT = Path(__file__).parent.parent.parent
-MODEL = {
-    "linear_attention_type": "lightning",
-    "num_hidden_layers": 2,
-    "full_attention_interval": 2,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-
-
-def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """One token per letter."""
-    letters = {letter: i for i, letter in enumerate("_.abcdefghijklmnopqrstuvwxyz")}
-    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="."))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="_")
-    fast.save_pretrained(folder)
-    return fast
-
-
-def recipe_with(folder: Path, **changes: Any) -> Path:
-    """A recipe that is right but for `changes`; None removes a key."""
-    content = {
-        "model": MODEL,
-        "tokenizer": str(folder / "tokenizer"),
-        "data": {"files": str(folder / "corpus")},
-        "sequence_length": 16,
-        "training": {
-            "output_dir": str(folder / "out"),
-            "max_steps": 2,
-            "use_cpu": True,
-            "report_to": "none",
-            "logging_steps": 1,
-            "per_device_train_batch_size": 1,
-        },
-    } | changes
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
-    return path
+from tests.helpers.recipes import MODEL, ROOT, launch, recipe_with, write_corpus, write_tokenizer
 
 
 def test_a_recipe_is_read(tmp_path: Path) -> None:
@@ -116,6 +70,11 @@ def test_values_that_yaml_reads_otherwise(tmp_path: Path) -> None:
     training = load_recipe(path, ["training.save_total_limit=2.0", "training.hub_strategy=end"]).training
     assert (training["save_strategy"], training["logging_strategy"], training["hub_strategy"]) == ("no", "no", "end")
     assert (training["run_name"], training["weight_decay"], training["max_grad_norm"]) == ("2020-01-01", 0.05, 1.0)
+    for number in (10, 0.5, None):  # of type float | None
+        assert (
+            load_recipe(path, [f"training.neftune_noise_alpha={number or 'null'}"]).training["neftune_noise_alpha"]
+            == number
+        )
     assert training["save_total_limit"] == 2 and isinstance(training["save_total_limit"], int)
     assert load_recipe(path).training_arguments().save_strategy == "no"
 
@@ -149,6 +108,10 @@ def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
             "learning_rate in training must be a number, got '0.5'; write it without quotes",
         ),
         ({"training": {"max_steps": 0.5}}, r"max_steps in training must be an integer, got 0\.5$"),
+        (
+            {"training": {"neftune_noise_alpha": True}},
+            "neftune_noise_alpha in .* must be .*a number.*, got True$",
+        ),
         ({"training": {"bf16": 1}}, "bf16 in training must be true or false, got 1$"),
         ({"training": {"report_to": 3}}, r"must be null or text or a list \(of text\), got 3; write it in quotes"),
         (
@@ -156,6 +119,11 @@ def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
             r"files in data must be text or a list \(of text\) or null, got \['a', 2020\]",
         ),
         ({"tokenizer": ["a"]}, r"tokenizer in recipe .* must be text, got \['a'\]$"),
+        (
+            {"training": {"per_device_train_batch_size": 0}},
+            "training.per_device_train_batch_size must be at least 1, got 0; correct it or leave it out",
+        ),
+        ({"training": {"gradient_accumulation_steps": 0}}, "gradient_accumulation_steps must be at least 1, got 0"),
         ({"training": {"sequence_parallel_size": 2}}, "unknown key 'sequence_parallel_size' in training"),
         ({"modle": {}}, "unknown key 'modle' in recipe .*did you mean 'model'"),
         ({"model": {**MODEL, "hiden_size": 3}}, "unknown key 'hiden_size' in model; did you mean 'hidden_size'"),
@@ -228,12 +196,6 @@ def test_files_that_are_missing(tmp_path: Path) -> None:
         load_recipe(recipe_with(tmp_path), ["training.max_steps=[1"])
 
 
-def write_corpus(folder: Path) -> None:
-    folder.mkdir()
-    for name, text in (("1.txt", "abcdef"), ("2.txt", "g"), ("3.txt", "hijklmnopqrst"), ("4.txt", "uv")):
-        (folder / name).write_text(text)
-
-
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -295,15 +257,7 @@ def test_the_weights_are_saved_whole_under_fsdp2() -> None:
     assert saved == [StateDictType.FULL_STATE_DICT]
 
 
-def launch(recipe: Path, processes: int, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["--multi_gpu"] if processes > 1 else []
-    command += ["--num_processes", str(processes), "-m", "linear_llama3.trainer", str(recipe)]
-    variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=300)
-
-
+@pytest.mark.slow
 def test_a_run_through_accelerate(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus")
     write_tokenizer(tmp_path / "tokenizer")

@@ -1,4 +1,4 @@
-"""What a run shows and leaves: speed in the log, one bar, curves, a card with recipe and command."""
+"""Output of a run: speed in the log, one bar, curves, a card with recipe and command."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from linear_llama3.modeling.flops import batch_flops
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments, progress
-from linear_llama3.trainer.progress import SpeedMeter, summary
+from linear_llama3.trainer.progress import ThroughputCallback, summary
 from linear_llama3.trainer.recipes.recipe import load_recipe
 from linear_llama3.trainer.recipes.report import launch_command, plot_loss, recipe_text, speed, write_model_card
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import arguments, reset_accelerate, rows, tiny_model
-from tests.trainer.test_recipe import recipe_with
+from tests.helpers.recipes import recipe_with
+from tests.helpers.training import arguments, reset_accelerate, rows, tiny_model
 
 
 def test_speed_without_evaluations_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ def test_speed_without_evaluations_and_saves(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(progress, "peak_flops", lambda device: 1e12)
     args = TrainingArguments(str(tmp_path), use_cpu=True, include_num_input_tokens_seen="all")
     control = TrainerControl()
-    state, meter = TrainerState(num_input_tokens_seen=1000, total_flos=5e12), SpeedMeter()
+    state, meter = TrainerState(num_input_tokens_seen=1000, total_flos=5e12), ThroughputCallback()
     meter.on_train_begin(args, state, control)  # at 100, after a resume
     meter.on_step_end(args, state, control)  # 103
     meter.on_save(args, state, control)  # 133
@@ -42,7 +42,7 @@ def test_speed_without_evaluations_and_saves(tmp_path: Path, monkeypatch: pytest
 
 
 def train_with_a_bar(folder: str) -> tuple[str, str, list[dict[str, Any]], float]:
-    """What a rank of two writes to its terminal and to its log, and the FLOPs of all batches."""
+    """Return the terminal output and the log of one of two ranks, and the FLOPs of all batches."""
     reset_accelerate()
     args = LinearLlama3TrainingArguments(**arguments(folder, 1, disable_tqdm=False))
     error, out = io.StringIO(), io.StringIO()

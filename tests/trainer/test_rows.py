@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from linear_llama3.trainer import SequenceParallelAccelerator
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import reset_accelerate
+from tests.helpers.training import reset_accelerate
 
 GRIDS = [(1, 1), (2, 2), (2, 1), (4, 2), (4, 4)]  # (processes, sequence-parallel degree)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from linear_llama3.trainer.recipes.build import build_model
 from linear_llama3.trainer.recipes.recipe import load_recipe
-from tests.trainer.test_recipe import recipe_with, write_tokenizer
+from tests.helpers.recipes import recipe_with, write_tokenizer
 
 LOADING = logging.getLogger("transformers.modeling_utils")
 
@@ -28,6 +28,7 @@ def transformers_settings() -> Iterator[None]:
     transformers.logging.enable_progress_bar()
 
 
+@pytest.mark.slow
 def test_measuring_memory_prints_nothing() -> None:
     code = """
 import torch

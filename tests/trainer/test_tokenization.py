@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from linear_llama3.trainer.data.files import DocumentError
-from linear_llama3.trainer.data.tokenization import tokenize, unlearnt_stop
-from tests.trainer.test_recipe import write_tokenizer
+from linear_llama3.trainer.data.tokenization import describe_missing_stop, tokenize
+from tests.helpers.recipes import write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CHAT = (ROOT / "scripts/recipes/chat.jinja").read_text()
@@ -75,7 +75,7 @@ def test_the_assistants_turns_are_learnt(letters: PreTrainedTokenizerBase) -> No
 
 
 def test_a_template_without_marks(letters: PreTrainedTokenizerBase) -> None:
-    """What a turn adds to the prompt that asks for it, the line's end included."""
+    """Targets are what a turn adds to the prompt that asks for it, with the end of the line."""
     letters.chat_template = UNMARKED
     text = ".ystem..be.kind..ser..a.b..ssistant..yes_..ser..c..ssistant...no._."
     mark = "                                     yes_.                   .no._."
@@ -208,14 +208,14 @@ def test_whether_the_end_of_a_turn_is_learnt(
     letters.chat_template = template
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for document in ({"messages": turns}, {"prompt": turns[:1], "completion": turns[1:], "tools": None}):
-        found = unlearnt_stop(document, letters, {letters.eos_token_id})
+        found = describe_missing_stop(document, letters, {letters.eos_token_id})
         assert (found is None) == (ending is None) and (ending is None or f"ends in '{ending}'" in str(found))
-    assert unlearnt_stop({"prompt": "a", "completion": "b"}, letters, {letters.eos_token_id}) is None
+    assert describe_missing_stop({"prompt": "a", "completion": "b"}, letters, {letters.eos_token_id}) is None
 
 
 @pytest.mark.parametrize("stops", [{5}, set()], ids=["another", "none"])
 def test_an_end_at_which_generation_does_not_stop(stops: set[int], letters: PreTrainedTokenizerBase) -> None:
     """The end of a turn is learnt, but generation ends at another token, or at none."""
     letters.chat_template = CHAT
-    assert str(unlearnt_stop({"messages": TURNS}, letters, stops)).endswith("ends in 'answer_'")
-    assert str(unlearnt_stop({"prompt": "a", "completion": "b"}, letters, stops)).endswith("eos_token, '_'")
+    assert str(describe_missing_stop({"messages": TURNS}, letters, stops)).endswith("ends in 'answer_'")
+    assert str(describe_missing_stop({"prompt": "a", "completion": "b"}, letters, stops)).endswith("eos_token, '_'")

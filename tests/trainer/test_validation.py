@@ -21,8 +21,8 @@ from linear_llama3.trainer.data.files import DataError
 from linear_llama3.trainer.data.training_rows import training_rows, without_share
 from linear_llama3.trainer.recipes.recipe import DataRecipe, load_recipe
 from tests.helpers.ranks import run_distributed
-from tests.trainer.test_exactness import GRIDS, arguments, reset_accelerate, rows, tiny_model
-from tests.trainer.test_recipe import launch, recipe_with, write_corpus, write_tokenizer
+from tests.helpers.recipes import launch, recipe_with, write_corpus, write_tokenizer
+from tests.helpers.training import GRIDS, arguments, reset_accelerate, rows, tiny_model
 
 
 def mean_over_targets(model: LinearLlama3ForCausalLM, data: list[dict[str, Tensor]]) -> float:
@@ -53,10 +53,16 @@ def evaluate(folder: str, degree: int, processes: int, packed: bool) -> list[dic
     return [entry for entry in trainer.state.log_history if "eval_loss" in entry]
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.parametrize(("processes", "degree"), GRIDS)
+FAST = [(1, 1, False), (4, 2, True)]
+GRIDS_AND_ROWS = [
+    pytest.param(*case, marks=[pytest.mark.slow] * (case not in FAST))
+    for case in ((*grid, packed) for grid in GRIDS for packed in (False, True))
+]
+
+
+@pytest.mark.parametrize(("processes", "degree", "packed"), GRIDS_AND_ROWS)
 def test_the_mean_over_all_targets(processes: int, degree: int, packed: bool, tmp_path: Path) -> None:
-    """Seven rows of 1 to 12 targets, two in a batch: the last batch is filled up with rows that do not count."""
+    """Seven rows of 1 to 12 targets, two in a batch: the last batch is filled with rows that do not count."""
     expected = mean_over_targets(tiny_model(), rows(packed)[:7])
     arguments = (str(tmp_path), degree, processes, packed)
     results = [evaluate(*arguments)] if processes == 1 else run_distributed(evaluate, processes, *arguments)
@@ -67,6 +73,7 @@ def test_the_mean_over_all_targets(processes: int, degree: int, packed: bool, tm
             assert entry["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_recipe_with_validation_data(processes: int, tmp_path: Path) -> None:
     """By default a run validates ten times, here in each of two steps; the last loss is that of the saved model."""

@@ -16,7 +16,7 @@ def check_profile(profile: Profile, name: str, processes: int) -> str:
     again = f"measure again, on {processes}: linear-llama3 profile RECIPE.yaml FILE.json processes={processes}"
     if profile.origin == "measured" and profile.processes != processes:
         raise ValueError(
-            f"a measured profile must be of as many processes as the launch has, {processes}, got one of "
+            f"a measured profile must be of the launch's number of processes, {processes}, got one of "
             f"{profile.processes} in {name}; {again}"
         )
     missing = sorted({degree for degree, _ in aligned_groups(processes)} - profile.links.keys())

@@ -1,4 +1,4 @@
-"""The steps of adaptive groups on one rank: planned, read and cut while the step before is computed."""
+"""The steps of adaptive groups on one rank: planned, read and sharded while the previous step is computed."""
 
 from __future__ import annotations
 
@@ -29,36 +29,52 @@ NAMED = 8  # rows in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Portion:
-    """What a rank does in one micro-batch."""
+class RankMicroBatch:
+    """A rank's part of one micro-batch."""
 
     group: GroupKey
-    lengths: tuple[int, ...]  # of the sequences that its group shares
-    tokens: Tensor  # [1, n] of them all, to be compared with those of the group's other ranks
-    inputs: dict[str, Any]  # its part of them
+    tokens: Tensor  # [1, n], all tokens of its group, compared between the group's ranks
+    inputs: dict[str, Any]  # its shard of them
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedStep:
-    plan: StepPlan
-    portions: tuple[Portion, ...]  # one for each micro-batch
-    tokens: int  # of all ranks
-    targets: int  # of this rank
-    fingerprint: str  # of the rows and groups of all ranks
+class PlannedStep(dict[str, Tensor]):
+    """One optimizer step on a rank.
+
+    As a dict it is a batch of the sequences whose groups begin with this rank. Trainer counts its tokens and FLOPs on
+    every rank and adds them up, so each sequence counts once.
+
+    Args:
+        counted: that batch.
+        micro_batches: this rank's part of every micro-batch.
+        targets: number of targets in the parts of this rank.
+        fingerprint: hash of the rows and groups of all ranks.
+    """
+
+    def __init__(
+        self,
+        counted: dict[str, Tensor],
+        *,
+        plan: StepPlan,
+        micro_batches: tuple[RankMicroBatch, ...],
+        targets: int,
+        fingerprint: str,
+    ) -> None:
+        super().__init__(counted)
+        self.plan, self.micro_batches, self.targets, self.fingerprint = plan, micro_batches, targets, fingerprint
 
 
 def fingerprint(content: object) -> str:
-    """Of what `repr` says of it, the same in all processes."""
+    """Return a hash of an object's `repr`, the same in all processes."""
     return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
 
 def group_contexts(
     model: nn.Module, costs: Costs, layout: str, *, devices: int, timeout: float, device: torch.device
 ) -> dict[GroupKey, SequenceParallelContext]:
-    """This rank's contexts, of at most log2 `devices` groups and of itself alone. Every rank has to call it.
+    """Return this rank's contexts: of at most log2 `devices` groups, and of itself alone. All ranks must call it.
 
     Args:
-        costs: name the strategies of each degree.
+        costs: costs by degree, which name its strategies.
         timeout: seconds that a collective waits for other ranks.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -69,7 +85,9 @@ def group_contexts(
         ranks = range(first, first + degree)
         group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout))
         if rank in ranks:
-            all_reduce(torch.zeros(1, device=device), group).wait()  # NCCL's first exchange needs all of a group
+            all_reduce(
+                torch.zeros(1, device=device), group
+            ).wait()  # NCCL's first collective needs all ranks of a group
             own = costs.by_degree[degree]
             config = SequenceParallelConfig(
                 **{kind: name for kind, name in (("linear", own.linear), ("softmax", own.softmax)) if name},
@@ -82,14 +100,14 @@ def group_contexts(
 
 
 class StepPlanner:
-    """Makes a `PlannedStep` of the numbers of a step's rows. Only the rows of this rank's groups are read.
+    """Turns the row numbers of a step into a `PlannedStep`. Only the rows of this rank's groups are read.
 
     Args:
         dataset: rows with `input_ids`.
-        collate: makes a batch `[1, n]` of a list of one row, with labels.
+        collate: turns a list of one row into a batch `[1, n]` with labels.
 
     Raises:
-        ValueError: rows without tokens, or that no group holds.
+        ValueError: a row has no tokens, or more than any group can hold.
     """
 
     def __init__(
@@ -108,25 +126,29 @@ class StepPlanner:
         _check_lengths(self.lengths, cluster, costs)
 
     def __call__(self, rows: Sequence[int]) -> PlannedStep:
-        """ValueError for rows that cannot be planned, or that are not what a plan packs."""
-        return self.realise(plan(self.lengths[rows].tolist(), self.cluster, self.costs), rows)
+        """Plan a step, or raise ValueError for rows that cannot be planned or packed."""
+        return self.materialize(plan(self.lengths[rows].tolist(), self.cluster, self.costs), rows)
 
-    def realise(self, step: StepPlan, rows: Sequence[int]) -> PlannedStep:
-        """This rank's portions of a plan for these rows."""
+    def materialize(self, step: StepPlan, rows: Sequence[int]) -> PlannedStep:
+        """Read and shard this rank's part of a plan for these rows."""
         lengths: list[int] = self.lengths[rows].tolist()
-        portions, targets = [], 0
+        micro_batches, led, targets = [], [], 0
         for group in step.for_rank(self.rank):
             key = group.degree, group.first_rank
             batch = pack_rows([self._read(rows[i], lengths[i]) for i in group.sequences])
             inputs = self.contexts[key].shard_batch(batch)
             targets += int((inputs["shift_labels"] != IGNORE_INDEX).sum())
-            own = tuple(lengths[i] for i in group.sequences)
-            portions.append(Portion(group=key, lengths=own, tokens=batch["input_ids"], inputs=inputs))
+            micro_batches.append(RankMicroBatch(group=key, tokens=batch["input_ids"], inputs=inputs))
+            if group.first_rank == self.rank:
+                led.append(batch)
         groups = [[(g.degree, g.first_rank, g.sequences) for g in batch.groups] for batch in step.micro_batches]
+        counted = {"input_ids": torch.zeros(1, 0, dtype=torch.long)}
+        if led:
+            counted = {name: torch.cat([batch[name] for batch in led], dim=1) for name in ("input_ids", "position_ids")}
         return PlannedStep(
+            {**counted, "attention_mask": torch.ones_like(counted["input_ids"])},  # no token is padding
             plan=step,
-            portions=tuple(portions),
-            tokens=sum(lengths),
+            micro_batches=tuple(micro_batches),
             targets=targets,
             fingerprint=fingerprint((list(rows), groups)),
         )
@@ -138,41 +160,41 @@ class StepPlanner:
 
 
 def row_lengths(dataset: Any, *, progress: bool) -> NDArray[np.int64]:
-    """Tokens of every row `[rows]`; of a `datasets.Dataset` without reading a token."""
+    """Return the tokens of every row `[rows]`; for a `datasets.Dataset` without reading any."""
     if isinstance(dataset, datasets.Dataset):
         from pyarrow import compute
 
         stored = dataset.select_columns(["input_ids"])
         lengths = compute.list_value_length(stored.data.column("input_ids")).fill_null(0).to_numpy().astype(np.int64)
-        order = stored._indices  # a table of the stored rows that are left, after a shuffle, select or filter
+        order = stored._indices  # the stored rows that a shuffle, select or filter has left
         return lengths if order is None else lengths[order.column(0).to_numpy()]
     rows = tqdm(range(len(dataset)), desc="lengths of rows", delay=5, disable=not progress)
     return np.fromiter((len(dataset[row]["input_ids"]) for row in rows), np.int64, len(dataset))
 
 
 def _check_lengths(lengths: NDArray[np.int64], cluster: Cluster, costs: Costs) -> None:
-    """What `plan` would refuse in the step that draws it, perhaps hours later."""
+    """Raise ValueError for rows that `plan` would refuse in the step that draws them, perhaps hours later."""
     largest = max(costs.capacity(degree, cluster.memory) for degree in costs.by_degree if degree <= cluster.devices)
     wrong = np.flatnonzero((lengths < 1) | (lengths > largest))
     if len(wrong):
         named = [f"row {row} of {lengths[row]:,} tokens" for row in wrong[:NAMED].tolist()]
         raise ValueError(
             f"every row must have 1 to {largest:,} tokens (the largest group of {cluster} holds no more), got "
-            f"{len(wrong):,} of {len(lengths):,} rows that have not: {', '.join(named)}"
-            f"{', ...' if len(wrong) > NAMED else ''}; leave them out or cut them, set gradient_checkpointing=True "
+            f"{len(wrong):,} of {len(lengths):,} rows outside: {', '.join(named)}"
+            f"{', ...' if len(wrong) > NAMED else ''}; remove or split them, set gradient_checkpointing=True "
             "(with a profile of its own), or train on more devices"
         )
 
 
 def pack_rows(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Batches `[1, n]` end to end, each a document or several.
+    """Concatenate batches `[1, n]` of one or several documents each.
 
-    The first token of a row is nobody's target. Documents inside a row are told by its `position_ids`; that their first
-    tokens are nobody's targets is up to its labels, as it is with one degree for all.
+    The first token of a row is never a target. `position_ids` separate documents inside a row. The labels of their
+    first tokens are up to the caller, as with a static degree.
     """
     labels = [batch["labels"].clone() for batch in batches]
     for own in labels:
-        own[:, 0] = IGNORE_INDEX  # what stands before belongs to another row
+        own[:, 0] = IGNORE_INDEX  # its predecessor belongs to another row
     positions = [batch.get("position_ids", torch.arange(batch["input_ids"].shape[1])[None]) for batch in batches]
     return {
         "input_ids": torch.cat([batch["input_ids"] for batch in batches], dim=1),
@@ -188,14 +210,14 @@ def _check_row(batch: dict[str, Any], row: int, length: int) -> None:
     needed = {"input_ids", "labels"} <= shapes.keys() <= set(KEYS) and set(shapes.values()) == {(1, length)}
     if not needed or padded or int(batch.get("position_ids", torch.zeros(1, 1))[0, 0]):
         raise ValueError(
-            "adaptive groups pack rows of input_ids, labels and, if need be, position_ids from 0 on and an "
+            "adaptive groups pack rows of input_ids, labels and optionally position_ids from 0 on and an "
             f"attention_mask of ones, without padding; got {shapes} of row {row}, whose length in the data is {length}"
             f"{', with zeros in its attention_mask' if padded else ''}; choose other columns or another data_collator"
         )
 
 
-class OneAhead:
-    """What a thread makes of an iterator's items, one item ahead of who asks."""
+class Prefetcher:
+    """Makes steps of an iterator's items in a thread, one item ahead."""
 
     def __init__(self, make: Callable[[Any], PlannedStep]) -> None:
         self._make, self._pool = make, ThreadPoolExecutor(1, thread_name_prefix="plan")
@@ -203,7 +225,7 @@ class OneAhead:
         self._future: Future[PlannedStep] | None = None
 
     def next(self, iterator: Iterator[Any]) -> PlannedStep | None:
-        """None at its end. Another iterator starts anew."""
+        """Return the next step, or None at the end of the iterator. Another iterator starts again."""
         if iterator is not self._iterator:
             self._iterator, self._future = iterator, self._start(iterator)
         if self._future is None:

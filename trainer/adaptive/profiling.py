@@ -1,8 +1,8 @@
-"""A profile of a recipe's model on the machine at hand, for the planner: linear-llama3 profile RECIPE.yaml FILE.json
+"""Measure a profile of a recipe's model on this machine for the planner: linear-llama3 profile RECIPE.yaml FILE.json
 
-Every process computes the same micro-batches at the same time, and the slowest counts: what they share, as memory or
-cores of a CPU, is in the figures. Layers are measured in models of one and three of them, so that a model which needs
-all devices for its weights can be profiled; its own depth follows from the fits.
+All processes compute the same micro-batches at the same time, and the slowest one counts, so that the figures include
+contention for shared memory or cores. Layers are measured in models of one and three layers, so that a model whose
+weights need all devices can be profiled; the costs of its own depth follow from the fits.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import contextlib
 import datetime
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import accelerate
 import numpy as np
@@ -23,6 +22,7 @@ import psutil
 import torch
 import torch.distributed as dist
 import transformers
+import typer
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -33,19 +33,20 @@ from ...sequence_parallel.costs import LinkSpeed
 from ...sequence_parallel.planner import Profile, aligned_groups
 from ...sequence_parallel.planner.checks import check_output
 from ...sequence_parallel.planner.profile import SUFFIXES, Bytes, Seconds
-from ..launched import fail, launched_processes
+from ..command_line import Changes, RecipeFile, run, user_errors
+from ..launched import launched_processes
 from ..memory.account import memory_account
 from ..memory.peak import allocated_peak
 from ..recipes.build import build_config, load_tokenizer
 from ..recipes.recipe import Recipe, load_recipe
-from .trainer import planner_model
+from .groups import planner_model
 
 DEPTHS = (1, 3)
 SHORTEST = 64  # tokens of a micro-batch
-REPEATS, LINK_REPEATS = 3, 9  # the median counts; messages are short, and other work delays them the most
-SLOW = 1.0  # seconds of a micro-batch beyond which longer ones are left out
-MESSAGES = (2**12, 2**17, 2**20, 2**22)  # bytes of a rank
-USABLE = 0.95  # of a device's memory
+REPEATS, LINK_REPEATS = 3, 9  # medians; messages are short and most sensitive to other work
+SLOW = 1.0  # seconds; no longer micro-batches are measured after one that is slower
+MESSAGES = (2**12, 2**17, 2**20, 2**22)  # bytes per rank
+USABLE = 0.95  # share of a device's memory
 
 
 class Sample(NamedTuple):
@@ -55,11 +56,11 @@ class Sample(NamedTuple):
     softmax: int
     lengths: list[int]
     seconds: float
-    bytes: float  # at the peak, beside weights and gradients
+    bytes: float  # at the peak, without weights and gradients
 
 
 def measure_profile(recipe: Recipe, *, name: str) -> Profile:
-    """Measures compute, memory and links; on all processes of a launch at once, each of which gets the profile."""
+    """Measure compute, memory and links on all processes of a launch at once; every process returns the profile."""
     if recipe.lora is not None:
         raise ValueError("a profile is of training all weights, got lora; leave it out of the profiled recipe")
     config = build_config(recipe, load_tokenizer(recipe))
@@ -99,7 +100,7 @@ BYTES = ("token", "linear_token", "softmax_token")
 
 
 def fit_seconds(samples: list[Sample]) -> list[float]:
-    """Of a micro-batch, of each of its layers, and as `SECONDS` says."""
+    """Return the seconds of a micro-batch, of each of its layers, and the coefficients `SECONDS`."""
     columns = [
         (1, s.linear + s.softmax, n := sum(s.lengths), s.linear * n, s.softmax * n, s.softmax * _squares(s.lengths))
         for s in samples
@@ -108,13 +109,13 @@ def fit_seconds(samples: list[Sample]) -> list[float]:
 
 
 def fit_bytes(samples: list[Sample]) -> list[float]:
-    """Of a micro-batch, and as `BYTES` says."""
+    """Return the bytes of a micro-batch, and the coefficients `BYTES`."""
     columns = [(1, n := sum(s.lengths), s.linear * n, s.softmax * n) for s in samples]
     return non_negative_fit(np.array(columns, dtype=float), np.array([s.bytes for s in samples]))
 
 
 def fit_link(degree: int, times: list[float]) -> LinkSpeed:
-    """Of all-gathers of `MESSAGES`: each rank sends its own to all others of its group."""
+    """Fit latency and bandwidth to all-gathers of `MESSAGES`, in which each rank sends its message to all others."""
     sent = [(degree - 1) * size for size in MESSAGES]
     latency, slope = non_negative_fit(np.array([(1, n) for n in sent], dtype=float), np.array(times))
     if not slope:
@@ -130,8 +131,8 @@ def _squares(lengths: list[int]) -> int:
 
 
 def non_negative_fit(columns: NDArray[np.float64], values: NDArray[np.float64]) -> list[float]:
-    """Least squares of relative errors without negative coefficients: columns that would get one are left out, the
-    most negative first."""
+    """Minimize squared relative errors without negative coefficients: drop columns that would have one, the most
+    negative first. scipy's nnls would be the only use of scipy at run time."""
     scales = columns.max(0)
     scaled, kept = columns / scales / values[:, None], list(range(columns.shape[1]))
     while True:
@@ -145,7 +146,7 @@ def non_negative_fit(columns: NDArray[np.float64], values: NDArray[np.float64]) 
 
 
 class Bench:
-    """The processes of a launch, and how the recipe computes."""
+    """Measurements by the processes of a launch, with the recipe's dtype, checkpointing and tiling."""
 
     def __init__(self, recipe: Recipe, config: LinearLlama3Config) -> None:
         training = recipe.training
@@ -163,13 +164,13 @@ class Bench:
 
     @property
     def memory(self) -> float:
-        """Bytes that a process may fill."""
+        """Bytes of memory that a process may use."""
         if self.device.type == "cuda":
             return USABLE * torch.cuda.get_device_properties(self.device).total_memory
         return USABLE * psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
 
     def samples(self, longest: int) -> list[Sample]:
-        """Micro-batches of one document and of four, up to `longest` tokens or `SLOW` seconds."""
+        """Measure micro-batches of one document and of four, up to `longest` tokens or `SLOW` seconds."""
         totals = [SHORTEST << n for n in range((max(longest, 4 * SHORTEST) // SHORTEST).bit_length())]
         kinds = [(depth, 0) for depth in DEPTHS] + [(0, depth) for depth in DEPTHS]
         found = []
@@ -190,7 +191,7 @@ class Bench:
         changes = {"num_hidden_layers": len(layers), "layer_types": layers, "full_attention_interval": None}
         model = LinearLlama3ForCausalLM(LinearLlama3Config.from_dict({**self.config.to_dict(), **changes}))
         enable_sequence_tiling(model, self.tiles)
-        if self.recomputes:  # the older name is that of transformers before 5.23
+        if self.recomputes:  # transformers before 5.23 has the older name
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         return model.to(self.device, self.dtype).train()
@@ -205,12 +206,12 @@ class Bench:
                 loss = model(**batch).loss
             loss.backward()
 
-        step()  # compiles, and makes the gradients
+        step()  # compiles, and allocates the gradients
         seconds = self.timed(step, REPEATS)
         return Sample(linear, softmax, lengths, seconds, self._slowest(allocated_peak(step)))
 
     def timed(self, function: Callable[[], object], repeats: int) -> float:
-        """Seconds: the median, of the slowest process."""
+        """Return the median of the slowest process's seconds."""
         times = []
         for _ in range(repeats):
             self._wait()
@@ -222,7 +223,7 @@ class Bench:
         return float(np.median(times))
 
     def links(self) -> dict[int, LinkSpeed]:
-        """By degree: all groups of it gather at once, as in a step of one degree."""
+        """Return the link of each degree; all groups of a degree gather at once, as in a step of one degree."""
         degrees = sorted({degree for degree, _ in aligned_groups(self.world)})
         found = {}
         with self._progress(len(degrees) * len(MESSAGES), "links"):
@@ -276,30 +277,25 @@ def _cpu_info() -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def main(arguments: list[str]) -> None:
-    if len(arguments) < 2:
-        raise SystemExit(
-            "usage: python -m linear_llama3.trainer.adaptive.profiling RECIPE.yaml FILE.json [KEY=VALUE …]"
-        )
-    recipe_file, output, *changes = arguments
-    try:
-        check_output(Path(output), SUFFIXES)
-        recipe = load_recipe(recipe_file, changes)
+def main(
+    recipe_file: RecipeFile,
+    output: Annotated[Path, typer.Argument(metavar="FILE.json", help="The file to write.")],
+    changes: Changes = None,
+) -> None:
+    """Measure a profile in one of the processes of a launch."""
+    with user_errors():
+        check_output(output, SUFFIXES)
+        recipe = load_recipe(recipe_file, changes or [])
         if launched_processes() > 1:
             gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu", False)
             if gpu:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if gpu else "gloo")
-        profile = measure_profile(recipe, name=Path(output).stem)
-    except ValueError as error:
-        fail(error)
+        profile = measure_profile(recipe, name=output.stem)
     if not dist.is_initialized() or dist.get_rank() == 0:
         profile.save(output)
         print(f"profile: {output}")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

@@ -1,8 +1,8 @@
-"""Checkpoint folders that are whole, or known not to be.
+"""Complete and incomplete checkpoint folders.
 
-`manifest.json` is the first file of a checkpoint and says that a save is under way. Once all ranks have written, it is
-replaced, in one rename, by the list of the files with their sizes and checksums. A folder without one is of a plain
-Trainer: whole if `trainer_state.json`, which is written last, is there and all weights can be opened.
+`manifest.json` is the first file of a checkpoint and marks the save as unfinished. When all ranks have written, one
+rename replaces it by the list of all files with their sizes. A folder without a manifest was saved by a plain Trainer:
+it is complete if `trainer_state.json`, which is written last, exists and all weights can be opened.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import json
 import os
 import re
 import shutil
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,12 @@ MANIFEST_NAME = "manifest.json"
 STATE_NAME = "trainer_state.json"
 LATEST = "latest"  # value of resume_from_checkpoint: starts a new run if there is nothing to resume from
 _FOLDER = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-_UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' own mark, of its enable_jit_checkpoint
-_THREADS = 8  # that read files; a checksum takes about a second for 1.5 GB in each
+_UNFINISHED_MARK = "checkpoint-is-incomplete.txt"  # written by transformers' own enable_jit_checkpoint
+_UNFINISHED = "its save did not finish"
 
 
 class ResumeError(ValueError):
-    """A checkpoint that this launch cannot go on from exactly."""
+    """A checkpoint from which this launch cannot continue exactly."""
 
 
 def make_folder(folder: Path) -> None:
@@ -45,90 +43,58 @@ def not_writable(folder: Path, error: OSError) -> str:
 
 
 def begin(folder: Path) -> None:
-    """An empty checkpoint folder that is known not to be whole."""
+    """Create an empty checkpoint folder that is marked as incomplete."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    _write(folder, {"whole": False})
+    _write(folder, {"complete": False})
 
 
 def finish(folder: Path, facts: dict[str, Any]) -> None:
-    """Declares a folder, with what all ranks have written, whole.
+    """Mark a folder as complete, with the files that all ranks have written.
 
     Args:
-        facts: what `read_facts` gives back.
+        facts: values for `read_facts`.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(_flush, files))  # the rename must not reach the disk before them
-        sums = list(pool.map(_checksum, files))
-    entries = {
-        path.relative_to(folder).as_posix(): [path.stat().st_size, checksum]
-        for path, checksum in zip(files, sums, strict=True)
-    }
-    _write(folder, {"whole": True, "files": entries, "facts": facts})
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    _write(folder, {"complete": True, "files": sizes, "facts": facts})
 
 
 def _write(folder: Path, manifest: dict[str, Any]) -> None:
     new = folder / f"{MANIFEST_NAME}.new"
     new.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    _flush(new)
     os.replace(new, folder / MANIFEST_NAME)
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _checksum(path: Path) -> int:
-    """CRC-32: finds accidents, not attacks."""
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
-
-
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What was given to `finish`; empty for a checkpoint of a plain Trainer."""
+    """Return the facts given to `finish`; none for a checkpoint of a plain Trainer."""
     path = folder / MANIFEST_NAME
     return json.loads(path.read_text(encoding="utf-8"))["facts"] if path.is_file() else {}
 
 
-def problem(folder: Path, *, contents: bool = False) -> str | None:
-    """Why a checkpoint is not whole, in a few words; None if it is.
-
-    Args:
-        contents: reads every file and compares the checksums; else only sizes are compared.
-    """
+def find_defect(folder: Path) -> str | None:
+    """Describe in a few words why a checkpoint is not complete; None if it is."""
     if not folder.is_dir():
         return "there is no such folder"
     try:
         if not (folder / MANIFEST_NAME).is_file():
-            return _plain_problem(folder)
+            return _plain_defect(folder)
         manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        if not manifest["whole"]:
-            return "its save did not come to an end"
-        for name, (size, _) in manifest["files"].items():
+        if not manifest["complete"]:
+            return _UNFINISHED
+        for name, size in manifest["files"].items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if (got := (folder / name).stat().st_size) != size:
                 return f"{name} has {got:,} bytes of {size:,}"
-        return _corruption(folder, manifest["files"]) if contents else None
+        return None
     except (ValueError, KeyError, OSError) as error:
         return f"it cannot be read: {error}"
 
 
-def _corruption(folder: Path, files: dict[str, list[int]]) -> str | None:
-    with ThreadPoolExecutor(_THREADS) as pool:
-        sums = pool.map(_checksum, [folder / name for name in files])
-        broken = [name for (name, (_, saved)), now in zip(files.items(), sums, strict=True) if now != saved]
-    return f"{', '.join(broken)} no longer holds what was saved (checksum)" if broken else None
-
-
-def _plain_problem(folder: Path) -> str | None:
-    if (folder / _UNFINISHED).exists():
-        return "its save did not come to an end"
+def _plain_defect(folder: Path) -> str | None:
+    if (folder / _UNFINISHED_MARK).exists():
+        return _UNFINISHED
     if not (folder / STATE_NAME).is_file():
         return f"{STATE_NAME}, which is written last, is missing"
     json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
@@ -173,7 +139,7 @@ def check_sizes(folder: Path, model: nn.Module) -> None:
 
 
 def steps(output_dir: Path) -> list[int]:
-    """The steps of a run's checkpoints, whole or not, the newest first."""
+    """Return the steps of a run's checkpoints, complete or not, the newest first."""
     names = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else []
     return sorted((int(match[1]) for name in names if (match := _FOLDER.fullmatch(name))), reverse=True)
 
@@ -183,9 +149,9 @@ def folder_of(output_dir: Path, step: int) -> Path:
 
 
 def newest(output_dir: Path) -> Path | None:
-    """The whole checkpoint (by the sizes of its files) with the largest step."""
+    """Return the complete checkpoint with the largest step."""
     folders = (folder_of(output_dir, step) for step in steps(output_dir))
-    return next((folder for folder in folders if problem(folder) is None), None)
+    return next((folder for folder in folders if find_defect(folder) is None), None)
 
 
 def clear(output_dir: Path) -> None:
@@ -196,18 +162,18 @@ def clear(output_dir: Path) -> None:
 
 
 def rotate(output_dir: Path, limit: int | None, *, saved: Path, best: str | None) -> None:
-    """Trainer's `save_total_limit`, counting whole checkpoints only: the one just saved and the best one stay in any
-    case, whatever a file system says of times, and further new ones up to the limit; older ones and broken ones go."""
-    if limit is None or limit <= 0:
+    """Apply Trainer's `save_total_limit` to complete checkpoints, and remove incomplete ones.
+
+    transformers' own `rotate_checkpoints` counts incomplete checkpoints, and deletes the one just saved if the file
+    system keeps no times and an older run has left a larger step. Here `saved` and `best` always stay.
+    """
+    if limit is None or limit <= 0 or find_defect(saved) is not None:
         return
     by_age = [Path(folder) for folder in sort_checkpoints(str(output_dir), use_mtime=True)]
     folders = [folder for folder in by_age if _FOLDER.fullmatch(folder.name)]
-    whole = [folder for folder in folders if problem(folder) is None]
-    if saved not in whole:
-        return
-    kept = {saved, *(folder for folder in whole if best is not None and folder == Path(best))}
-    for folder in reversed(whole):
-        if len(kept) < limit:
-            kept.add(folder)
+    complete = [folder for folder in folders if find_defect(folder) is None]
+    kept = {saved, *(folder for folder in complete if best is not None and folder == Path(best))}
+    older = [folder for folder in complete if folder not in kept]
+    kept.update(older[len(older) - max(limit - len(kept), 0) :])
     for folder in set(folders) - kept:
         shutil.rmtree(folder, ignore_errors=True)

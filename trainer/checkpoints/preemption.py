@@ -1,7 +1,7 @@
-"""SIGTERM, which schedulers send before they take a machine away: save at the end of the step, then leave.
+"""SIGTERM, which schedulers send before they stop a job: save at the end of the step, then exit.
 
-transformers' `enable_jit_checkpoint` lets every process stop at the step in which its own signal arrived; those that
-are a step further then wait for ever. Here all processes agree on the step.
+transformers' `enable_jit_checkpoint` lets every process stop at the step in which its own signal arrived; processes
+that are a step further then wait forever. Here all processes agree on the step.
 """
 
 from __future__ import annotations
@@ -17,23 +17,31 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl
+from transformers.utils import logging
 
-EXIT_CODE = 128 + signal.SIGTERM  # a shell's, for what a signal ended; the launch counts as failed and can be repeated
+from .manifest import LATEST
+
+logger = logging.get_logger(__name__)
+
+EXIT_CODE = 128 + signal.SIGTERM  # as in a shell for a process that a signal ended: the launch counts as failed
 
 
 class SaveOnSigterm(TrainerCallback):
-    """Asks for a save and a stop at the end of the first step that any process's signal has reached."""
+    """Saves and stops at the end of the first step after any process has received SIGTERM.
+
+    It must be the last callback, since it ends the process after the save.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.received = self.agreed = False
-        self.over = RawValue("b", 1)  # shared with the loader's workers: whether they may go
+        self.over = RawValue("b", 1)  # shared with the loader's workers: 1 if they may exit
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """SIGTERM is noted instead of ending the process; only in a main thread, others have no signals."""
+        """Record SIGTERM instead of ending the process. Only a main thread can; others receive no signals."""
         main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, self._note) if main else None
+        before = signal.signal(signal.SIGTERM, self._record) if main else None
         self.received, self.agreed, self.over.value = False, False, 0
         try:
             yield
@@ -42,7 +50,7 @@ class SaveOnSigterm(TrainerCallback):
             if main:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
-    def _note(self, *signal_and_frame: Any) -> None:
+    def _record(self, *signal_and_frame: Any) -> None:
         self.received = True
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
@@ -50,12 +58,25 @@ class SaveOnSigterm(TrainerCallback):
         self.agreed = self.accelerator.reduce(received, "sum").item() > 0
         if self.agreed:
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # there may not be the time
+            control.should_evaluate = False  # there may be no time for it
+
+    def on_save(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.agreed:
+            return
+        if args.process_index == 0:
+            logger.warning(
+                f"SIGTERM: step {state.global_step} is saved in {args.output_dir}; "
+                f'resume_from_checkpoint="{LATEST}" continues from it'
+            )
+        raise SystemExit(EXIT_CODE)
 
 
 def outlive_sigterm(init: Callable[[int], None] | None, over: Any, worker: int) -> None:
-    """What a loader worker begins with, before `init`: torchrun signals it too, and a step that has lost its workers
-    does not end. Python itself ends workers by SIGTERM at exit, after `over`."""
+    """Start a loader worker that ignores SIGTERM until `over`, then call `init`.
+
+    torchrun signals workers, too, and a step that has lost its workers does not end. Python itself ends workers by
+    SIGTERM at exit, after `over`.
+    """
     signal.signal(signal.SIGTERM, lambda *signal_and_frame: os._exit(EXIT_CODE) if over.value else None)
     if init is not None:
         init(worker)

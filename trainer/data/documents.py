@@ -1,4 +1,4 @@
-"""The documents that a recipe names: local files, or any dataset of the `datasets` library, stored or as a stream.
+"""Documents of a recipe: local files, or any dataset of the `datasets` library, stored or streamed.
 
 Every error names the place where reading stopped and the remedy.
 """
@@ -28,17 +28,17 @@ FILE_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], str]] = {  # name -> (chec
 
 
 def load_documents(data: DataRecipe) -> Dataset | IterableDataset | LocalFiles:
-    """One document per row, in the columns `text`, `messages`, or `prompt` and `completion` (and `tools`).
+    """Return documents in the columns `text`, `messages`, or `prompt` and `completion` (and `tools`).
 
     Local files are read during iteration, with or without `data.streaming`.
 
     Raises:
-        DataError: data that is not there, cannot be read, or has no such columns.
+        DataError: the data does not exist, cannot be read, or has no such columns.
     """
     with explained(data):
         if data.files is not None:
             _check_file_arguments(data.arguments)
-            files = LocalFiles.of(find_files(data), **data.arguments)
+            files = LocalFiles.of(expand(data.files), **data.arguments)
             columns = _columns(files.names(), data)
             if data.format == "chat":
                 columns |= {name: name for name in OPTIONAL}
@@ -47,12 +47,6 @@ def load_documents(data: DataRecipe) -> Dataset | IterableDataset | LocalFiles:
         columns = _columns(documents.column_names or list(next(iter(documents))), data)
         documents = documents.select_columns(list(columns.values()))
         return documents.rename_columns({old: new for new, old in columns.items() if new != old})
-
-
-def find_files(data: DataRecipe) -> list[Path]:
-    """Return the files that `data.files` names."""
-    assert data.files is not None
-    return expand(data.files)
 
 
 def _check_file_arguments(arguments: dict[str, Any]) -> None:
@@ -72,7 +66,7 @@ def _check_file_arguments(arguments: dict[str, Any]) -> None:
 def _load_dataset(data: DataRecipe) -> Any:
     taken = {"split", "streaming"} & data.arguments.keys()
     if taken:
-        raise DataError(f"data.arguments must leave out {', '.join(sorted(taken))}; say it in data itself")
+        raise DataError(f"data.arguments must leave out {', '.join(sorted(taken))}; set it in data itself")
     assert data.dataset is not None
     if glob.has_magic(data.dataset) and Path(data.dataset).exists():
         raise DataError(
@@ -102,7 +96,7 @@ def _columns(names: list[str], data: DataRecipe) -> dict[str, str]:
 
 @contextlib.contextmanager
 def explained(data: DataRecipe) -> Iterator[None]:
-    """DataError with the place and the remedy for whatever goes wrong with the documents."""
+    """Turn any error into a DataError with the place and the remedy."""
     try:
         yield
     except Exception as error:
@@ -123,7 +117,7 @@ def explained(data: DataRecipe) -> Iterator[None]:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and those that led to it: `datasets` wraps them in others that say little."""
+    """Yield the error and its causes: `datasets` wraps them in others that say little."""
     found: BaseException | None = error
     while found is not None:
         yield found
@@ -131,7 +125,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _place(data: DataRecipe, index: int) -> str:
-    """The file, and the line or row, of a document."""
+    """Return the file, and the line or row, of a document."""
     documents = load_documents(data) if data.files is not None else None
     if not isinstance(documents, LocalFiles):
         return f"document {index} of {data.dataset}"

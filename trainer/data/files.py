@@ -43,18 +43,21 @@ class DocumentError(DataError):
         return f"document {self.index} of the data: {self.message}"
 
 
-def expand(names: str | list[str]) -> list[Path]:
+def expand(names: str | list[str], source: str = "data.files") -> list[Path]:
     """Return the files of names, sorted within each name: a file, a folder (all files below it) or a pattern.
 
     Folders and patterns skip hidden files, and files in hidden folders, unless they name them.
+
+    Args:
+        source: the setting or argument that holds the names, for messages.
     """
     names = [names] if isinstance(names, str) else names
     if not all(names) or not names:  # "" would be the current folder
-        raise DataError(f"data.files must name files, folders or patterns with files, got {names}; name them")
-    return [path for name in names for path in _expand(name)]
+        raise DataError(f"{source} must name files, folders or patterns with files, got {names}; name them")
+    return [path for name in names for path in _expand(name, source)]
 
 
-def _expand(name: str) -> list[Path]:
+def _expand(name: str, source: str) -> list[Path]:
     path = Path(name)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
@@ -64,8 +67,8 @@ def _expand(name: str) -> list[Path]:
         files = sorted(Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file())
     if not files:
         raise DataError(
-            f"data.files must name files, folders or patterns with files, got {name!r}: none found (hidden files must "
-            "be named)"
+            f"{source} must name files, folders or patterns with files, got {name!r}: none found (hidden files must be "
+            "named)"
         )
     return files
 
@@ -78,7 +81,7 @@ def _hidden(path: Path) -> bool:
 class LocalFiles:
     """The records of a list of files, in order.
 
-    - `versions`: modification time [ns] and size [bytes] of each file, a part of the cache's key.
+    - `versions`: modification time [ns] and size [bytes] of each file, part of the cache's key.
     - `columns`: column name in training -> name in the files.
     - `encoding`, `encoding_errors`: for JSON and text, as for Python's `open`.
     - `sample_by`: the unit of a text file that becomes a document: the file ("document"), a paragraph or a line.
@@ -127,7 +130,7 @@ class LocalFiles:
                     with _parquet_file(path) as file:
                         if file.metadata.num_rows:
                             return file.schema_arrow.names
-        raise DataError(f"{self.paths[0]} is empty; take it out of data.files")
+        raise DataError(f"{self.paths[0]} is empty; take it out of the data")
 
     @contextlib.contextmanager
     def _reading(self, path: Path) -> Iterator[None]:
@@ -209,7 +212,7 @@ class LocalFiles:
             yield lines
 
     def _not_decoded(self, path: Path, error: UnicodeDecodeError) -> str:
-        """Describe the error with its line; the error itself only knows a chunk of the file."""
+        """Describe the error with its line number, which the error does not know."""
         decoder, lines = codecs.getincrementaldecoder(self.encoding)(self.encoding_errors), 0
         with opened(path) as file, contextlib.suppress(UnicodeDecodeError):
             for line in file:
@@ -217,11 +220,11 @@ class LocalFiles:
                 decoder.decode(line)
         return (
             f", line {lines} is not {self.encoding.upper()}: {error.reason}; correct it, take the file out of "
-            "data.files, or set data.arguments.encoding, or data.arguments.encoding_errors: replace"
+            "the data, or set data.arguments.encoding, or data.arguments.encoding_errors: replace"
         )
 
 
-_REPLACE = "write the file again or take it out of data.files"
+_REPLACE = "write the file again or take it out of the data"
 
 
 def _kind(paths: list[Path]) -> str:
@@ -232,7 +235,7 @@ def _kind(paths: list[Path]) -> str:
         kinds.setdefault(KINDS.get(suffix, "text"), path)
     if len(kinds) > 1:
         found = ", ".join(f"{kind} ({path})" for kind, path in kinds.items())
-        raise DataError(f"data.files must be of one kind, got {found}; name them by a pattern such as 'folder/*.jsonl'")
+        raise DataError(f"all files must be of one kind, got {found}; name them by a pattern such as 'folder/*.jsonl'")
     return next(iter(kinds))
 
 

@@ -1,8 +1,8 @@
-"""Which rows a step takes, on any grid of processes: what an exact resume rests on.
+"""The rows of a step on any grid of processes, on which exact resumes rest.
 
-A step takes the next `rows_per_step` rows of the sampler's order or of the stream; the processes deal them out among
-themselves. So the position in the data is the number of rows consumed, and a resume on another grid goes on there, as
-long as the order and the rows of a step are the same.
+A step consists of the next `rows_per_step` rows of the sampler's order or of the stream, spread over the processes.
+So the position in the data is the number of rows consumed, and a resume on another grid continues from it, provided
+that the order and the rows of a step are the same.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ..checkpoints.manifest import ResumeError
 logger = logging.getLogger(__name__)
 
 
-class WholeSteps(IterableDataset):
-    """The rows of a stream, without the last ones of a pass if they do not fill a step.
+class CompleteSteps(IterableDataset):
+    """A stream without the last rows of a pass if they do not fill a step.
 
-    Trainer would accumulate their gradients into the first step of the next pass. accelerate takes this dataset for
-    one that it has to deal out row by row, not file by file: the order then depends on the number of processes.
+    Trainer would accumulate their gradients into the first step of the next pass. accelerate distributes this dataset
+    row by row, and a `datasets` stream file by file, in an order that depends on the number of processes.
     """
 
     def __init__(self, rows: Any, rows_per_step: int) -> None:
@@ -36,36 +36,38 @@ class WholeSteps(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         step: list[Any] = []
-        whole = 0
+        complete = 0
         for row in self.rows:
             step.append(row)
             if len(step) == self.rows_per_step:
                 yield from step
-                step, whole = [], whole + 1
-        if not whole and (step or get_worker_info() is None):  # a loader worker may have none of the stream's files
+                step, complete = [], complete + 1
+        if not complete and (step or get_worker_info() is None):  # a loader worker may have no file of the stream
             raise ValueError(
                 f"a stream must hold the rows of a step, {self.rows_per_step}, got {len(step)}; add data, or lower "
                 "per_device_train_batch_size or gradient_accumulation_steps"
             )
         if step:
-            logger.info("the last %d rows of a pass do not fill a step and are left out", len(step))
+            logger.info("the last %d rows of a pass do not fill a step and are skipped", len(step))
 
     def __len__(self) -> int:
-        """Raises `TypeError` where the stream's own length is unknown."""
+        """Return the number of rows, or raise TypeError if the stream has no length."""
         return len(self.rows) // self.rows_per_step * self.rows_per_step
 
     def __getattr__(self, name: str) -> Any:
-        if name == "rows":  # not there yet: a copy is being made
+        if name == "rows":  # not set yet: a copy is being made
             raise AttributeError(name)
         return getattr(self.rows, name)  # set_epoch, generator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataOrder:
-    """What must stay the same for a resume to go on in the data where the run stopped.
+    """Facts that must stay the same for a resume to continue at the position in the data where the run stopped.
 
-    `rows_per_epoch` is None for a stream without a length. `workers` says how a stream is read by several loader
-    workers, which take turns: (their number, rows in one batch of all processes). `content` is a `content_hash`.
+    Attributes:
+        rows_per_epoch: None for a stream without a length.
+        workers: (number, rows in a batch of all processes) of several loader workers, which read a stream in turns.
+        content: a `content_hash`.
     """
 
     rows_per_step: int
@@ -79,7 +81,7 @@ class DataOrder:
     def of(
         cls, loader: DataLoader, *, rows_per_step: int, rows_per_batch: int, drop_last: bool, content: str | None
     ) -> DataOrder:
-        """Of a prepared loader; `rows_per_batch` are those of one batch of all processes together."""
+        """Return the order of a prepared loader; `rows_per_batch` counts one batch of all processes together."""
         if isinstance(loader.dataset, IterableDataset):
             dataset: Any = loader.dataset
             workers = (loader.num_workers, rows_per_batch) if loader.num_workers > 1 else None
@@ -98,12 +100,12 @@ class DataOrder:
         )
 
     def check(self, saved: dict[str, Any], *, accumulation: int) -> None:
-        """`ResumeError` unless this order is the one that a checkpoint holds.
+        """Raise ResumeError unless this order is the one that a checkpoint holds.
 
         Args:
             accumulation: this launch's gradient_accumulation_steps.
         """
-        start_anew = "set ignore_data_skip=True to begin the epoch's data anew"
+        restart = "set ignore_data_skip=True to start the epoch's data again"
         steps = saved["rows_per_step"] * accumulation / self.rows_per_step
         remedies = {
             "rows_per_step": f"set gradient_accumulation_steps={steps:g}"
@@ -120,18 +122,18 @@ class DataOrder:
             if saved.get(name) != now:
                 raise ResumeError(
                     f"a resumed run needs the {name} that it had, {saved.get(name)}, got {now}; {remedies[name]}, or "
-                    f"{start_anew}"
+                    f"{restart}"
                 )
         if self.sampler in _NOT_REPEATABLE:
             raise ResumeError(
                 f"a resumed run needs an order of the rows that a seed repeats, got a {self.sampler}; use "
                 "train_sampling_strategy 'random' (with accelerate's seedable sampler, the default) or 'sequential', "
-                f"or {start_anew}"
+                f"or {restart}"
             )
 
 
 def content_hash(rows: Any) -> str | None:
-    """Of some rows of a stored `datasets.Dataset`, and of how a recipe's stream makes its rows; None of other data."""
+    """Return a hash of some rows of a stored `datasets.Dataset`, or of a recipe's stream settings, else None."""
     if isinstance(rows, datasets.IterableDataset):
         return rows.info.description or None
     if not isinstance(rows, datasets.Dataset) or rows.format["type"] == "custom" or not len(rows):
@@ -151,10 +153,10 @@ def _sampler(loader: DataLoader) -> Any:
 
 
 def repeated_rows(loader: DataLoader) -> tuple[int, int]:
-    """Rows of this process in a batch, and how many of them in an epoch's last batch are there for the second time.
+    """Return this process's rows in a batch, and the number of repeated ones in the last batch of an epoch.
 
-    accelerate fills the last batches up with the epoch's first rows, so that all processes have equally many. (0, 0) on
-    all processes if it need not.
+    accelerate fills the last batches with the epoch's first rows, so that all processes have the same number. (0, 0) on
+    all processes if no row is repeated.
     """
     shard = loader.batch_sampler
     if not isinstance(shard, BatchSamplerShard) or not shard.even_batches or shard.drop_last or not shard.batch_size:
@@ -166,7 +168,7 @@ def repeated_rows(loader: DataLoader) -> tuple[int, int]:
 
 
 def without_labels(batch: dict[str, Any], rows: int) -> dict[str, Any]:
-    """A batch whose last `rows` rows have no labels."""
+    """Return the batch with labels removed from its last `rows` rows."""
     batch = dict(batch)
     for name in ("labels", "shift_labels"):
         if name in batch:

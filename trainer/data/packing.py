@@ -1,6 +1,6 @@
-"""From documents of tokens to rows: end to end, by best fit, or one by one.
+"""Rows of tokenized documents: concatenated and cut, packed by best fit, or one document per row.
 
-A row that holds several documents tells them by `position_ids` that restart. Padding is a document of its own.
+`position_ids` restart at every document of a row. Padding is a document of its own.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from datasets import Features, List, Value
 from ...ops.cross_entropy import IGNORE_INDEX
 
 ROW_FEATURES = Features({name: List(Value("int32")) for name in ("input_ids", "labels", "position_ids")})
-WINDOW = 256  # rows' worth of tokens that best fit looks at together: what a stream holds in memory
+WINDOW = 256  # best fit packs this number of rows at a time: a stream holds their tokens in memory
 
 
 class Piece(NamedTuple):
     """A document, or a part of one that is a document of its own."""
 
     ids: np.ndarray  # [n]
-    labels: np.ndarray  # [n]; the first is nobody's target
+    labels: np.ndarray  # [n]; the first is never a target
 
 
 def pack(
     documents: Iterable[Mapping[str, Any]], *, length: int, packing: str, long_documents: str, padding: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows of `length` tokens, or of at most so many if `packing` is "none"; see `DataRecipe`.
+    """Yield rows of `length` tokens, or of at most `length` tokens if `packing` is "none"; see `DataRecipe`.
 
-    "wrapped" leaves out the last tokens, too few for a row; the others fill rows up with `padding`. Rows without a
-    target are left out.
+    "wrapped" drops the last tokens if they do not fill a row; "best_fit" fills rows with `padding`. Rows without a
+    target are dropped.
 
     Args:
         documents: `input_ids`, and `labels` unless all tokens are targets.
     """
-    whole = (_piece(document, length if long_documents == "cut" else None) for document in documents)
+    cut = (_piece(document, length if long_documents == "cut" else None) for document in documents)
     if packing == "wrapped":
-        rows = _wrapped(whole, length)
+        rows = _wrapped(cut, length)
     else:
-        pieces = (part for document in whole for part in _parts(document, length))
+        pieces = (part for document in cut for part in _parts(document, length))
         rows = _windows(pieces, length) if packing == "best_fit" else ([piece] for piece in pieces)
     for row in rows:
         if any((piece.labels[1:] != IGNORE_INDEX).any() for piece in row):
             yield _row(row, length if packing != "none" else 0, padding)
 
 
-def collate_whole(rows: Sequence[Mapping[str, Any]], padding: int) -> dict[str, torch.Tensor]:
-    """A batch `[B, T]` of rows that are a document each, filled up on the right to the longest."""
+def collate_documents(rows: Sequence[Mapping[str, Any]], padding: int) -> dict[str, torch.Tensor]:
+    """Return a batch `[B, T]` of rows with one document each, padded on the right to the longest row."""
     length = max(len(row["input_ids"]) for row in rows)
 
     def batch(values: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
@@ -74,7 +74,7 @@ def _parts(document: Piece, length: int) -> Iterator[Piece]:
 
 
 def _wrapped(documents: Iterable[Piece], length: int) -> Iterator[list[Piece]]:
-    """Documents follow each other in their order; what does not fit a row continues in the next one."""
+    """Concatenate documents in their order and cut them into rows."""
     row: list[Piece] = []
     space = length
     for ids, labels in documents:
@@ -106,10 +106,11 @@ def _fitted(pieces: list[Piece], length: int) -> Iterator[list[Piece]]:
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of the documents of each row: the longest first, each into the fullest row that has room for it.
+    """Return the indices of the documents in each row: the longest first, each in the fullest row with enough space.
 
-    Best-fit-decreasing bin packing, as in "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830); at most
-    11/9 of the fewest rows possible, and one more. Documents of a row, and rows by their first one, keep their order.
+    Best-fit-decreasing bin packing, as in "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830): it needs
+    at most 11/9 of the fewest possible rows, plus one. Documents in a row keep their order, and so do rows by their
+    first document.
     """
     rows: list[list[int]] = []
     open_rows: dict[int, list[int]] = {}  # space left -> rows
@@ -137,7 +138,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def _row(pieces: list[Piece], length: int, padding: int) -> dict[str, Any]:
     labels = [piece.labels.copy() for piece in pieces]
     for part in labels:
-        part[0] = IGNORE_INDEX  # what stands before belongs to another document
+        part[0] = IGNORE_INDEX  # the preceding token belongs to another document
     ids = [piece.ids for piece in pieces]
     missing = length - sum(map(len, ids))
     if missing > 0:

@@ -1,14 +1,12 @@
-"""The rows that a recipe trains on: documents (documents.py) -> tokens (tokenization.py) -> rows (packing.py).
+"""Rows to train on: documents (documents.py) -> tokens (tokenization.py) -> rows (packing.py).
 
-The order is that of the data, whatever the number of processes; the Trainer shuffles stored rows by its seed.
+Rows keep the order of the data on any number of processes; the Trainer shuffles stored rows by its seed.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,25 +14,25 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..recipes.recipe import DataRecipe
-from . import files, packing, tokenization
 from .documents import explained, load_documents
 from .files import DataError
 from .packing import ROW_FEATURES, pack
 from .tokenization import tokenize
 
 BATCH = 100  # documents that are tokenized together
-CODE = hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in (files, tokenization, packing))).hexdigest()
-"""Of what makes rows of documents: a part of the cache's key, for which `datasets` looks at names of functions only."""
+CACHE_VERSION = 1
+"""Part of the cache's key: raise it when files.py, tokenization.py or packing.py make other tokens or rows of the same
+documents. `datasets` itself compares only the names of functions."""
 
 
 def training_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset | IterableDataset:
-    """Rows of at most `length` tokens: `input_ids`, `labels`, and `position_ids` that restart at every document.
+    """Return rows of at most `length` tokens: `input_ids`, `labels`, and `position_ids` that restart at every document.
 
-    Stored rows, and the tokens that they are made of, are in the cache of `datasets`.
+    Stored rows and their tokens are kept in the cache of `datasets`.
 
     Raises:
-        DataError: a ValueError; data that is not there, cannot be read, is not what the recipe says, or fills no row.
-            A stream raises it when it gets there.
+        DataError: a ValueError; the data does not exist, cannot be read, does not fit the recipe, or fills no row. A
+            stream raises it when it reaches the place.
     """
     documents = load_documents(data)
     choices = {
@@ -52,12 +50,12 @@ def training_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase, length: 
     with explained(data):
         tokens = Dataset.from_generator(
             _tokenized,
-            gen_kwargs={"documents": documents, "tokenizer": tokenizer, "code": CODE},
+            gen_kwargs={"documents": documents, "tokenizer": tokenizer, "version": CACHE_VERSION},
             features=Features({name: List(Value("int32")) for name in columns}),
         )
-    if next(_stored_rows(tokens, choices), None) is None:
+    if next(_stored_rows(tokens, choices, CACHE_VERSION), None) is None:
         raise DataError(_nothing(length, sum(len(document["input_ids"]) for document in tokens)))
-    arguments = {"documents": tokens, "choices": choices}
+    arguments = {"documents": tokens, "choices": choices, "version": CACHE_VERSION}
     return Dataset.from_generator(_stored_rows, gen_kwargs=arguments, features=ROW_FEATURES)
 
 
@@ -75,15 +73,15 @@ def without_share(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Data
     return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
 
 
-def _tokenized(documents: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, code: str) -> Iterator[Any]:
-    """Yield tokenized documents; `code` is only there for the cache's key."""
+def _tokenized(documents: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, version: int) -> Iterator[Any]:
+    """Yield tokenized documents; `version` is only part of the cache's key."""
     for batch, indices in _batches(documents):
         columns = tokenize(batch, indices, tokenizer=tokenizer)
         for values in zip(*columns.values(), strict=True):
             yield dict(zip(columns, values, strict=True))
 
 
-def _stored_rows(documents: Dataset, choices: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _stored_rows(documents: Dataset, choices: dict[str, Any], version: int) -> Iterator[dict[str, Any]]:
     yield from pack(documents.with_format("numpy"), **choices)
 
 
@@ -94,7 +92,7 @@ def _streamed_rows(
 
     def counted() -> Iterator[dict[str, Any]]:
         nonlocal tokens
-        for document in _tokenized(documents, tokenizer, CODE):
+        for document in _tokenized(documents, tokenizer, CACHE_VERSION):
             tokens += len(document["input_ids"])
             yield document
 
@@ -108,7 +106,7 @@ def _streamed_rows(
 
 
 def _batches(documents: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, list], list[int]]]:
-    """Columns of `BATCH` documents and their numbers."""
+    """Yield the columns of `BATCH` documents, and the numbers of these documents."""
     stream, first = iter(documents), 0
     while batch := list(islice(stream, BATCH)):
         yield {name: [row[name] for row in batch] for name in batch[0]}, list(range(first, first + len(batch)))

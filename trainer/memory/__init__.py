@@ -1,1 +1,1 @@
-"""The memory that training needs, computed and measured."""
+"""Memory of training, computed and measured."""

@@ -1,7 +1,7 @@
-"""How many bytes a device needs to train a model, before anything is run.
+"""Memory that a device needs to train a model, computed without running it.
 
-A micro-batch, forward and backward, is run on virtual tensors (`virtual.py`) by the model's own code, with its
-checkpoints, tiles and exchange. What is alive all the time is added.
+The model's own code runs a micro-batch, forward and backward, on fake tensors (`tracker.py`), with its checkpoints,
+tiles and communication. Weights, gradients and optimizer states are added.
 
     print(memory_account(config, tokens=131072, dtype=torch.bfloat16, checkpointing=True, tiling=True).table())
 """
@@ -22,10 +22,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ...modeling import LinearLlama3Config, LinearLlama3ForCausalLM, enable_sequence_tiling
 from ...sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
-from .virtual import VirtualRun, as_on_a_gpu
+from .tracker import FakeMemoryTracker, as_on_a_gpu
 
 LAYERS, HEAD = "inside layers", "head and loss"
-OPTIMIZERS: dict[str, Callable[[int], int]] = {  # bytes of the states of a trained number of so many bytes
+OPTIMIZERS: dict[str, Callable[[int], int]] = {  # bytes of a parameter -> bytes of its states
     "adamw": lambda size: 2 * size,
     "adamw_8bit": lambda size: 2,
     "sgd": lambda size: 0,
@@ -34,12 +34,13 @@ OPTIMIZERS: dict[str, Callable[[int], int]] = {  # bytes of the states of a trai
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryAccount:
-    """Bytes on a device at the moment when they are most.
+    """Bytes on a device at the peak of a step.
 
-    `lines`: "weights", "gradients", "optimizer"; "layer inputs" (what checkpointing keeps), "inside layers", "head and
-    loss", "states exchanged" (by sequence parallelism, keys and values of softmax layers too); "communication" (of
-    DDP's or FSDP2's gradients and weights). `exchanged`: the most that is being exchanged at any moment, perhaps
-    another one. `host`: bytes in the host's memory, of offloaded inputs of layers.
+    - `lines`: "weights", "gradients", "optimizer"; "layer inputs" (kept by checkpointing), "inside layers", "head and
+      loss", "states exchanged" (by sequence parallelism, with the keys and values of softmax layers); "communication"
+      (gradients and weights of DDP or FSDP2).
+    - `exchanged`: the most bytes exchanged at any moment, not necessarily at the peak.
+    - `host`: bytes of offloaded layer inputs in the host's memory.
     """
 
     lines: dict[str, int]
@@ -75,56 +76,57 @@ def memory_account(
     chunked_loss: bool = True,
     gpu: bool = True,
 ) -> MemoryAccount:
-    """The account of a causal language model, of a micro-batch behind others (all gradients are there), with a label
-    for every token.
+    """Compute the memory account of a causal language model.
 
-    Computed, not measured: what allocators round up or leave unused, the CUDA context and NCCL's buffers (1 to 3 GB in
-    all, as a rule) come on top, and so do temporaries of an optimizer that is not fused.
+    The micro-batch has a label for every token and is not the first of its step: all gradients exist. The allocator's
+    overhead, the CUDA context, NCCL's buffers (1 to 3 GB in total, as a rule) and the temporaries of an optimizer that
+    is not fused come on top.
 
     Args:
-        model: a config, or a model, of which nothing but the shapes is read: made under `torch.device("meta")` it
-            costs nothing. With adapters (peft) what is trained is what requires a gradient.
-        tokens: T of a row, the whole sequence.
-        rows: of a device's micro-batch.
-        documents: packed in every row.
-        ranks: W, devices that share every sequence; the account is of the last.
-        strategies: by which they do; default LASP-2 and LASP-2H.
-        replicas: groups of such devices.
-        fsdp: weights, gradients and optimizer are spread over all devices (FSDP2), not held by each (DDP).
-        dtype: of the weights of a config's model.
-        autocast: dtype of autocast (`bf16=True` of TrainingArguments), None: there is none.
+        model: a config, or a model, of which only shapes are read: `torch.device("meta")` is enough. With adapters
+            (PEFT), only parameters that require a gradient are trained.
+        tokens: T, tokens of a full sequence.
+        rows: rows in a device's micro-batch.
+        documents: documents packed in each row.
+        ranks: W, devices that share every sequence. The account is that of the last rank.
+        strategies: strategies of these ranks; default LASP-2 and LASP-2H.
+        replicas: number of such groups of devices.
+        fsdp: True shards weights, gradients and optimizer states over all devices (FSDP2); False keeps them on each
+            device (DDP).
+        dtype: dtype of the weights, for a config.
+        autocast: dtype of autocast (`bf16=True` of TrainingArguments), or None.
         optimizer: "adamw" (two states in the dtype of the weights), "adamw_8bit" or "sgd" (without momentum).
-        checkpointing: `activation_checkpointing` of TrainingArguments,
-        offload: with `activation_checkpointing_kwargs={"offload": True}`.
+        checkpointing: `activation_checkpointing` of TrainingArguments.
+        offload: `activation_checkpointing_kwargs={"offload": True}`.
         tiling: `sequence_tiling`.
-        chunked_loss: the loss without logits; False: with the model's logits.
-        gpu: with the kernels for NVIDIA's GPUs; False: as on a CPU.
+        chunked_loss: True computes the loss without logits, False with the model's logits.
+        gpu: True assumes the kernels for NVIDIA GPUs, False a CPU.
 
     Raises:
         ValueError: an unknown optimizer; offload without checkpointing; several ranks in a process that is itself
-            in a process group; a GPU's account where the package triton is not installed.
+            in a process group; a GPU's account without the package triton.
     """
     _check(optimizer, checkpointing=checkpointing, offload=offload, ranks=ranks)
     if isinstance(model, LinearLlama3Config):
         with torch.device("meta"):
             model = LinearLlama3ForCausalLM(model).to(dtype)
-    run, host = VirtualRun(LAYERS), Host()
-    virtual = _virtual(model, run)
-    _switch(virtual, run, host, checkpointing=checkpointing, offload=offload, tiling=tiling)
+    run, host = FakeMemoryTracker(LAYERS), Host()
+    fake = _with_fake_parameters(model, run)
+    _prepare(fake, run, host, checkpointing=checkpointing, offload=offload, tiling=tiling)
     with contextlib.ExitStack() as stack:
         context = None
         if ranks > 1:
             group = stack.enter_context(_fake_group(ranks))
             context = SequenceParallelContext(group, strategies or SequenceParallelConfig())
-            enable_sequence_parallel(virtual, context)
+            enable_sequence_parallel(fake, context)
         if gpu:
             stack.enter_context(as_on_a_gpu())
         stack.enter_context(run)
         batch = _batch(tokens, rows, documents, context)
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            loss = virtual(**batch, num_items_in_batch=tokens * rows, skip_logits=chunked_loss).loss
+            loss = fake(**batch, num_items_in_batch=tokens * rows, skip_logits=chunked_loss).loss
         loss.backward()
-    held = _held(virtual, optimizer, devices=ranks * replicas, fsdp=fsdp)
+    held = _held(fake, optimizer, devices=ranks * replicas, fsdp=fsdp)
     lines = {**held, **{name: size for name, size in run.peak.items() if name}}
     return MemoryAccount(lines=lines, exchanged=run.exchanged, host=host.size)
 
@@ -136,21 +138,23 @@ def _check(optimizer: str, *, checkpointing: bool, offload: bool, ranks: int) ->
         raise ValueError("offload=True moves what checkpointing keeps, got checkpointing=False; set it to True")
     if ranks > 1 and dist.is_initialized():
         raise ValueError(
-            f"an account of {ranks} ranks takes a process of its own, got one in a process group; ask for it before "
-            "torch.distributed is initialised"
+            f"an account of {ranks} ranks needs a process without a process group, got one in a group; compute it "
+            "before torch.distributed is initialized"
         )
 
 
-def _virtual(model: Any, run: VirtualRun) -> Any:
-    """A copy of the model (without an adapter's wrapper) with virtual parameters."""
+def _with_fake_parameters(model: Any, run: FakeMemoryTracker) -> Any:
+    """Return a copy of the model (without PEFT's wrapper) with fake parameters."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     memo: dict[int, Any] = {id(x): run.parameter(x) for x in model.parameters()}
     memo |= {id(x): nn.Buffer(torch.zeros_like(x, device="cpu"), persistent=False) for x in model.buffers()}
     return copy.deepcopy(model, memo).train()
 
 
-def _switch(model: Any, run: VirtualRun, host: Host, *, checkpointing: bool, offload: bool, tiling: bool) -> None:
-    """What the arguments ask for, and where the run's stages begin."""
+def _prepare(
+    model: Any, run: FakeMemoryTracker, host: Host, *, checkpointing: bool, offload: bool, tiling: bool
+) -> None:
+    """Switch on tiling, checkpointing and offloading, and set the tracker's stages by hooks."""
     enable_sequence_tiling(model, tiling)
     if checkpointing:  # the older name is that of transformers before 5.23
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -170,7 +174,7 @@ def _switch(model: Any, run: VirtualRun, host: Host, *, checkpointing: bool, off
 
 
 class Host:
-    """The host's memory, for what a checkpoint keeps: `save_on_cpu`, as transformers' offload does."""
+    """Memory of the host for offloaded layer inputs: `save_on_cpu`, as transformers' offload uses it."""
 
     size = 0
 
@@ -207,16 +211,16 @@ def _batch(tokens: int, rows: int, documents: int, context: SequenceParallelCont
 
 
 def _held(model: Any, optimizer: str, *, devices: int, fsdp: bool) -> dict[str, int]:
-    """Bytes of what is alive in every moment."""
+    """Return the bytes that are alive during the complete step."""
     weights = sum(x.nbytes for x in model.parameters())
     trained = [x for x in model.parameters() if x.requires_grad]
     gradients = sum(x.nbytes for x in trained)
     states = sum(x.numel() * OPTIMIZERS[optimizer](x.itemsize) for x in trained)
     shards, communication = devices if fsdp else 1, 0
-    if shards > 1:  # a layer in use and the next one, with gradients before and after they are reduced
+    if shards > 1:  # the layer in use and the next one, with gradients before and after their reduction
         largest = max(sum(x.nbytes for x in layer.parameters()) for layer in model.get_decoder().layers)
         communication = 4 * largest + 2 * model.get_input_embeddings().weight.nbytes
-    elif devices > 1:  # buckets
+    elif devices > 1:  # DDP's buckets
         communication = gradients
     held = {
         name: math.ceil(size / shards)

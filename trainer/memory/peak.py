@@ -1,4 +1,4 @@
-"""How much memory this process, or a function, has needed."""
+"""Measured peak memory of this process, or of a function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def peak_memory() -> int:
-    """Bytes: torch's peak on the GPU, or the peak of the whole process where there is none."""
+    """Return bytes: torch's peak on the GPU, or the peak of the process on a machine without one."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
@@ -23,7 +23,7 @@ def peak_memory() -> int:
 
 
 def allocated_peak(function: Callable[[], object]) -> int:
-    """Bytes that torch held at most while `function` ran, beside those before: on the GPU, or of its CPU allocator."""
+    """Return the most bytes that torch allocated, on the GPU or else on the CPU, while `function` ran."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""What a recipe names, made: tokenizer, model, adapters."""
+"""Build tokenizer, model and adapters from a recipe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer, with its chat template where `data.chat_template` names one."""
+    """Load the recipe's tokenizer, with the chat template of `data.chat_template` if there is one."""
     tokenizer = loading.load_tokenizer(recipe.tokenizer)
     if (template := recipe.data.chat_template) is not None:
         if not Path(template).is_file():
@@ -32,10 +32,10 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 def build_model(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, weights: bool = True
 ) -> LinearLlama3ForCausalLM | PeftModel:
-    """The recipe's model, from weights or anew, with adapters if it has a section `lora`.
+    """Build the recipe's model, loaded or new, with adapters if the recipe has a section `lora`.
 
     Args:
-        weights: False makes all weights anew (on the meta device, to see what there would be).
+        weights: False loads no weights (for shapes on the meta device).
     """
     config = build_config(recipe, tokenizer)
     if (name := recipe.model.get("name_or_path")) is None:
@@ -71,7 +71,7 @@ def _report_on_one_process() -> None:
 
 
 def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LinearLlama3Config:
-    """The model's config: the recipe's and, for a new model, the tokenizer's vocabulary."""
+    """Build the model's config from the recipe and, for a new model, the tokenizer's vocabulary."""
     if (name := recipe.model.get("name_or_path")) is not None:
         changes = {key: value for key, value in recipe.model.items() if key == "rope_parameters"}
         try:

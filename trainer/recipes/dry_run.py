@@ -1,4 +1,4 @@
-"""What a recipe will do, worked out without data, processes or a GPU: `linear-llama3 train RECIPE.yaml --dry-run`."""
+"""Dry run of a recipe, without data, processes or a GPU: `linear-llama3 train RECIPE.yaml --dry-run`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class DryRun:
     """A recipe on a number of processes of one machine."""
 
     recipe: Recipe
-    model: PreTrainedModel  # on the meta device, PEFT's where there are adapters
+    model: PreTrainedModel  # on the meta device; PEFT's wrapper if there are adapters
     processes: int
-    ranks: int  # that share every sequence
+    ranks: int  # W, processes that share every sequence
     layout: str
     gpu: bool
 
@@ -45,7 +45,7 @@ class DryRun:
 
     @property
     def rows(self) -> int:
-        """Of a batch of a replica."""
+        """Rows in the batch of a replica."""
         return self.setting("per_device_train_batch_size")
 
     @property
@@ -57,24 +57,24 @@ class DryRun:
         return local_tokens(self.recipe.sequence_length, self.ranks, self.layout)
 
     def setting(self, name: str) -> Any:
-        """A field of the section `training`, or its default; TrainingArguments itself would ask for the device."""
+        """Return a field of the section `training`, or its default. TrainingArguments itself would need the device."""
         fields = {f.name: f.default for f in dataclasses.fields(LinearLlama3TrainingArguments)}
         return self.recipe.training.get(name, fields[name])
 
     @property
     def recomputes(self) -> bool:
-        """Layers in the backward pass; releases before 5.23 know the old name only."""
+        """True if layers are recomputed in the backward pass; transformers before 5.23 knows only the older name."""
         return any(self.recipe.training.get(f"{name}_checkpointing") for name in ("gradient", "activation"))
 
     @property
     def half(self) -> bool:
-        """Whether activations have 16 bits."""
+        """True if activations have 16 bits."""
         return bool(self.setting("bf16") or self.setting("fp16")) or self.model.dtype.itemsize == 2
 
     def sizes(self, kind: str) -> Sizes:
-        """A linear or softmax layer, as the strategies' cost model sees it."""
+        """Return the sizes of a linear or softmax layer for the strategies' cost model."""
         config = self.config
-        packed = self.recipe.data.packing != "none"  # then rows lie end to end
+        packed = self.recipe.data.packing != "none"  # then rows are concatenated
         assert config.num_key_value_heads is not None and config.head_dim is not None
         heads, key_dim, value_dim, decays = config.num_key_value_heads, config.head_dim, config.head_dim, False
         if kind == "linear":
@@ -98,10 +98,10 @@ class DryRun:
 
 
 def dry_run(recipe: Recipe, processes: int, *, gpu: bool) -> str:
-    """Model, step, grid, strategies as lines for the terminal.
+    """Describe model, step, grid, strategies and memory in lines for the terminal.
 
     Raises:
-        ValueError: a recipe or a number of processes with which no run would start.
+        ValueError: no run could start with this recipe and number of processes.
     """
     if recipe.sequence_parallel.size == "adaptive":
         raise ValueError(
@@ -144,7 +144,7 @@ def _flops(run: DryRun) -> list[str]:
 
 
 def _memory(run: DryRun) -> list[str]:
-    """Of a device, at the moment of a step when it is most."""
+    """Describe the memory of a device at the peak of a step."""
     optimizer = str(run.setting("optim"))
     known = "sgd" if optimizer == "sgd" else "adamw_8bit" if "8bit" in optimizer else "adamw"
     kwargs = run.recipe.training.get("activation_checkpointing_kwargs") or {}
@@ -172,11 +172,11 @@ def _memory(run: DryRun) -> list[str]:
         f"memory      of a device at its peak, computed{assumed}; allocator, CUDA and NCCL come on top (1 to 3 GB):"
     ]
     lines += [f"  {line}" for line in account.table().splitlines()]
-    return [*lines, f"  at most {account.exchanged / 2**20:,.1f} MiB are being exchanged at a time"]
+    return [*lines, f"  at most {account.exchanged / 2**20:,.1f} MiB are exchanged at a time"]
 
 
 def _exchange(run: DryRun) -> list[str]:
-    """Strategies and layout, what "auto" would choose, and what a rank sends."""
+    """Describe strategies and layout, the choice of "auto", and the bytes that a rank sends."""
     if run.ranks == 1:
         return ["strategies  none: every sequence stays on one process"]
     linear = len(run.config.linear_layers)

@@ -1,4 +1,4 @@
-"""A recipe: the YAML file that says what is trained on what, and how.
+"""A recipe: the YAML file that describes model, data and training of a run.
 
 model: {linear_attention_type: gla, num_hidden_layers: 4, hidden_size: 256}
                                              # or {preset: linear-llama3-1b-gla-hybrid-1-4}, or {name_or_path: folder}
@@ -7,8 +7,8 @@ data: {files: corpus/}                       # files, folders, patterns; or {dat
 validation: {share: 0.01}                    # of the rows, or {files: other/}, or {dataset: name, split: validation}
 sequence_length: 8192
 sequence_parallel: {size: auto, linear: lasp2, softmax: lasp2h, layout: auto}  # or {size: adaptive, profile: FILE.json}
-lora: {r: 16, lora_alpha: 32}                # adapters in place of all weights: any field of PEFT's LoraConfig
-processes: auto                              # of `linear-llama3 train`: all GPUs, or one process on the CPU
+lora: {r: 16, lora_alpha: 32}                # train adapters instead of all weights: any field of PEFT's LoraConfig
+processes: auto                              # for `linear-llama3 train`: one per GPU, or one on a CPU
 training: {output_dir: runs/out, max_steps: 100, learning_rate: 1e-3}         # any TrainingArguments field
 
 A launch can change values of the file: `RECIPE.yaml sequence_parallel.softmax=ring training.max_steps=10`.
@@ -40,27 +40,31 @@ LOADED_MODEL: dict[str, Any] = {
     "dtype": Literal["float32", "bfloat16", "float16"],
     "rope_parameters": dict,
 }
-"""What the section `model` may say of weights to start from, and its types. `dtype` is that of the weights in memory:
-float32, or under `lora`, where they stay as they are, what they were saved in."""
+"""Keys of the section `model` with `name_or_path`, and their types. `dtype` is the dtype of the weights in memory; by
+default float32, or the saved dtype under `lora`, which keeps the weights as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataRecipe:
-    """Documents: local `files` or a `dataset` of the `datasets` library, one of both; and how they become rows.
+    """Documents, either local `files` or a `dataset` of the `datasets` library, and the way they become rows.
 
-    - `files`: folders, patterns or names of JSON lines (.jsonl, .ndjson, .json), Parquet (.parquet) or text (all
-      others, one document per file). The name of an existing file or folder is never a pattern; hidden files must be
-      named. `arguments` may be `encoding`, `encoding_errors` and, for text, `sample_by` ("document", "paragraph",
-      "line").
-    - `dataset`: `arguments` are passed to `datasets.load_dataset`: name, revision, data_files, columns, ...
-    - `format`: "text" reads `text_column`, between the tokenizer's special tokens. "chat" reads `messages` through the
-      tokenizer's chat template (or that of the file `chat_template`), with a loss on the assistant's turns, or `prompt`
-      and `completion` (strings, or messages as well), with a loss on the completion.
-    - `streaming`: nothing is stored; documents are read, tokenized and packed while the model trains.
-    - `packing`: "wrapped" lays documents end to end and cuts at the end of a row, "best_fit" fills rows with whole
-      documents, "none" makes every document a row. Attention never crosses the edge of a document.
-    - `long_documents`: what is beyond `sequence_length` tokens of a document: "continue" makes it a document of its
-      own, "cut" leaves it out.
+    - `files`: names of files, folders or patterns: JSON lines (.jsonl, .ndjson, .json), Parquet (.parquet) or text
+      (all others, one document per file). The name of an existing file or folder is never a pattern; hidden
+      files must be named.
+    - `dataset`: name on the Hub or a folder.
+    - `split`: split of the dataset.
+    - `arguments`: with `dataset`, arguments of `datasets.load_dataset`: name, revision, data_files, columns, ...; with
+      `files`, `encoding`, `encoding_errors` and, for text, `sample_by` ("document", "paragraph", "line").
+    - `format`: "text" reads the column `text_column` and adds the tokenizer's special tokens. "chat" reads `messages`
+      through the chat template, with a loss on the assistant's turns, or `prompt` and `completion` (strings or
+      messages), with a loss on the completion.
+    - `text_column`: column of the text, for `format: text`.
+    - `chat_template`: file with a Jinja template that replaces the tokenizer's, for `format: chat`.
+    - `streaming`: read, tokenize and pack documents during training, without storing rows.
+    - `packing`: "wrapped" concatenates documents and cuts at the end of a row, "best_fit" fills rows with complete
+      documents, "none" makes every document a row. Attention never crosses the boundary of a document.
+    - `long_documents`: tokens of a document beyond `sequence_length`: "continue" makes them a document of their own,
+      "cut" drops them.
     """
 
     files: str | list[str] | None = None
@@ -77,11 +81,15 @@ class DataRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationRecipe:
-    """Rows for the validation loss during training: a `share` (0 to 1) of the rows of `data`, drawn with
-    `training.seed` and held out, or documents of other `files` or another `dataset`, read and packed like `data`.
+    """Rows for the validation loss during training, read and packed like `data`.
 
-    `training.eval_strategy` and `training.eval_steps` say when; by default, after every tenth of the run. `arguments`
-    default to those of `data`.
+    `training.eval_strategy` and `training.eval_steps` set when it is computed; default after every tenth of the run.
+
+    - `share`: share of the rows of `data` (0 to 1) that is held out, drawn with `training.seed`.
+    - `files`: files of other documents, as in `data`.
+    - `dataset`: another dataset, as in `data`.
+    - `split`: split of the dataset.
+    - `arguments`: arguments as in `data`; default those of `data`.
     """
 
     share: float | None = None
@@ -99,10 +107,14 @@ class ValidationRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceParallelRecipe:
-    """Degree, strategies and layout.
+    """Degree, strategies and layout of sequence parallelism.
 
-    `size: adaptive` plans groups for every step, by a `profile` of the planner (a name or a JSON file); a step takes
-    `training.per_device_train_batch_size` rows for each process, and rows are documents (`data.packing: none`).
+    - `size`: number of processes that share every sequence; "auto" uses all processes of the launch, "adaptive" plans
+      groups for every step of `training.per_device_train_batch_size` documents per process (`data.packing: none`).
+    - `profile`: profile for `size: adaptive`, a name or a JSON file.
+    - `linear`: strategy of linear layers: lasp1, lasp2, all_scan, all_to_all, auto.
+    - `softmax`: strategy of softmax layers: lasp2h, ring, token_ring, rsa, ulysses, auto.
+    - `layout`: tokens of each rank: contiguous, zigzag, auto.
     """
 
     size: int | str = "auto"
@@ -117,12 +129,19 @@ class SequenceParallelRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A whole run.
+    """Description of a complete run.
 
-    `model` holds LinearLlama3Config's fields, in place of those of a `preset` if one is named, or `name_or_path` of
-    weights to start from and what may be changed of them (`LOADED_MODEL`); `lora` the fields of PEFT's LoraConfig;
-    `training` those of transformers' TrainingArguments but for those that the section `sequence_parallel` stands for.
-    `processes` is for `linear-llama3 train` alone: who launches has said how many.
+    - `model`: fields of LinearLlama3Config, on top of a `preset` if one is named; or `name_or_path` of weights to start
+      from, with the keys of `LOADED_MODEL`.
+    - `tokenizer`: folder or Hub name of the tokenizer.
+    - `data`: documents to train on.
+    - `sequence_length`: T, tokens of a row.
+    - `training`: fields of TrainingArguments, except those of the section `sequence_parallel`.
+    - `validation`: rows for the validation loss; none by default.
+    - `sequence_parallel`: degree, strategies and layout.
+    - `lora`: fields of PEFT's LoraConfig, to train adapters instead of all weights.
+    - `processes`: number of processes that `linear-llama3 train` starts; "auto" is one per GPU, or one on a CPU. Other
+      launchers set their own number.
     """
 
     model: dict[str, Any]
@@ -136,10 +155,11 @@ class Recipe:
     processes: int | str = "auto"
 
     def model_config(self, **facts: Any) -> LinearLlama3Config:
-        """The section `model` of a model to be made anew.
+        """Return the config of a new model.
 
         Args:
-            facts: what the tokenizer says; the recipe's own fields go before it, and a preset's behind.
+            facts: fields known from the tokenizer. They override a preset's fields, and the recipe's fields override
+                them.
         """
         fields = {"max_position_embeddings": self.sequence_length, **facts, **self.model}
         preset = fields.pop("preset", None)
@@ -151,7 +171,7 @@ class Recipe:
         return LinearLlama3Config.from_preset(preset, **fields)
 
     def lora_config(self) -> LoraConfig:
-        """The section `lora`; PEFT has no `target_modules` for this model: all linear layers but the head."""
+        """Return the section `lora` as PEFT's config; by default all linear layers except the head have adapters."""
         assert self.lora is not None
         try:
             from peft import LoraConfig
@@ -167,7 +187,7 @@ class Recipe:
             raise ValueError(f"lora in the recipe does not make a LoraConfig: {error}") from error
 
     def training_arguments(self) -> LinearLlama3TrainingArguments:
-        """The section `training`, with the choices of `sequence_parallel`."""
+        """Return the section `training` with the choices of `sequence_parallel`."""
         parallel, validation = self.sequence_parallel, dict[str, Any]()
         if self.validation is not None:
             rows = self.training.get("per_device_train_batch_size", 8)  # Trainer's default
@@ -185,13 +205,13 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
-    """Reads and checks a recipe.
+    """Read and check a recipe.
 
     Args:
-        changes: "key=value" or "section.key=value", in place of what the file says.
+        changes: "key=value" or "section.key=value", values that replace those of the file.
 
     Raises:
-        ValueError: no such file, no YAML mapping, an unknown or missing key, a value of the wrong type.
+        ValueError: a missing file, invalid YAML, an unknown or missing key, or a value of the wrong type.
     """
     path = Path(path)
     if not path.is_file():
@@ -240,7 +260,7 @@ def _check_values(recipe: Recipe) -> None:
     if data.streaming and recipe.training.get("max_steps", -1) < 1:
         raise ValueError(
             f"data.streaming needs training.max_steps, since a stream's length is unknown, got "
-            f"{recipe.training.get('max_steps')}; set it"
+            f"{recipe.training.get('max_steps')}; set it to a positive number"
         )
     if recipe.processes != "auto" and (not isinstance(recipe.processes, int) or recipe.processes < 1):
         raise ValueError(f"processes must be 'auto' or a positive integer, got {recipe.processes!r}")
@@ -256,6 +276,9 @@ def _check_values(recipe: Recipe) -> None:
     types["fsdp"] |= bool  # transformers 5.23 warns of strings
     check_names(recipe.training, list(types), "training")
     convert(recipe.training, types, "training")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if (count := recipe.training.get(name, 1)) < 1:
+            raise ValueError(f"training.{name} must be at least 1, got {count}; correct it or leave it out")
     _check_validation(recipe)
     if recipe.training.get("deepspeed") is not None:
         raise ValueError("DeepSpeed is not supported, got training.deepspeed; use fsdp, or leave it out")
@@ -287,8 +310,8 @@ def _check_groups(recipe: Recipe) -> None:
     parallel, adaptive = recipe.sequence_parallel, recipe.sequence_parallel.size == "adaptive"
     if adaptive != (parallel.profile is not None):
         raise ValueError(
-            "sequence_parallel.profile goes with size: adaptive, which is planned by it, got size: "
-            f"{parallel.size} and profile: {parallel.profile}"
+            "sequence_parallel.profile goes with size: adaptive, which needs it, got size: "
+            f"{parallel.size} and profile: {parallel.profile}; set both or neither"
         )
     if adaptive and (recipe.data.streaming or recipe.data.packing != "none"):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a run leaves beside its weights: curves as a plot, the recipe that was used, and a model card."""
+"""Files saved with the weights of a run: a plot of its curves, its recipe, and a model card."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SECRETS = {"hub_token", "token", "storage_options"}  # keys of a recipe that a c
 
 
 def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
-    """Loss, also of evaluations, gradient norm and tokens a second of `trainer.state.log_history` as a PNG."""
+    """Plot training and validation loss, gradient norm and tokens a second of a `log_history` as a PNG."""
     from matplotlib.figure import Figure  # slow to import; a figure without pyplot needs no display
 
     panels = (("loss", "loss"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens a second"))
@@ -46,7 +46,7 @@ def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def speed(history: list[dict[str, Any]]) -> dict[str, str]:
-    """Medians over the log entries, for the table of the training: the first ones hold what happens but once."""
+    """Return medians over the log entries, since the first ones include one-time costs."""
 
     def middle(key: str) -> float | None:
         values = [entry[key] for entry in history if key in entry]
@@ -85,7 +85,7 @@ def portable(text: str) -> str:
 
 
 def launch_command(environment: Mapping[str, str] = os.environ) -> str:
-    """What starts this run again, on every node: the processes of the launch and accelerate's choices."""
+    """Return the command that starts this run again on every node, with accelerate's settings from the environment."""
     choices = {
         name: value
         for name, value in sorted(environment.items())
@@ -103,7 +103,7 @@ def launch_command(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def hardware() -> str:
-    """The devices of the launch."""
+    """Describe the devices of the launch."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         return f"{processes} x {torch.cuda.get_device_name()}"
@@ -117,7 +117,7 @@ def _sources(data: DataRecipe | ValidationRecipe) -> str:
 
 
 def _validation(recipe: Recipe, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return rows for the table of the training: the validation data, and the last and the lowest loss."""
+    """Return rows for the card's table: the validation data, and the last and lowest loss."""
     if recipe.validation is None:
         return {}
     share, shown = recipe.validation.share, "not logged"
@@ -134,10 +134,10 @@ def _validation(recipe: Recipe, evaluations: list[dict[str, Any]]) -> dict[str, 
 def write_model_card(
     folder: Path, model: PreTrainedModel, recipe: Recipe, history: list[dict[str, Any]], facts: dict[str, Any]
 ) -> None:
-    """`recipe.yaml`, and `README.md` with what is known of the run, unless the folder has ones of the user's.
+    """Write `recipe.yaml` and the model card `README.md`, unless the user has replaced them.
 
     Args:
-        facts: further rows of the table of the training.
+        facts: further rows of the card's table.
     """
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluations = [entry for entry in history if "eval_loss" in entry and "eval_perplexity" in entry]

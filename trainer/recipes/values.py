@@ -1,4 +1,4 @@
-"""Convert YAML values to the types of a dataclass's fields, and describe in plain words what is expected."""
+"""Values of a YAML file as the types of a dataclass's fields, and messages that describe the expected value."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from huggingface_hub.dataclasses import type_validator
 
 BOOL, FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 WORDS = {"yes": True, "on": True, "no": False, "off": False}  # other spellings of booleans in YAML 1.1
@@ -52,14 +53,10 @@ def checked(kind: type, content: Any, where: str, *, sections: Sequence[str] = (
     """
     if not isinstance(content, dict):
         raise ValueError(f"{where} must be a mapping of keys to values, got {content!r}")
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    check_names(content, list(fields), where)
-    required = [
-        name
-        for name, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in required if name not in content]
+    fields = dataclasses.fields(kind)
+    check_names(content, [f.name for f in fields], where)
+    unset = dataclasses.MISSING
+    missing = [f.name for f in fields if f.default is f.default_factory is unset and f.name not in content]
     if missing:
         raise ValueError(f"{where} needs {', '.join(missing)}, got only {', '.join(sorted(content)) or 'nothing'}")
     content = dict(content)
@@ -68,6 +65,7 @@ def checked(kind: type, content: Any, where: str, *, sections: Sequence[str] = (
 
 
 def check_names(content: dict[str, Any], known: list[str], where: str) -> None:
+    """Raise ValueError for a key that is not known, with a suggestion."""
     for name in content:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
@@ -82,21 +80,19 @@ def convert(content: dict[str, Any], types: dict[str, Any], where: str, *, secti
         ValueError: a value does not fit the type of its field.
     """
     for name, value in content.items():
-        hint = types[name]
-        for candidate in [value] if name in sections else _candidates(value):
-            if _fits(candidate, hint):
-                content[name] = candidate
-                break
-        else:
+        hint = yaml_type(types[name])
+        fitting = [x for x in ([value] if name in sections else _meanings(value)) if _fits(x, hint)]
+        if not fitting:
             remedy = ""
-            if isinstance(value, str) and any(_fits(candidate, hint) for candidate in _candidates(_unquoted(value))):
+            if isinstance(value, str) and any(_fits(meaning, hint) for meaning in _meanings(_unquoted(value))):
                 remedy = "; write it without quotes"
             elif isinstance(value, (bool, int, float)) and _fits(str(value), hint):
                 remedy = "; write it in quotes"
             raise ValueError(f"{name} in {where} must be {_plain(hint)}, got {value!r}{remedy}")
+        content[name] = fitting[0]
 
 
-def _candidates(value: Any) -> list[Any]:
+def _meanings(value: Any) -> list[Any]:
     """Return what a YAML value can mean, the most likely meaning first."""
     if isinstance(value, str) and value.lower() in WORDS:
         return [WORDS[value.lower()], value]
@@ -119,47 +115,48 @@ def _unquoted(text: str) -> Any:
         return text
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value is valid for a field with this annotation."""
-    origin = get_origin(hint)
+def yaml_type(hint: Any) -> Any:
+    """Return the annotation of the YAML values for a field with the annotation `hint`.
+
+    An enumeration becomes the literal texts of its members (also next to `str`, which transformers adds for them), a
+    tuple a list, a dataclass a mapping, float any number, and a special form of typing any value.
+    """
+    origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        options = get_args(hint)
-        if isinstance(value, str) and any(_is_enum(option) for option in options):  # with `str` for their values
-            options = tuple(option for option in options if option is not str)
-        return any(_fits(value, option) for option in options)
+        enums = any(_is_enum(option) for option in args)
+        return Union[tuple(yaml_type(option) for option in args if not (enums and option is str))]  # noqa: UP007
     if origin is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
+        return hint
     if _is_enum(hint):
-        return value in [member.value for member in hint]
+        return Literal[tuple(member.value for member in hint)]
     kind = origin or hint
-    if not isinstance(kind, type):  # a special form of typing
-        return True
-    if kind in (list, tuple):  # YAML has no tuples
-        items = get_args(hint)[:1]
-        return isinstance(value, list) and all(_fits(item, kind) for kind in items for item in value)
-    if dataclasses.is_dataclass(kind):
-        return isinstance(value, dict)
+    if not isinstance(kind, type):
+        return Any
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        return float | int
+    if kind in (list, tuple):
+        return list[yaml_type(args[0])] if args else list  # type: ignore[misc]
+    return dict if dataclasses.is_dataclass(kind) else kind
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    try:
+        type_validator("", value, hint)
+    except TypeError:
+        return False
+    return True
 
 
 def _plain(hint: Any) -> str:
-    """Describe the values that fit an annotation."""
-    origin = get_origin(hint)
+    """Describe the values that fit a `yaml_type`."""
+    origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        options = get_args(hint)
-        if any(_is_enum(option) for option in options):
-            options = tuple(option for option in options if option is not str)
-        return " or ".join(dict.fromkeys(_plain(option) for option in options))
+        return " or ".join(dict.fromkeys(_plain(option) for option in args if option is not int or float not in args))
     if origin is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    if _is_enum(hint):
-        return f"one of {', '.join(member.value for member in hint)}"
-    kind = origin or hint
-    if kind is list and get_args(hint):
-        return f"a list (of {_plain(get_args(hint)[0])})"
-    return PLAIN.get(kind, "a mapping" if dataclasses.is_dataclass(kind) else getattr(kind, "__name__", str(kind)))
+        return f"one of {', '.join(map(str, args))}"
+    if origin is list:
+        return f"a list (of {_plain(args[0])})"
+    return PLAIN.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _is_enum(hint: Any) -> bool:

@@ -1,6 +1,6 @@
-"""The loss of an evaluation as the mean over all targets, and its perplexity.
+"""The loss of language models: without logits that nothing reads, and in evaluations the mean over all targets.
 
-transformers' Trainer averages the means of batches, weighted by rows: targets in short rows count more than others.
+transformers' Trainer averages the means of batches, weighted by rows: a target in a short row then counts more.
 """
 
 from __future__ import annotations
@@ -12,19 +12,52 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import logging
 
-from ..modeling import LinearLlama3ForCausalLM
+from ..modeling import LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM
 from ..ops.cross_entropy import IGNORE_INDEX
 from ..ops.precision import working_dtype
 from ..sequence_parallel import SequenceParallelContext
 from ..sequence_parallel.collectives import all_reduce
+from .accelerator import bare_model
 from .data.order import without_labels
+from .sharding import SequenceParallelMixin
+
+logger = logging.get_logger(__name__)
 
 
-class TokenMeanMixin:
-    """Evaluation by target for a Trainer of causal language models; other losses than the model's keep its mean."""
+class LanguageLossMixin(SequenceParallelMixin):
+    """Loss and evaluation of this package's language models; other models and losses keep Trainer's."""
 
     _sums: Tensor | None = None  # [2], float64: losses and targets of the sequences of this process in an evaluation
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Compute the loss like Trainer, without logits unless the caller wants them."""
+        if not return_outputs:
+            inputs = self._without_logits(inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _without_logits(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the inputs with `skip_logits` if the model computes its own loss and nothing else reads its logits."""
+        language_model = isinstance(
+            bare_model(self.accelerator, self.model), (LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM)
+        )
+        if not (getattr(self.args, "chunked_loss", True) and language_model):
+            return inputs
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            logger.warning_once(
+                "label smoothing and compute_loss_func read the logits of all tokens: chunked_loss is off"
+            )
+            return inputs
+        return inputs if inputs.get("labels") is None else {**inputs, "skip_logits": True}
+
+    # ---- evaluation
 
     def evaluation_loop(
         self,
@@ -34,15 +67,13 @@ class TokenMeanMixin:
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Like Trainer's, with the mean loss over all targets and `{metric_key_prefix}_perplexity`.
+        """Evaluate like Trainer, with the mean loss over all targets and `{metric_key_prefix}_perplexity`.
 
         Raises:
             ValueError: no row has a target.
         """
         self._sums = None
-        output = super().evaluation_loop(  # type: ignore[misc]
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         sums, self._sums = self._sums, None
         if sums is not None:
             loss, targets = (all_reduce(sums, dist.group.WORLD).wait() if dist.is_initialized() else sums).tolist()
@@ -60,27 +91,30 @@ class TokenMeanMixin:
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """Like Trainer's; also update the sums for `evaluation_loop`."""
-        trainer: Any = self
+        """Predict like the base class, and update the sums for `evaluation_loop`."""
+        if prediction_loss_only:
+            inputs = self._without_logits(inputs)
         if not self._is_own_loss(inputs):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if not prediction_loss_only:  # logits of complete sequences, on all their ranks
-            loss, outputs, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+            loss, outputs, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             counted = without_labels({"labels": labels}, self._repeated_rows(len(labels)))["labels"]
             self._add(_sums_of(outputs[0] if isinstance(outputs, tuple) else outputs, counted))
             return loss, outputs, labels
-        inputs = trainer._prepare_inputs(inputs)
+        inputs = self._prepare_inputs(inputs)
         inputs = without_labels(inputs, self._repeated_rows(len(inputs["labels"])))
-        context = trainer.sequence_parallel_context
-        with torch.no_grad(), trainer.compute_loss_context_manager():
+        context = self.sequence_parallel_context
+        with torch.no_grad(), self.compute_loss_context_manager():
             if context is None:
                 local: dict[str, Any] = SequenceParallelContext(None).shard_batch(inputs)
             else:
-                _, local = trainer._prepare_context_parallel_inputs(model, inputs)
+                _, local = self._prepare_context_parallel_inputs(model, inputs)
             targets = (local["shift_labels"] != IGNORE_INDEX).sum()
             loss = model(**local, num_items_in_batch=1).loss.sum()  # summed over this process's targets
         sums = torch.stack([loss.double(), targets.double()])
-        if context is not None:  # Trainer gathers losses that the ranks of a sequence agree on
+        if (
+            context is not None and context.group is not None
+        ):  # Trainer gathers losses that the ranks of a sequence agree on
             sums = all_reduce(sums, context.group).wait()
         self._add(sums)
         return sums[0] / sums[1].clamp(min=1), None, None
@@ -89,24 +123,20 @@ class TokenMeanMixin:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def _is_own_loss(self, inputs: dict[str, Any]) -> bool:
-        trainer: Any = self
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's
-        others = trainer.label_smoother, trainer.compute_loss_func
         return (
-            isinstance(model, LinearLlama3ForCausalLM)
+            isinstance(bare_model(self.accelerator, self.model), LinearLlama3ForCausalLM)
             and inputs.get("labels") is not None
-            and others == (None, None)
-            and type(self).compute_loss.__module__.startswith("linear_llama3.")  # type: ignore[attr-defined]
+            and self.label_smoother is None
+            and self.compute_loss_func is None
+            and type(self).compute_loss.__module__.startswith("linear_llama3.")
         )
 
     def _repeated_rows(self, rows: int) -> int:
         """Return the number of rows at the end of a batch that accelerate has repeated to fill it."""
-        trainer: Any = self
-        state, context = trainer.accelerator.gradient_state, trainer.sequence_parallel_context
+        state, context = self.accelerator.gradient_state, self.sequence_parallel_context
         if not state.end_of_dataloader or state.remainder <= 0:
             return 0
-        before = trainer.args.process_index // (1 if context is None else context.world_size) * rows
+        before = self.args.process_index // (1 if context is None else context.world_size) * rows
         return rows - min(max(state.remainder - before, 0), rows)
 
 

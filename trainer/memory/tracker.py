@@ -1,7 +1,8 @@
-"""Runs code on tensors without memory, and counts the bytes that it would hold.
+"""Memory of code that runs on tensors without storage.
 
-Floating-point tensors are torch's fake tensors: shapes, dtypes and autograd are real, nothing is computed. Whole
-numbers (tokens, labels, positions, edges of documents) are computed, since programs branch on them.
+Floating-point tensors are torch's fake tensors: shapes, dtypes and autograd are real, nothing is computed. Integers
+(tokens, labels, positions, edges of documents) are computed, because the code branches on them. torch's own
+`MemTracker` needs a run in which every tensor is fake, and fails at the first such branch.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ from ...sequence_parallel.linear import attention as sharded_attention
 
 aten = torch.ops.aten
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
+FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward.default
 EXCHANGED = "states exchanged"
 
 
-class VirtualRun(TorchDispatchMode):
-    """What is made inside is virtual.
+class FakeMemoryTracker(TorchDispatchMode):
+    """Context in which new floating-point tensors are fake, and their bytes are counted while they are alive.
 
-    `stage` names what is made from now on. `peak` are the bytes of each stage at the moment when they were most in all;
-    what collectives send and receive is a stage of its own, EXCHANGED, `exchanged` its most bytes at any moment.
+    - `stage`: name under which new tensors are counted.
+    - `peak`: bytes by stage at the moment of the largest total. What collectives send and receive is counted under
+      EXCHANGED.
+    - `exchanged`: largest number of bytes under EXCHANGED at any moment.
     """
 
     def __init__(self, stage: str) -> None:
@@ -43,7 +47,7 @@ class VirtualRun(TorchDispatchMode):
         self._storages: dict[int, tuple[str, int]] = {}
 
     def parameter(self, like: nn.Parameter) -> nn.Parameter:
-        """A virtual one, not counted. Of its gradient, what is to be added to the one that is there counts."""
+        """Return a fake parameter that is not counted. Of its gradient, the summand of a micro-batch is counted."""
         with self._fake:
             x = nn.Parameter(torch.empty(like.shape, dtype=like.dtype), requires_grad=like.requires_grad)
         self._storages[x.untyped_storage()._cdata] = "", 0
@@ -52,7 +56,7 @@ class VirtualRun(TorchDispatchMode):
         return x
 
     def move(self, x: Tensor, stage: str) -> None:
-        """Counts `x` as made in another stage."""
+        """Count `x` under another stage."""
         key = x.untyped_storage()._cdata
         if key in self._storages:
             old, size = self._storages[key]
@@ -62,38 +66,31 @@ class VirtualRun(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        body = _bodies().get(func)
-        if body is not None:
+        if (body := _custom_op_bodies().get(func)) is not None:
             with self:
                 return body(*args, **kwargs)
         if func.namespace == "c10d":
             return self._communicate(func, args, kwargs)
-        if func in INDEXED:  # a fake tensor cannot tell how many a mask chooses
-            args = (args[0], [_places(index) for index in args[1]], *args[2:])
+        if func in INDEXED:  # the number of elements that a mask selects is unknown for a fake mask
+            args = (args[0], [_positions(index) for index in args[1]], *args[2:])
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        workspace = (
-            self._workspace(args[1], args[2])
-            if func is aten._scaled_dot_product_flash_attention_backward.default
-            else ()
-        )
-        if any(isinstance(x, FakeTensor) for x in tensors):
-            out = self._pretend(func, args, kwargs)
-        else:
-            out = None if tensors else self._pretend(func, args, kwargs)  # perhaps whole numbers are made
-            if not (isinstance(out, Tensor) and out.is_floating_point()):
-                out = func(*args, **kwargs)
+        workspace = self._flash_workspace(args[1], args[2]) if func is FLASH_BACKWARD else []
+        fake = any(isinstance(x, FakeTensor) for x in tensors)
+        out = self._run_fake(func, args, kwargs) if fake or not tensors else None
+        if not (fake or (isinstance(out, Tensor) and out.is_floating_point())):
+            out = func(*args, **kwargs)  # integers only
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._hold(x)
         del workspace
         return out
 
-    def _pretend(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _run_fake(self, func: Any, args: Any, kwargs: Any) -> Any:
         with self._fake:
             return func(*args, **kwargs)
 
     def _communicate(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A fake process group looks at sizes, and never at this memory, which the system need not provide then."""
+        """Call a collective of a fake process group, which reads only the sizes of real tensors."""
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor):
                 self.move(x, EXCHANGED)
@@ -101,8 +98,8 @@ class VirtualRun(TorchDispatchMode):
         args, kwargs = tree_map_only(FakeTensor, lambda x: torch.empty(x.shape, dtype=x.dtype), (args, kwargs))
         return func(*args, **kwargs)
 
-    def _workspace(self, q: Tensor, k: Tensor) -> list[Tensor]:
-        """Flash attention sums dq in float32; of grouped queries, dk and dv have the queries' heads at first."""
+    def _flash_workspace(self, q: Tensor, k: Tensor) -> list[Tensor]:
+        """Return the temporaries of the backward: dq in float32; for grouped queries, dk and dv of every query head."""
         with self._fake:
             made = [torch.empty_like(q, dtype=torch.float32)]
             made += [torch.empty_like(q) for _ in "kv"] if k.shape[1] < q.shape[1] else []
@@ -126,13 +123,13 @@ class VirtualRun(TorchDispatchMode):
         self.alive[stage] -= size
 
 
-def _bodies() -> dict[Any, Callable[..., Any]]:
-    """What our operators do: opaque to fake tensors, they would hide what they hold while they run."""
+def _custom_op_bodies() -> dict[Any, Callable[..., Any]]:
+    """Return the functions behind the custom ops, whose temporaries are counted as well."""
     op = sys.modules.get(f"{backends.__package__}.triton.op")
     return {} if op is None else {x._opoverload: x._init_fn for x in (op._forward, op._backward)}
 
 
-def _places(index: Tensor | None) -> Tensor | None:
+def _positions(index: Tensor | None) -> Tensor | None:
     if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor) or index.dim() > 1:
         return index
     return index.nonzero().squeeze(1)
@@ -145,7 +142,10 @@ class _NoKernel:
 
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Code inside goes the ways of NVIDIA's compute capability 9.0; kernels are not launched. Needs triton."""
+    """Let code inside choose as on a GPU of compute capability 9.0, without launching kernels. Needs triton.
+
+    Fake tensors of a CUDA device would do so by themselves, but autograd refuses them in a torch built for CPUs.
+    """
     try:
         from ...ops.triton import launch
     except ImportError as error:
