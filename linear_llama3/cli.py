@@ -102,11 +102,11 @@ def profile(
 def presets(
     names: Annotated[list[str] | None, typer.Argument(metavar="PRESET", help="Names of presets. Default: all.")] = None,
 ) -> None:
-    """List presets with their layers, parameters and state sizes."""
-    from .modeling.presets import catalogue, table
+    """List named models with their layers, parameters and sizes of states."""
+    from .commands.presets import list_presets, table
 
     with user_errors():
-        print(table(names or catalogue()))
+        print(table(names or list_presets()))
 
 
 def on_processes(module: str, command: Callable[..., None], check: Callable[..., None]) -> Callable[..., None]:

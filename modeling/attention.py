@@ -1,28 +1,25 @@
-"""The softmax layers: transformers' Llama attention, or our own for packed documents and under a context."""
+"""Softmax attention: transformers' Llama attention; our own for packed documents and under sequence parallelism."""
 
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention, rotate_half
 
-from ..sequence_parallel import softmax_attention
+from ..sequence_parallel import SequenceParallelContext, softmax_attention
+from .configuration import LinearLlama3Config
 from .inputs import attends_by_document
 from .releases import CACHE_NAME
 
-if TYPE_CHECKING:
-    from ..sequence_parallel import SequenceParallelContext
-    from .configuration import LinearLlama3Config
-
 
 class LinearLlama3Attention(LlamaAttention):
-    """Softmax attention on transformers' backends; under a context, keys and values are exchanged.
+    """Softmax attention on transformers' backends; under a context, ranks exchange keys and values.
 
-    Where torch's attention is the backend (`attn_implementation="sdpa"`, the default), packed documents are attended to
-    in blocks, without a mask of T x T.
+    With torch's attention as the backend (`attn_implementation="sdpa"`, the default), packed documents are computed
+    one by one, without a mask `[T, T]`.
     """
 
     layer_type = "full_attention"
@@ -42,10 +39,17 @@ class LinearLlama3Attention(LlamaAttention):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`hidden_states` `[B, T, hidden]` -> (the same shape, attention weights or None).
+        """Return the output `[B, T, hidden]` for `hidden_states` of the same shape, and attention weights or None.
 
-        `exchange_cache`: as in `sequence_parallel.softmax_attention`. Raises `ValueError` for dropout under a
-        context: ranks would drop different weights than one device.
+        Args:
+            position_embeddings: cosines and sines `[B, T, D]`, in float32 or float64.
+            cu_seq_lens_q: document edges `[N + 1]` in the B * T tokens read row by row; under a context, in the
+                complete sequence.
+            exchange_cache: see `sequence_parallel.softmax_attention`.
+            cache: receives the keys and values.
+
+        Raises:
+            ValueError: dropout in training under a context, where ranks would drop other weights than one device.
         """
         context = self.sequence_parallel_context
         if context is None and (cu_seq_lens_q is None or not attends_by_document(self.config)):
@@ -64,15 +68,15 @@ class LinearLlama3Attention(LlamaAttention):
             )
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (proj(hidden_states).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        # by hand: Liger puts a function for [B, H, T, D] in the place of transformers' apply_rotary_pos_emb
+        # not apply_rotary_pos_emb of transformers: Liger replaces it by a function for [B, H, T, D]
         cos, sin = (table.unsqueeze(2) for table in position_embeddings)
         q, k = (x * cos + rotate_half(x) * sin for x in (q, k))
         q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
-        kind: dict[str, Any] = {"scale": self.scaling, "cu_seqlens": cu_seq_lens_q, "causal": self.is_causal}
+        options: dict[str, Any] = {"scale": self.scaling, "cu_seqlens": cu_seq_lens_q, "causal": self.is_causal}
         if context is not None:
-            out = context.softmax_attention(q, k, v, exchange_cache=exchange_cache, **kind)
-        else:  # rows are one stream of documents
-            out = softmax_attention(*(x.flatten(0, 1).unsqueeze(0) for x in (q, k, v)), group=None, **kind)
+            out = context.softmax_attention(q, k, v, exchange_cache=exchange_cache, **options)
+        else:  # the rows form one stream of documents
+            out = softmax_attention(*(x.flatten(0, 1).unsqueeze(0) for x in (q, k, v)), group=None, **options)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None

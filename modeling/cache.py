@@ -1,34 +1,31 @@
-"""What decoding continues from: the caches that are not transformers' own."""
+"""Caches for decoding with recurrent states."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import LinearAttentionLayer
 
-if TYPE_CHECKING:
-    from .configuration import LinearLlama3Config
+from .configuration import LinearLlama3Config
 
 
 class StateCache(DynamicCache):
-    """A `DynamicCache` some of whose layers keep a recurrent state."""
+    """A `DynamicCache` in which some layers keep a recurrent state."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raises `ValueError`, before any layer has changed: the state cannot be taken back."""
+        """Raise ValueError, before any layer has changed: a state cannot be rolled back."""
         raise ValueError(
             f"a recurrent state cannot forget its last tokens, got crop({tokens_to_remove}); "
-            "keep copy.deepcopy(cache) of the point to return to, or run the shorter sequence anew"
+            "keep copy.deepcopy(cache) of the point to return to, or run the shorter sequence again"
         )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, side by side."""
+        """Repeat every row `repeats` times; the copies of a row are adjacent."""
         self.batch_select_indices(torch.arange(self._rows()).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """The rows of these indices, in their order."""
+        """Keep the rows with these indices, in this order."""
         self.reorder_cache(indices)  # type: ignore[arg-type]
 
     def _rows(self) -> int:
@@ -36,17 +33,18 @@ class StateCache(DynamicCache):
         return next(states).shape[0]
 
 
-class CountingCache(StateCache):
-    """A `StateCache` that counts tokens itself.
+class RecurrentCache(StateCache):
+    """The cache of a model without softmax layers: recurrent states and the number of tokens seen.
 
-    transformers reads the number of cached tokens off a softmax layer and raises where there is none. The
-    model calls `advance` after every forward pass. The count is a tensor, as in transformers' `StaticCache`: a
-    compiled decoding step would contain an integer as a constant.
+    transformers reads the number of cached tokens from a softmax layer and raises if there is none. Here the model
+    calls `advance` after every forward pass. The count is a tensor, as in transformers' `StaticCache`: a compiled
+    decoding step would contain an integer as a constant.
 
-    `static` is what `cache_implementation="static"` asks for: `generate` compiles the decoding step (on GPUs).
+    Args:
+        static: let `generate` compile the decoding step (on GPUs), as `cache_implementation="static"` requests.
     """
 
-    is_compileable = False  # a property otherwise, which would make every `generate` compile
+    is_compileable = False  # in the base class a property, with which every `generate` would compile
 
     def __init__(self, config: PreTrainedConfig, *, static: bool = False) -> None:
         super().__init__(config=config)
@@ -54,7 +52,7 @@ class CountingCache(StateCache):
         self.num_tokens = torch.zeros((), dtype=torch.long)
 
     def advance(self, num_tokens: int, device: torch.device) -> None:
-        """Count the tokens of one forward pass on `device`."""
+        """Add the tokens of one forward pass on `device` to the count."""
         if self.num_tokens.device != device:
             self.num_tokens = self.num_tokens.to(device)
             if not torch.compiler.is_compiling():
@@ -62,11 +60,11 @@ class CountingCache(StateCache):
         self.num_tokens.add_(num_tokens)
 
     def get_seq_length(self, layer_idx: int = 0) -> Tensor:  # type: ignore[override]
-        """Tokens seen so far, the same for every layer: int64 without dimensions, not changed by later passes."""
+        """Return the number of tokens seen, the same for every layer: int64 `[]`, not changed by later passes."""
         return self.num_tokens.clone()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[Tensor, int]:  # type: ignore[override]
-        """(key length, key offset) of a mask for the next `query_length` tokens."""
+        """Return (key length, key offset) of a mask for the next `query_length` tokens."""
         return self.num_tokens + query_length, 0
 
     @property
@@ -76,19 +74,19 @@ class CountingCache(StateCache):
         return [False] * len(self.layers)
 
     def reset(self) -> None:
-        """Forget every state and the count."""
+        """Reset every state and the count."""
         super().reset()
         self.num_tokens.zero_()
 
 
 class ShardedCache(DynamicCache):
-    """One rank's part of the cache of a prompt that is spread over several ranks, while `prefill` makes it.
+    """One rank's part of the cache of a prompt that is sharded over several ranks, filled during `prefill`.
 
-    Softmax layers keep the keys and values of the rank's tokens, padding included, linear layers the state after the
-    last of its tokens.
+    Softmax layers keep the keys and values of the rank's tokens, padding included; linear layers keep the state after
+    the last of these tokens.
 
     Args:
-        length: true tokens of the whole prompt.
+        length: number of tokens of the complete prompt, without padding.
     """
 
     def __init__(self, config: PreTrainedConfig, length: int) -> None:
@@ -97,17 +95,20 @@ class ShardedCache(DynamicCache):
 
 
 def new_cache(config: LinearLlama3Config) -> DynamicCache:
-    """An empty cache for every kind of model."""
+    """Return an empty cache that fits the layer types of a model."""
     if not config.has_softmax_layers:
-        return CountingCache(config)
+        return RecurrentCache(config)
     return StateCache(config=config) if config.linear_layers else DynamicCache(config=config)
 
 
-def keep_state(cache: Cache, state: Tensor, layer_idx: int) -> None:
-    """Puts the state of a linear layer, `[B, H_kv, D_k, D_v (+ 1)]`, in its place."""
+def store_state(cache: Cache, state: Tensor, layer_idx: int) -> None:
+    """Store the state of a linear layer, `[B, H_kv, D_k, D_v (+ 1)]`, in `cache`."""
     layer = cache.layers[layer_idx]
     if state.requires_grad or (layer.has_previous_state[0] and layer.recurrent_states[0].requires_grad):
-        layer.recurrent_states[0], layer.is_recurrent_states_initialized[0] = state, True  # autograd needs the old one
+        layer.recurrent_states[0], layer.is_recurrent_states_initialized[0] = (
+            state,
+            True,
+        )  # not in place: autograd needs the old state
     else:
         cache.update_recurrent_state(state, layer_idx)
-    layer.has_previous_state[0] = True  # transformers sets it only where there is a convolution
+    layer.has_previous_state[0] = True  # transformers sets it only for layers with a convolution

@@ -1,20 +1,53 @@
-"""`LinearLlama3Config`: Llama's fields, and which layers are linear attention of which kind."""
+"""Configuration: Llama's fields, the layer types, and the table of mixers that `linear_attention_type` selects from."""
 
-# No `from __future__ import annotations` here: @strict checks values against types, and not against strings.
+# No `from __future__ import annotations` here: @strict checks values against types, which must not be strings.
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils.type_validators import interval
 
+from ..ops.decays import lightning_log_decay, retention_log_decay
 from ..ops.feature_maps import FEATURE_MAPS
 from .hub import AUTO_MAP, write_shim
 from .llama import HUB_OPTIONS, llama_fields
-from .mixers import MIXERS
+from .presets import preset_fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixer:
+    """Properties that distinguish one kind of linear attention from another."""
+
+    feature_map: str = "identity"
+    key_head_dim: int | None = None  # channels of a head before the feature map; None: the config's head_dim
+    constant_log_decay: Callable[[int, int, int], Tensor] | None = None  # (heads, layer, layers) -> [H_kv]
+    learned_decay: bool = False  # per token, head and feature of the keys
+    use_rope: bool = False
+    normalize: bool = False  # divide by the sum of the weights; without it, an RMSNorm per head keeps the scale
+    output_gate: str = "silu"  # activation of the gate on the output
+
+
+def _retention_log_decay(num_heads: int, layer_idx: int, num_layers: int) -> Tensor:
+    return retention_log_decay(num_heads)  # the same in every layer; a named function, so that models can be pickled
+
+
+MIXERS: dict[str, Mixer] = {
+    "basic": Mixer(feature_map="silu"),
+    "lightning": Mixer(feature_map="silu", constant_log_decay=lightning_log_decay, output_gate="sigmoid"),
+    "retention": Mixer(constant_log_decay=_retention_log_decay, use_rope=True),
+    "gla": Mixer(learned_decay=True),
+    # Rebased's weights (q . k)^2 may all be near 0 at the first tokens of a document. The quotient of sums over
+    # expanded features is then accurate to about three digits in float32.
+    "based": Mixer(feature_map="taylor", key_head_dim=16, normalize=True),
+    "rebased": Mixer(feature_map="rebased", key_head_dim=16, normalize=True),
+}
+"""Value of `config.linear_attention_type` -> mixer."""
 
 SIZES = (
     "hidden_size",
@@ -41,19 +74,20 @@ class LinearLlama3Config(PreTrainedConfig):
     - `layer_types`: "linear_attention" or "full_attention" per layer; None follows `full_attention_interval`.
     - `full_attention_interval`: n makes the last of every n layers softmax (4: LLLN); 0 or None makes all
       linear.
-    - `is_causal`: False lets every token see the whole sequence (masked-LM, classification); only mixers without
+    - `is_causal`: False lets every token see the complete sequence (masked-LM, classification); only mixers without
       a decay.
-    - `linear_feature_map`: feature map of queries and keys, one of `FEATURE_MAPS`; None takes the mixer's
-      own.
-    - `linear_use_rope`: rotary embedding in the linear layers; None takes the mixer's own.
+    - `linear_feature_map`: feature map of queries and keys, one of `FEATURE_MAPS`; None: the mixer's default.
+    - `linear_use_rope`: rotary embedding in the linear layers; None: the mixer's default.
     - `linear_output_gate`: multiply the output by the mixer's gate (a projection of the layer's input).
     - `linear_output_norm`: RMSNorm of each head's output; None: for mixers that do not divide by the sum of weights.
     - `linear_num_key_value_heads`, `linear_key_head_dim`, `linear_value_head_dim`: key/value heads, D_k (before the
-      feature map) and D_v of the linear layers; None takes `num_key_value_heads` and `head_dim`, or the mixer's own
-      D_k. Query heads are Llama's.
-    - `gate_bias_init`: initial bias of a learned decay; large means long memory (6.0: about 0.9998 a token).
+      feature map) and D_v of the linear layers; None: `num_key_value_heads` and `head_dim`, or the mixer's D_k.
+      The number of query heads is Llama's.
+    - `gate_bias_init`: initial bias of a learned decay; a large bias gives a long memory (6.0: a decay of about 0.9998
+      per token).
 
-    Raises `ValueError` for fields that do not fit each other.
+    Raises:
+        ValueError: a field has an unknown value, or fields contradict each other.
     """
 
     model_type = "linear_llama3"
@@ -116,7 +150,7 @@ class LinearLlama3Config(PreTrainedConfig):
         self.validate_architecture()  # once here, as ValueError: @strict wraps what its own call raises
 
     def validate_architecture(self) -> None:
-        """Cross-field rules; `ValueError` with the rule, the value and the remedy."""
+        """Raise ValueError if fields contradict each other."""
         if self.linear_feature_map is not None:
             _check_choice("linear_feature_map", self.linear_feature_map, FEATURE_MAPS)
         if self.full_attention_interval is not None and self.full_attention_interval < 0:
@@ -169,7 +203,7 @@ class LinearLlama3Config(PreTrainedConfig):
 
     @property
     def has_softmax_layers(self) -> bool:
-        """Whether any layer is softmax attention."""
+        """True if any layer is softmax attention."""
         assert self.layer_types is not None
         return "full_attention" in self.layer_types
 
@@ -178,6 +212,13 @@ class LinearLlama3Config(PreTrainedConfig):
         """Indices of the linear layers."""
         assert self.layer_types is not None
         return [index for index, name in enumerate(self.layer_types) if name == "linear_attention"]
+
+    @property
+    def layer_pattern(self) -> str:
+        """The layers as text, such as "4 x LLLN": L is a linear layer, N a softmax layer."""
+        letters = "".join("N" if layer == "full_attention" else "L" for layer in self.layer_types or ())
+        period = next(n for n in range(1, len(letters) + 1) if letters == letters[:n] * (len(letters) // n))
+        return f"{len(letters) // period} x {letters[:period]}"
 
     @property
     def linear_sizes(self) -> tuple[int, int, int]:
@@ -190,7 +231,7 @@ class LinearLlama3Config(PreTrainedConfig):
 
     @property
     def linear_state_shape(self) -> tuple[int, int, int]:
-        """(H_kv, features of a key, columns) of a linear layer's state; the last column may be the normaliser."""
+        """(H_kv, features of a key, columns) of a linear layer's state; the last column may be the normalizer."""
         heads, key_dim, value_dim = self.linear_sizes
         normalize = MIXERS[self.linear_attention_type].normalize
         return heads, FEATURE_MAPS[self.feature_map].size(key_dim), value_dim + normalize
@@ -202,35 +243,33 @@ class LinearLlama3Config(PreTrainedConfig):
 
     @property
     def uses_linear_output_norm(self) -> bool:
-        """Whether linear layers normalise each head's output by its root mean square."""
+        """True if linear layers apply an RMSNorm to the output of each head."""
         default = not MIXERS[self.linear_attention_type].normalize
         return default if self.linear_output_norm is None else self.linear_output_norm
 
     @property
     def uses_linear_rope(self) -> bool:
-        """Whether linear layers rotate their queries and keys."""
+        """True if linear layers apply the rotary embedding to queries and keys."""
         default = MIXERS[self.linear_attention_type].use_rope
         return default if self.linear_use_rope is None else self.linear_use_rope
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "LinearLlama3Config":
-        """The configuration that the literature calls `name`, without weights and without a network.
+        """Return a configuration of the literature by name, without weights and without network access.
 
-        A name is a shape of model_cards/*.json ("linear-llama3-1b", "linear-llama-3.2-1b", ...), a mixer and a share of
-        softmax layers, the last two if they are not the shape's own: "linear-llama3-1b-gla-hybrid-1-4",
-        "linear-llama3-1b-retention-pure". `from_pretrained` would take a name for one on the Hub; hence a method of
-        its own, as KerasNLP has it.
+        A name consists of a shape of model_cards/*.json ("linear-llama3-1b", "linear-llama-3.2-1b", ...), a mixer and a
+        share of softmax layers: "linear-llama3-1b-gla-hybrid-1-4", "linear-llama3-1b-retention-pure". Mixer and share
+        may be left out; the shape's own are used. `from_pretrained` would read a name as one on the Hub.
 
         Args:
-            overrides: fields of this config in place of the preset's: `num_hidden_layers=2`.
+            name: shape[-mixer][-pure or -hybrid-1-n].
+            overrides: fields of this config that replace the preset's: `num_hidden_layers=2`.
 
         Raises:
-            ValueError: an unknown name (the message lists all) or field, or fields that do not fit each other.
+            ValueError: the name (the message lists all) or a field is unknown, or fields contradict each other.
         """
-        from .presets import preset_fields  # here: `python -m` runs that module after this one
-
         cls._check_fields("from_preset", overrides)
-        return cls(**preset_fields(name, overrides))
+        return cls(**preset_fields(name, MIXERS, overrides))
 
     @classmethod
     def from_llama(cls, llama: LlamaConfig | str | os.PathLike, **changes: Any) -> "LinearLlama3Config":
@@ -292,17 +331,17 @@ class LinearLlama3Config(PreTrainedConfig):
         return super().from_dict(config_dict | changes, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Like `PreTrainedConfig.save_pretrained`, with the shim that finds the package (hub.py)."""
+        """Like `PreTrainedConfig.save_pretrained`; also write the shim that imports the package (hub.py)."""
         self.auto_map = dict(AUTO_MAP)
         write_shim(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Does nothing: checkpoints name the installed package (hub.py), no source file is ever copied.
+        """Do nothing: checkpoints name the installed package (hub.py); no source file is copied.
 
-        transformers calls this on every class that it loads through `auto_map`; its own version would make
-        the next save copy this file beside the weights and forget the package.
+        transformers calls this on every class that it loads through `auto_map`. Its own version would make the next
+        save copy this file next to the weights and remove the reference to the package.
         """
 
 

@@ -1,19 +1,19 @@
-"""How many floating-point operations a model needs, and what share of the device's it gets (MFU).
+"""Floating-point operations of a model, and their share of the device's peak (model FLOPs utilization, MFU).
 
-Counted, as in PaLM (arXiv:2204.02311, appendix B), is what the model's definition needs, whoever computes it and how.
-A multiply-add is two. Forward, for every token:
+The count follows PaLM (arXiv:2204.02311, appendix B): the operations in the definition of the model, independent of the
+implementation. A multiply-add counts as two. Forward pass, per token:
 
     projections, MLP, head  2 for every weight
-    softmax attention       4 head_dim H_q for every key that a query sees: in a causal document of T tokens (T + 1) / 2
-                            of them on average, in a bidirectional one T
-    linear attention        2 F C (H_kv + H_q) with states of F features by C columns (D_k by D_v, a normaliser's column
-                            included): each kv head's is written, each query head reads. That is the recurrence; the
-                            products inside chunks, (F + C) H_q (n + 1) with chunks of n tokens, are not counted
+    softmax attention       4 head_dim H_q for every visible key: (T + 1) / 2 of them on average in a causal document of
+                            T tokens, T in a bidirectional one
+    linear attention        2 F C (H_kv + H_q) with states of F features by C columns (D_k by D_v, including the
+                            normalizer's column): each kv head's state is written, each query head reads. This is
+                            the recurrence, without intra-chunk products: (F + C) H_q (n + 1) with n tokens per chunk
     learned feature maps    2 D_k^2 H with a matrix per head (Hedgehog)
 
-The backward pass takes twice as many, but for the gradients of weights that have none (LoRA's base). Not counted: what
-goes element by element (norms, rotary embedding, gates, decays, the softmax itself, polynomial feature maps), the
-embedding, the optimizer, and whatever is computed again.
+The backward pass needs twice the forward pass, except gradients of frozen weights (LoRA's base). Not counted:
+element-wise work (norms, rotary embedding, gates, decays, the softmax itself, polynomial feature maps), the embedding,
+the optimizer, and recomputation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, kw_only=True)
 class Flops:
-    """Of one forward pass, by part; and what a training step makes of them."""
+    """Floating-point operations of one forward pass by part, and their sums for a pass and for a training step."""
 
     projections: int = 0
     mlp: int = 0
@@ -45,24 +45,26 @@ class Flops:
     feature_maps: int = 0
     softmax_attention: int = 0
     linear_attention: int = 0
-    frozen: int = 0  # of gradients that the backward pass leaves out
+    frozen: int = 0  # gradients that the backward pass does not compute
 
     @property
     def forward(self) -> int:
+        """Operations of a forward pass."""
         return sum(getattr(self, field.name) for field in fields(self) if field.name != "frozen")
 
     @property
     def training(self) -> int:
-        """Forward and backward: what MFU counts."""
+        """Operations of a forward and a backward pass, the numerator of MFU."""
         return 3 * self.forward - self.frozen
 
 
 def count_flops(model: nn.Module, tokens: int, pairs: int) -> Flops:
-    """FLOPs of a model of this package, with any head or PEFT's adapters; it may be on the meta device.
+    """Count the FLOPs of a model of this package, with any head and with PEFT adapters.
 
     Args:
-        tokens: of the batch, padding included.
-        pairs: of a query and a key that it sees (`attention_pairs`).
+        model: may be on the meta device.
+        tokens: number of tokens in the batch, padding included.
+        pairs: number of pairs of a query and a visible key (`attention_pairs`).
     """
     flops = Flops()
     for name, module in model.named_modules():
@@ -84,12 +86,12 @@ def count_flops(model: nn.Module, tokens: int, pairs: int) -> Flops:
 
 
 def attention_pairs(lengths: Iterable[int], *, causal: bool = True) -> int:
-    """Pairs of a query and a key in documents of these lengths."""
+    """Return the number of pairs of a query and a visible key in documents of these lengths."""
     return sum(length * (length + 1) // 2 if causal else length**2 for length in lengths)
 
 
 def batch_flops(model: nn.Module, batch: Mapping[str, Any]) -> Flops:
-    """FLOPs of a batch as the loader gives it, documents told apart as the model does."""
+    """Count the FLOPs of a batch from the data loader; documents are recognized as in the model's forward pass."""
     inputs = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
     rows, length = inputs.shape[:2]
     edges = document_edges(batch, batch.get("attention_mask"), batch=rows, length=length)
@@ -115,14 +117,14 @@ PEAKS: dict[tuple[str, ...], float] = {
     ("5090",): 209.5e12,
     ("3090",): 71e12,
 }
-"""Words of a GPU's name, the more particular first -> dense bfloat16 FLOP/s with float32 sums: NVIDIA's data sheets
-and white papers (half of what they say with sparsity)."""
+"""Words of a GPU's name, more specific ones first -> dense bfloat16 FLOP/s with float32 sums. From NVIDIA's data sheets
+and white papers, without sparsity."""
 
-_OTHER_CHIPS = {"MIG", "Laptop", "D", "Max-Q", "Ti"}  # same number in the name, another or a part of the chip
+_OTHER_CHIPS = {"MIG", "Laptop", "D", "Max-Q", "Ti"}  # names with the same number for other chips, or parts of one
 
 
 def known_peak(name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a GPU by `torch.cuda.get_device_name()`, None if the table has none."""
+    """Return the dense bfloat16 FLOP/s of a GPU by its `torch.cuda.get_device_name()`; None if it is not in `PEAKS`."""
     words = set(name.replace("-", " ").split()) | set(name.split())
     if words & _OTHER_CHIPS:
         return None
@@ -131,18 +133,23 @@ def known_peak(name: str) -> float | None:
 
 @lru_cache
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 FLOP/s of a device: the data sheet's, else those of a matrix product on it; None if not a GPU."""
+    """Return the dense bfloat16 FLOP/s of a GPU, None for other devices.
+
+    The number comes from the data sheet. For a GPU that is not in `PEAKS` it is measured by a matrix product.
+    """
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     if (peak := known_peak(name)) is None:
         peak = measured_peak(device)
-        logger.warning("no data sheet for %s: MFU is of %.0f TFLOP/s, measured by a matrix product", name, peak / 1e12)
+        logger.warning(
+            "no data sheet for %s: MFU is relative to %.0f TFLOP/s, measured by a matrix product", name, peak / 1e12
+        )
     return peak
 
 
 def measured_peak(device: torch.device, *, size: int = 8192, repeats: int = 20) -> float:
-    """FLOP/s of a bfloat16 matrix product, the fastest of `repeats`."""
+    """Return the FLOP/s of a bfloat16 matrix product of two `[size, size]` matrices, the fastest of `repeats`."""
     x = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     best = float("inf")
     for _ in range(repeats):

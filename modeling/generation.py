@@ -1,4 +1,4 @@
-"""What `generate` has to know about linear layers: their cache and masks, and what a state cannot do."""
+"""Generation with linear layers: their cache and masks, and errors for methods that need to roll back a state."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
 from ..ops.documents import check_mask
-from .cache import CountingCache, new_cache
+from .cache import RecurrentCache, new_cache
 from .configuration import LinearLlama3Config
 from .inputs import SWITCH_OFF, Masks, layer_masks
 from .releases import CACHE_NAME, CHUNKS_CACHED_TOKENS, cache_keyword, version
 
 
 class LinearLlama3GenerationMixin(GenerationMixin):
-    """transformers' generation; what it would refuse in misleading words is refused here."""
+    """transformers' generation; unsupported methods raise an error that gives the remedy."""
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """transformers' hook: refuses to generate from a shard, gives a model with linear layers its cache."""
+        """Create the cache of a model with linear layers (a hook of transformers).
+
+        Raises:
+            ValueError: sequence parallelism is on, or the model does not support the requested cache.
+        """
         if self.base_model.sequence_parallel_context is not None:
             raise ValueError(f"one rank's shard cannot generate, got generate() under a context; {SWITCH_OFF}")
         wants_cache = generation_config.use_cache and model_kwargs.get(CACHE_NAME) is None
@@ -34,7 +38,7 @@ class LinearLlama3GenerationMixin(GenerationMixin):
                     f"cache_implementation={implementation!r}; leave cache_implementation out, or give 'static' to "
                     "compile the decoding step"
                 )
-            model_kwargs[CACHE_NAME] = CountingCache(self.config, static=implementation == "static")
+            model_kwargs[CACHE_NAME] = RecurrentCache(self.config, static=implementation == "static")
         elif wants_cache and implementation in (None, "dynamic"):
             model_kwargs[CACHE_NAME] = new_cache(self.config)
         else:
@@ -50,15 +54,19 @@ class LinearLlama3GenerationMixin(GenerationMixin):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Masks:
-        """transformers' hook: the masks of a static cache, made outside of the compiled step."""
+        """Return the masks for a static cache, made outside the compiled step (a hook of transformers)."""
         check_mask(attention_mask)
         return layer_masks(config, inputs_embeds, attention_mask, position_ids, cache, edges=None)
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """transformers' hook: `ValueError` for what it would do wrong, or fail at."""
+        """Run the prompt (a hook of transformers).
+
+        Raises:
+            ValueError: transformers would fail, or give wrong tokens.
+        """
         if generation_config.is_assistant and self._is_stateful:
             raise ValueError(
-                "an assistant takes back tokens that were not accepted, which a recurrent state cannot, got "
+                "an assistant takes back rejected tokens, but a recurrent state cannot be rolled back, got "
                 f"assistant_model with {len(self.config.linear_layers)} linear layers; take one whose layers are all "
                 "softmax"
             )
@@ -72,7 +80,7 @@ class LinearLlama3GenerationMixin(GenerationMixin):
         if seen and seen >= input_ids.shape[1]:
             raise ValueError(
                 "generate() asks for the logits of the prompt's last token, which must not be in the cache yet, got a "
-                f"cache of {seen} tokens for a prompt of {input_ids.shape[1]}; make it of input_ids[:, :-1]"
+                f"cache of {seen} tokens for a prompt of {input_ids.shape[1]}; compute it from input_ids[:, :-1]"
             )
         if seen and generation_config.prefill_chunk_size is not None and CHUNKS_CACHED_TOKENS:
             raise ValueError(
@@ -83,9 +91,10 @@ class LinearLlama3GenerationMixin(GenerationMixin):
         return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Continuous batching, where every layer is softmax; transformers keeps no state for linear layers in it.
+        """Start continuous batching of a model whose layers are all softmax.
 
-        Raises `ValueError` for models with linear layers.
+        Raises:
+            ValueError: the model has linear layers, for which transformers keeps no state here.
         """
         if self._is_stateful:
             raise ValueError(
@@ -95,10 +104,14 @@ class LinearLlama3GenerationMixin(GenerationMixin):
         return super().init_continuous_batching(*args, **kwargs)
 
     def _get_deprecated_gen_repo(self, generation_mode: GenerationMode, *args: Any, **kwargs: Any) -> str | None:
-        """transformers' hook for decoding that moved to the Hub; it would ask to trust code that then refuses."""
+        """Return the repository of a decoding method that moved to the Hub (a hook of transformers).
+
+        Raises:
+            ValueError: contrastive search, which would ask the user to trust code that then fails.
+        """
         if generation_mode == GenerationMode.CONTRASTIVE_SEARCH and self._is_stateful:
             raise ValueError(
-                "contrastive search takes back the candidates it drops, which a recurrent state cannot, got "
+                "contrastive search takes back rejected candidates, but a recurrent state cannot be rolled back, got "
                 "penalty_alpha and top_k; leave penalty_alpha out, or search with num_beams"
             )
         return super()._get_deprecated_gen_repo(generation_mode, *args, **kwargs)

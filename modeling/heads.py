@@ -1,4 +1,4 @@
-"""Models with other heads: masked tokens, classes of sequences and of tokens, spans of an answer."""
+"""Models with other heads: masked language model, sequence and token classification, question answering."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration import LinearLlama3Config
 from .inputs import Mask, check_loss
-from .loss import check_skipped, loss_without_logits
+from .loss import check_skip_logits, chunked_loss
 from .model import LinearLlama3Model
 from .pretrained import LinearLlama3PreTrainedModel
 
@@ -48,13 +48,19 @@ class LinearLlama3ForMaskedLM(LinearLlama3PreTrainedModel):
         skip_logits: bool = False,
         **kwargs: Any,
     ) -> MaskedLMOutput:
-        """Logits `[B, T, vocab]`, and the loss if `labels` `[B, T]` are given: the token at each masked position, -100
-        elsewhere. `skip_logits` gives the same loss without logits, which are never held for all tokens.
+        """Return logits `[B, T, vocab]`, and the loss if `labels` `[B, T]` are given.
 
-        Under a sequence-parallel context `num_items_in_batch`, the number of labels in the whole batch, is required.
+        Args:
+            labels: the original token at each masked position, -100 elsewhere.
+            skip_logits: return the same loss without logits (`chunked_loss`).
+            kwargs: arguments of `LinearLlama3Model.forward` and of the loss; under a sequence-parallel context `labels`
+                need `num_items_in_batch`, the number of labels in the complete batch.
+
+        Raises:
+            ValueError: arguments contradict each other, or the loss lacks one.
         """
         if skip_logits:
-            check_skipped(labels)
+            check_skip_logits(labels)
         if labels is not None:
             check_loss(kwargs, sharded=self.model.sequence_parallel_context is not None, shifts=False)
         outputs = self.model(
@@ -62,12 +68,12 @@ class LinearLlama3ForMaskedLM(LinearLlama3PreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            return_dict=True,  # whatever the config says
+            return_dict=True,  # also if config.return_dict is False
             **kwargs,
         )
         logits = loss = None
         if skip_logits:
-            loss = loss_without_logits(self, outputs.last_hidden_state, labels, shift=False, **kwargs)
+            loss = chunked_loss(self, outputs.last_hidden_state, labels, shift=False, **kwargs)
         else:
             logits = self.lm_head(outputs.last_hidden_state)
             if labels is not None:
@@ -78,20 +84,20 @@ class LinearLlama3ForMaskedLM(LinearLlama3PreTrainedModel):
 
 
 class LinearLlama3ForSequenceClassification(GenericForSequenceClassification, LinearLlama3PreTrainedModel):
-    """Classes of a sequence, from its last token that is not padding."""
+    """Classify sequences by the last token that is not padding."""
 
-    needs_whole_sequences = True
-    accepts_loss_kwargs = False  # for Trainer: the loss is a mean, whatever num_items_in_batch says
+    needs_complete_sequences = True
+    accepts_loss_kwargs = False  # for Trainer: the loss is a mean that ignores num_items_in_batch
 
 
 class LinearLlama3ForTokenClassification(GenericForTokenClassification, LinearLlama3PreTrainedModel):
-    """Classes of tokens."""
+    """Classify tokens."""
 
-    needs_whole_sequences = True
+    needs_complete_sequences = True
     accepts_loss_kwargs = False  # as above
 
 
 class LinearLlama3ForQuestionAnswering(GenericForQuestionAnswering, LinearLlama3PreTrainedModel):
-    """Start and end of the answer in the sequence."""
+    """Find the start and the end of an answer in the sequence."""
 
-    needs_whole_sequences = True
+    needs_complete_sequences = True

@@ -1,6 +1,6 @@
-"""Checkpoint folders: the Hub shim beside the weights, and a save that cannot spoil the previous one.
+"""Checkpoint folders: the Hub shim next to the weights, and saves that leave the previous checkpoint intact on failure.
 
-A user's own model card stays as well.
+A save does not replace a model card that a user wrote.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ AUTO_CLASSES = {
     "AutoModelForSequenceClassification": "LinearLlama3ForSequenceClassification",
     "AutoModelForTokenClassification": "LinearLlama3ForTokenClassification",
 }
-"""transformers' class -> ours: what the package registers, what a checkpoint's `auto_map` and its shim name."""
+"""Auto class of transformers -> our class: for registration, and for a checkpoint's `auto_map` and shim."""
 
 _CLASSES = {"AutoConfig": "LinearLlama3Config", **AUTO_CLASSES}
 _IMPORTS = "".join(f"        {name},\n" for name in sorted(_CLASSES.values()))
@@ -45,42 +45,41 @@ STAGING_NAME = ".saving"
 CARD_NAME, NOTICE_NAME = "README.md", "NOTICE"
 SAVED_CARD = "Written by save_pretrained, which replaces it while this line is here."
 RUN_CARD = "Written after a training run; the next one replaces it while this line is here."
-# what a save may replace: its own card, and transformers' placeholder
-SAVED_CARDS = (SAVED_CARD, "This model card has been automatically generated.")
+SAVED_CARDS = (SAVED_CARD, "This model card has been automatically generated.")  # the latter is transformers' own
 
 
-def replaceable(card: Path, *marks: str) -> bool:
-    """Whether there is no card, or one with a mark that a machine wrote it; all others are a user's."""
+def is_generated_card(card: Path, *marks: str) -> bool:
+    """True if there is no card, or if it contains one of the marks of generated cards; all others are the user's."""
     return not card.is_file() or any(mark in card.read_text(encoding="utf-8", errors="replace") for mark in marks)
 
 
 def final_folder(folder: Path) -> Path:
-    """The folder that a checkpoint will lie in, for one that is being written."""
+    """Return the folder to which a checkpoint in `folder` will be moved when it is complete."""
     return folder.parent if folder.name == STAGING_NAME else folder
 
 
 def write_shim(folder: str | os.PathLike) -> None:
-    """Puts the module that `auto_map` names beside a config."""
+    """Write the module that `auto_map` names into the folder of a config."""
     os.makedirs(folder, exist_ok=True)
     (Path(folder) / SHIM_NAME).write_text(SHIM, encoding="utf-8")
 
 
 @contextmanager
 def staged_save(folder: Path, variant: str | None) -> Iterator[Path]:
-    """A folder to write a checkpoint into; its files move to `folder` once the block has ended without error.
+    """Yield a folder to write a checkpoint into; move its files to `folder` when the block ends without error.
 
-    The staging folder lies inside `folder`, so that every move is one rename on one file system. Weights go
-    first and their index last, then the weights of an earlier save that the new one does not replace are
-    removed: transformers would prefer an old `model.safetensors` to new shards. A user's README.md stays.
+    The staging folder is inside `folder`, so that every move is one rename on one file system. Weights are moved first
+    and their index last. Then weights of an earlier save that the new one does not replace are removed: transformers
+    would prefer an old `model.safetensors` to new shards. A user's README.md is kept.
     """
     staging = folder / STAGING_NAME
-    shutil.rmtree(staging, ignore_errors=True)  # of a save that was killed
+    shutil.rmtree(staging, ignore_errors=True)  # left by a save that was killed
     staging.mkdir(parents=True)
     try:
         yield staging
         written = sorted(staging.iterdir(), key=lambda path: (".index" in path.name, path.suffix == ".json"))
         for path in written:
-            if path.name != CARD_NAME or replaceable(folder / CARD_NAME, *SAVED_CARDS):
+            if path.name != CARD_NAME or is_generated_card(folder / CARD_NAME, *SAVED_CARDS):
                 os.replace(path, folder / path.name)
         _remove_stale_weights(folder, {path.name for path in written}, variant)
     finally:

@@ -1,4 +1,4 @@
-"""What the model is given: refusals, masks, and the positions that get logits."""
+"""Inputs of a forward pass: checks, masks for each layer type, and the positions whose logits are computed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,34 @@ from transformers.utils import logging
 
 from ..ops.documents import restarting_positions
 from ..sequence_parallel import SequenceParallelContext
-from .cache import CountingCache, ShardedCache
+from .cache import RecurrentCache, ShardedCache
 from .configuration import LinearLlama3Config
 from .releases import CACHE_NAME
 
 logger = logging.get_logger(__name__)
 
 SWITCH_OFF = "switch sequence parallelism off with enable_sequence_parallel(model, None)"
-ROPE_TYPES_OF_THE_LENGTH = ("dynamic", "longrope")  # their table depends on the longest position in the batch
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # their table depends on the longest position in the batch
 
-PER_TOKEN = ("labels", "shift_labels", "token_type_ids")  # read by the loss, or ignored by Llama models too
-OTHER_NAMES_OF_EDGES = ("cu_seqlens", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens_k")  # fla's, Megatron's, flash-attn's
+IGNORED_KEYS = ("labels", "shift_labels", "token_type_ids")  # for the loss, or ignored by Llama models as well
+FOREIGN_EDGE_KEYS = ("cu_seqlens", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens_k")  # fla's, Megatron's, flash-attn's
 
-Masks = dict[str, Any]  # layer type -> mask; a Tensor, None, or what the attention backend takes
+Masks = dict[str, Any]  # layer type -> mask: a Tensor, None, or the attention backend's own kind
 Mask = Tensor | Masks | None
+
+
+def check_direction(config: LinearLlama3Config, *, cache_given: bool, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError if a call contradicts `config.is_causal`."""
+    if kwargs.get("is_causal", config.is_causal) is not config.is_causal:
+        raise ValueError(
+            f"the model was made with config.is_causal={config.is_causal}, got is_causal={kwargs['is_causal']}; "
+            "leave is_causal out"
+        )
+    if cache_given and not config.is_causal:
+        raise ValueError(
+            "a model with is_causal=False reads the complete sequence at once, got a cache or use_cache=True; "
+            "leave them out"
+        )
 
 
 def check_shard(
@@ -40,7 +54,7 @@ def check_shard(
     documents: dict[str, Tensor | None],
     kwargs: dict[str, Any],
 ) -> None:
-    """`ValueError` for what has no meaning on one rank's part of a sequence."""
+    """Raise ValueError for inputs that have no meaning on one rank's shard of a sequence."""
     if documents["seq_idx"] is not None:
         raise ValueError(
             "under sequence parallelism packed documents are described by cu_seq_lens_q of the complete sequence, got "
@@ -62,21 +76,21 @@ def check_shard(
     if not packed and (not fits or (context.rank > 0 and bool((position_ids[:, 0] == 0).any()))):
         raise ValueError(
             f"under sequence parallelism position_ids are global, those of layout {context.layout!r}, and packed "
-            f"documents are told by cu_seq_lens_q of the whole sequence, got {position_ids[0, :8].tolist()} on rank "
-            f"{context.rank} without them; call context.shard_batch(batch) first and pass all that it returns"
+            f"documents are described by cu_seq_lens_q of the complete sequence, got {position_ids[0, :8].tolist()} on "
+            f"rank {context.rank} without them; call context.shard_batch(batch) first and pass all that it returns"
         )
     if attention_mask is not None:
         raise ValueError(
             "under sequence parallelism the model takes no attention_mask, got one; call "
-            "context.shard_batch(batch) first, which takes right padding out of the labels"
+            "context.shard_batch(batch) first, which removes right padding from the labels"
         )
     if kwargs.get("output_attentions", config.output_attentions):
         raise ValueError(f"no rank holds the attention weights, got output_attentions=True; {SWITCH_OFF}")
     assert config.rope_parameters is not None
     rope_type = config.rope_parameters["rope_type"]
-    if rope_type in ROPE_TYPES_OF_THE_LENGTH:
+    if rope_type in LENGTH_DEPENDENT_ROPE:
         raise ValueError(
-            f"rope_type {rope_type!r} depends on the length of the input, which a rank does not see; "
+            f"rope_type {rope_type!r} depends on the length of the input, which a rank does not know; "
             "choose another in config.rope_parameters, such as 'llama3' or 'yarn'"
         )
 
@@ -100,8 +114,8 @@ def check_loss(kwargs: dict[str, Any], *, sharded: bool, shifts: bool) -> None:
         )
     if sharded and count is None:
         raise ValueError(
-            "under sequence parallelism the loss needs num_items_in_batch, got none; pass the number of "
-            "labels other than -100 in the whole batch (a shard's own mean is not the mean, and nan without labels)"
+            "under sequence parallelism the loss needs num_items_in_batch, got none; pass the number of labels other "
+            "than -100 in the complete batch (the mean over a shard is another number, and nan without labels)"
         )
     if isinstance(count, Tensor) and count.is_floating_point() and count.dtype.itemsize < 4:
         message = (
@@ -119,8 +133,8 @@ def check_unread(kwargs: dict[str, Any], batch: int, length: int) -> None:
     transformers' models accept any keyword argument. Names that Llama models often receive and ignore are allowed.
     """
     for name, x in kwargs.items():
-        per_token = isinstance(x, Tensor) and x.shape[:2] == (batch, length) and name not in PER_TOKEN
-        if x is not None and (per_token or name in OTHER_NAMES_OF_EDGES):
+        per_token = isinstance(x, Tensor) and x.shape[:2] == (batch, length) and name not in IGNORED_KEYS
+        if x is not None and (per_token or name in FOREIGN_EDGE_KEYS):
             shape = f" of shape {tuple(x.shape)}" if isinstance(x, Tensor) else ""
             raise ValueError(
                 f"the model does not read the keyword {name!r}, got one{shape}; leave it out, and describe packed "
@@ -144,16 +158,16 @@ def check_distribution(kwargs: dict[str, Any]) -> None:
 
 
 def check_cache(config: LinearLlama3Config, cache: Cache) -> None:
-    """`ValueError` unless a cache that the user brought has a place for every linear layer's state."""
+    """Raise ValueError unless a cache that the user passed has a place for every linear layer's state."""
     if not isinstance(cache, Cache):
         raise ValueError(
             f"{CACHE_NAME} must be a transformers Cache, got a {type(cache).__name__}; "
             "build it with DynamicCache(config=model.config), or pass no cache"
         )
-    if not config.has_softmax_layers and not isinstance(cache, CountingCache | ShardedCache):
+    if not config.has_softmax_layers and not isinstance(cache, RecurrentCache | ShardedCache):
         raise ValueError(
-            f"a model without softmax layers needs a CountingCache, got {type(cache).__name__}; "
-            "use linear_llama3.modeling.CountingCache(model.config), or pass no cache"
+            f"a model without softmax layers needs a RecurrentCache, got {type(cache).__name__}; "
+            "use linear_llama3.modeling.RecurrentCache(model.config), or pass no cache"
         )
     for index in config.linear_layers:
         layer = cache.layers[index] if index < len(cache.layers) else None
@@ -165,10 +179,10 @@ def check_cache(config: LinearLlama3Config, cache: Cache) -> None:
 
 
 def padding_mask(config: LinearLlama3Config, attention_mask: Mask, length: int) -> Tensor | None:
-    """The columns of a mask `[B, past + T]` that belong to these T tokens; None without such a mask.
+    """Return the columns of a mask `[B, past + T]` that belong to these T tokens; None without such a mask.
 
-    Raises `ValueError` for a mask that is too short and, if there are linear layers, for one that is not
-    two-dimensional, which they cannot apply.
+    Raises:
+        ValueError: the mask is too short, or not two-dimensional although there are linear layers.
     """
     if not isinstance(attention_mask, Tensor):
         return None
@@ -182,7 +196,7 @@ def padding_mask(config: LinearLlama3Config, attention_mask: Mask, length: int) 
     if config.linear_layers:
         raise ValueError(
             "linear layers take an attention_mask [B, T] with 0 at padding, "
-            f"got {tuple(attention_mask.shape)}; tell documents by cu_seq_lens_q or restarting position_ids"
+            f"got {tuple(attention_mask.shape)}; describe documents by cu_seq_lens_q or restarting position_ids"
         )
     return None
 
@@ -195,7 +209,7 @@ def layer_masks(
     cache: Cache | None,
     edges: Tensor | None,
 ) -> Masks:
-    """One mask per layer type. Documents reach linear layers as edges, softmax layers as positions."""
+    """Return one mask per layer type. Linear layers receive documents as edges, softmax layers as positions."""
     if isinstance(attention_mask, dict):
         return attention_mask
     batch, length = inputs_embeds.shape[:2]
@@ -218,26 +232,26 @@ def layer_masks(
             config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, and_mask_function=documents
         )
     if attention_mask is not None and length == 1:
-        # transformers drops the mask of a single token, but a chunked prefill may feed padding one by one
-        masks["linear_attention"] = attention_mask[:, -1:].contiguous()  # one stride: compiled once
+        # transformers drops the mask of a single token, but a chunked prefill may feed padding token by token
+        masks["linear_attention"] = attention_mask[:, -1:].contiguous()  # the same strides in every step: one compile
     else:
         masks["linear_attention"] = create_recurrent_attention_mask(**arguments)
     return masks
 
 
 def attends_by_document(config: LinearLlama3Config) -> bool:
-    """Whether softmax layers take packed documents one by one: torch's own attention would want a mask `[T, T]`."""
+    """True if softmax layers compute packed documents one by one: torch's attention would need a mask `[T, T]`."""
     return config._attn_implementation == "sdpa" and not config.attention_dropout
 
 
 def _same_document(edges: Tensor, *, batch: int, length: int) -> Callable[..., Tensor]:
-    """A mask function (row, head, query, key): transformers reads documents off the positions in causal masks only."""
+    """Return a mask function (row, head, query, key): in bidirectional masks transformers ignores documents."""
     document = torch.arange(len(edges) - 1, device=edges.device).repeat_interleave(edges.diff()).view(batch, length)
     return lambda row, head, query, key: document[row, query] == document[row, key]
 
 
 def positions_to_keep(hidden_states: Tensor, keep: int | Tensor) -> Tensor:
-    """transformers' `logits_to_keep` (its own helper is missing before 5.21)."""
+    """Select the positions of transformers' `logits_to_keep` from `[B, T, hidden]`; its own helper is new in 5.21."""
     if isinstance(keep, int):
         return hidden_states[:, -keep:]
     if keep.dim() == 1:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """Arguments of `from_pretrained` that locate a file in a repository."""
 
-OF_THE_FILE = ("architectures", "auto_map", "model_type", "pretraining_tp", "transformers_version", "_name_or_path")
+FILE_FIELDS = ("architectures", "auto_map", "model_type", "pretraining_tp", "transformers_version", "_name_or_path")
 """Entries of a Llama config that describe the file and its class, not the model."""
 
 LLAMA_FIELDS = (
@@ -58,7 +58,7 @@ def llama_fields(llama: LlamaConfig | str | os.PathLike, **hub: Any) -> tuple[st
         )
     if not isinstance(llama, PreTrainedConfig):
         config = LlamaConfig.from_dict(fields)
-    return name, {key: value for key, value in config.to_dict().items() if key not in OF_THE_FILE}
+    return name, {key: value for key, value in config.to_dict().items() if key not in FILE_FIELDS}
 
 
 def check_config(config: PreTrainedConfig, name: str, **hub: Any) -> None:

@@ -1,11 +1,15 @@
-"""Linear attention layers: one module, and a table that says what makes each mixer itself."""
+"""Linear attention layers: one module for every mixer of the table in configuration.py.
+
+"basic" is the linear attention of LASP-2 (arXiv:2502.07563). The others: lightning attention with MiniMax-01's decays
+(arXiv:2501.08313), RetNet's retention (arXiv:2307.08621), GLA (arXiv:2312.06635), Based (arXiv:2402.18668) and ReBased
+(arXiv:2402.10644).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,49 +19,15 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
 from ..ops import linear_attention
-from ..ops.decays import lightning_log_decay, retention_log_decay
 from ..ops.feature_maps import FEATURE_MAPS
 from ..ops.precision import working_dtype
-from .buffers import ExactTensors
-from .cache import ShardedCache, keep_state
-from .tiling import Tiled
+from ..sequence_parallel import SequenceParallelContext
+from .cache import ShardedCache, store_state
+from .configuration import MIXERS, LinearLlama3Config
+from .layers import ExactTensors, Tiled
 
-if TYPE_CHECKING:
-    from ..sequence_parallel import SequenceParallelContext
-    from .configuration import LinearLlama3Config
-
-DECAY_RANK = 16  # inner width of the learned decay's projection, and
-DECAY_TEMPERATURE = 16.0  # its divisor: both are GLA's (arXiv:2312.06635, section 4.4)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mixer:
-    """What distinguishes one linear attention from another."""
-
-    feature_map: str = "identity"
-    key_head_dim: int | None = None  # channels of a head before the feature map; None: the config's head_dim
-    constant_log_decay: Callable[[int, int, int], Tensor] | None = None  # (heads, layer, layers) -> [H_kv]
-    learned_decay: bool = False  # per token, head and feature of the keys
-    use_rope: bool = False
-    normalize: bool = False  # divide by the sum of the weights; without it, an RMSNorm per head keeps the scale
-    output_gate: str = "silu"  # activation of the gate on the output
-
-
-def _retention_log_decay(num_heads: int, layer_idx: int, num_layers: int) -> Tensor:
-    return retention_log_decay(num_heads)  # the same in every layer; named, so that a model can be pickled
-
-
-MIXERS: dict[str, Mixer] = {
-    "basic": Mixer(feature_map="silu"),
-    "lightning": Mixer(feature_map="silu", constant_log_decay=lightning_log_decay, output_gate="sigmoid"),
-    "retention": Mixer(constant_log_decay=_retention_log_decay, use_rope=True),
-    "gla": Mixer(learned_decay=True),
-    # Rebased's weights (q . k)^2 may all be near 0 at the first tokens of a document, where the quotient of sums over
-    # expanded features then has but three digits in float32
-    "based": Mixer(feature_map="taylor", key_head_dim=16, normalize=True),
-    "rebased": Mixer(feature_map="rebased", key_head_dim=16, normalize=True),
-}
-"""Value of `config.linear_attention_type` -> mixer."""
+DECAY_RANK = 16  # inner width of the learned decay's projection (GLA, arXiv:2312.06635, section 4.4)
+DECAY_TEMPERATURE = 16.0  # divisor of the learned log decay (the same section)
 
 
 class LearnedFeatureMap(nn.Module):
@@ -66,24 +36,24 @@ class LearnedFeatureMap(nn.Module):
     def __init__(self, name: str, heads: int, dim: int) -> None:
         super().__init__()
         self.name, self.sizes = name, (heads, dim)
-        for parameter, value in self.initial().items():
+        for parameter, value in self.initial_values().items():
             self.register_parameter(parameter, nn.Parameter(value))
 
-    def initial(self) -> dict[str, Tensor]:
-        """Values of the parameters; asked for again after a build on the meta device."""
+    def initial_values(self) -> dict[str, Tensor]:
+        """Return the initial parameters; called again after a build on the meta device."""
         return FEATURE_MAPS[self.name].parameters(*self.sizes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, H, D]` -> `[B, T, H, features]`."""
+        """Return the features `[B, T, H, F]` of queries or keys `[B, T, H, D]`."""
         return FEATURE_MAPS[self.name](x, **dict(self.named_parameters()))
 
 
 class LinearAttention(Tiled, ExactTensors):
-    """The attention of a linear layer, in the place and with the projections of Llama's softmax attention.
+    """The attention of a linear layer, with the projections of Llama's softmax attention.
 
-    `q, k` pass through feature map and rotary embedding, the state decays as the mixer says, the output is normalised
-    (by the sum of the weights, or by an RMSNorm per head over D_v), gated, and projected. The decoding state
-    `config.linear_state_shape` is float32 and lives in the cache's recurrent state of this layer.
+    Queries and keys pass through feature map and rotary embedding, and the mixer determines the decay of the state. The
+    output is normalized (by the sum of the weights, or by an RMSNorm per head over D_v), gated and projected. The
+    decoding state `config.linear_state_shape` is float32 and is stored in the cache's recurrent state of this layer.
     """
 
     layer_type = "linear_attention"
@@ -112,19 +82,19 @@ class LinearAttention(Tiled, ExactTensors):
             self.decay_down_proj = nn.Linear(hidden, DECAY_RANK, bias=False)
             features = self.num_kv_heads * config.linear_state_shape[1]
             self.decay_up_proj = nn.Linear(DECAY_RANK, features, bias=False)
-            # not the projection's own bias: transformers lets only the owner of a parameter initialise it
-            # float32 in a model of any dtype: near 6, bfloat16 values are 0.03 apart, more than any update
+            # Not the projection's bias: transformers initializes a parameter only through the module that owns it.
+            # In float32 for models of any dtype: near 6, bfloat16 values are 0.03 apart, more than any update.
             initial = torch.full((features,), config.gate_bias_init)
             self.decay_bias = nn.Parameter(initial.to(working_dtype(initial)))
         if config.linear_output_gate:
             self.g_proj = nn.Linear(hidden, heads * self.value_dim, bias=False)
             self.gate_activation = ACT2FN[mixer.output_gate]
         if mixer.constant_log_decay is not None:
-            # exact, as a rounded decay is another model
+            # exact: a rounded decay would define a different model
             self.log_decay = nn.Buffer(self.constant_log_decay(), persistent=False)
 
     def constant_log_decay(self) -> Tensor:
-        """Value of the decay buffer, `[H_kv]` float32; asked for again after a build on the meta device."""
+        """Return the decay buffer, `[H_kv]` float32; called again after a build on the meta device."""
         assert self.mixer.constant_log_decay is not None
         return self.mixer.constant_log_decay(self.num_kv_heads, self.layer_idx, self.config.num_hidden_layers)
 
@@ -139,27 +109,32 @@ class LinearAttention(Tiled, ExactTensors):
         exchange_cache: MutableMapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """`hidden_states` `[B, T, hidden]` -> (the same shape, None: there are no attention weights).
+        """Return the output `[B, T, hidden]` for `hidden_states` of the same shape, and None for attention weights.
 
-        `attention_mask` `[B, T]` is 0 at padding. `cu_seq_lens_q` are the documents of the B * T tokens read
-        row after row; under a sequence-parallel context, of the whole sequence. Further keywords are for
-        softmax.
+        Args:
+            position_embeddings: cosines and sines `[B, T, D]`, in float32 or float64.
+            attention_mask: `[B, T]`, 0 at padding.
+            cache: contains the state to continue from, and receives the new one.
+            cu_seq_lens_q: document edges `[N + 1]` in the B * T tokens read row by row; under a context, in the
+                complete sequence.
+            exchange_cache: see `sequence_parallel.linear_attention`.
+            kwargs: ignored; arguments of softmax layers.
         """
         k, v, log_decay = self._keys_values(hidden_states, position_embeddings, attention_mask)
-        kind: dict[str, Any] = {"normalize": self.mixer.normalize, "causal": self.is_causal}
+        options: dict[str, Any] = {"normalize": self.mixer.normalize, "causal": self.is_causal}
         if self.sequence_parallel_context is not None:
             attend: Callable[[Tensor], Tensor] = self._start_sharded(
                 k, v, cache,
                 log_decay=log_decay,
                 cu_seqlens=cu_seq_lens_q,
                 exchange_cache=exchange_cache,
-                **kind,
+                **options,
             )  # fmt: skip
         elif cu_seq_lens_q is not None:
-            attend = partial(_attend_packed, k=k, v=v, log_decay=log_decay, cu_seqlens=cu_seq_lens_q, **kind)
+            attend = partial(_attend_packed, k=k, v=v, log_decay=log_decay, cu_seqlens=cu_seq_lens_q, **options)
         else:
-            attend = partial(self._attend_cached, k=k, v=v, log_decay=log_decay, cache=cache, **kind)
-        # under a context the states travel while these are projected
+            attend = partial(self._attend_cached, k=k, v=v, log_decay=log_decay, cache=cache, **options)
+        # under a context, the states are exchanged during these projections
         q = self._queries(hidden_states, position_embeddings)
         gate = None if self.sequence_tiling else self._gate(hidden_states)
         out = attend(q.to(v.dtype))
@@ -172,40 +147,45 @@ class LinearAttention(Tiled, ExactTensors):
         return self.gate_activation(self.g_proj(x)) if self.config.linear_output_gate else None
 
     def _output(self, out: Tensor, gate: Tensor | None) -> Tensor:
-        """`[B, T, H, D_v]` -> `[B, T, hidden]`."""
+        """Normalize, gate and project the output `[B, T, H, D_v]` to `[B, T, hidden]`."""
         out = self.o_norm(out) if self.config.uses_linear_output_norm else out
         out = out.flatten(2)
         return self.o_proj(out if gate is None else out * gate)
 
     def _queries(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        return self._place(self.q_feature_map(_heads(self.q_proj(x), self.num_heads)), position_embeddings)
+        return self._rotate(self.q_feature_map(_split_heads(self.q_proj(x), self.num_heads)), position_embeddings)
 
     def _keys_values(
         self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        v = _heads(self.v_proj(x), self.num_kv_heads)
+        v = _split_heads(self.v_proj(x), self.num_kv_heads)
         if self.mixer.normalize:
             v = v.to(working_dtype(v))  # products of rounded features cancel in a quotient of sums
-        k = self._place(self.k_feature_map(_heads(self.k_proj(x), self.num_kv_heads)), position_embeddings).to(v.dtype)
+        k = self._rotate(self.k_feature_map(_split_heads(self.k_proj(x), self.num_kv_heads)), position_embeddings).to(
+            v.dtype
+        )
         log_decay = self._log_decay(x)
         if mask is not None:
-            # padding must neither write to the state (after the feature map: phi(0) may be > 0) nor fade it
+            # padding must neither write to the state (after the feature map, since phi(0) may be > 0) nor decay it
             keep = (mask != 0)[:, :, None]  # bool: mask values must not scale keys
             k = k * keep[..., None]
             if log_decay is not None:
                 log_decay = log_decay * (keep if log_decay.dim() == 1 else keep[..., None])
         return k, v, log_decay
 
-    def _place(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        """Rotates queries or keys `[B, T, H, D_k]`, after the feature map: scores then depend on relative positions
-        (RoFormer, arXiv:2104.09864). Under autocast the rotary table, and so the result, is float32."""
+    def _rotate(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """Apply the rotary embedding to queries or keys `[B, T, H, D_k]`, if the mixer has one.
+
+        After the feature map, so that scores depend on relative positions (RoFormer, arXiv:2104.09864). Under autocast
+        the rotary table, and so the result, is float32.
+        """
         if not self.config.uses_linear_rope:
             return x
         cos, sin = (table.unsqueeze(2) for table in position_embeddings)
         return x * cos + rotate_half(x) * sin
 
     def _log_decay(self, x: Tensor) -> Tensor | None:
-        """None, `[H_kv]` or, for every feature, `[B, T, H_kv, D_k]`, at least float32."""
+        """Return the log decay: None, `[H_kv]` or, for every feature, `[B, T, H_kv, D_k]`; at least float32."""
         if self.mixer.constant_log_decay is not None:
             return self.log_decay
         if not self.mixer.learned_decay:
@@ -215,10 +195,10 @@ class LinearAttention(Tiled, ExactTensors):
         return (F.logsigmoid(gate) / DECAY_TEMPERATURE).view(*x.shape[:2], self.num_kv_heads, -1)
 
     def _attend_cached(
-        self, q: Tensor, *, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Cache | None, **kind: Any
+        self, q: Tensor, *, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Cache | None, **options: Any
     ) -> Tensor:
         if cache is None:
-            return linear_attention(q, k, v, log_decay=log_decay, **kind)[0]
+            return linear_attention(q, k, v, log_decay=log_decay, **options)[0]
         layer = cache.layers[self.layer_idx]
         assert isinstance(layer, LinearAttentionCacheLayerMixin)
         out, state = linear_attention(
@@ -226,14 +206,14 @@ class LinearAttention(Tiled, ExactTensors):
             log_decay=log_decay,
             initial_state=layer.recurrent_states[0] if layer.has_previous_state[0] else None,
             output_final_state=True,
-            **kind,
+            **options,
         )  # fmt: skip
         assert state is not None
-        keep_state(cache, state, self.layer_idx)
+        store_state(cache, state, self.layer_idx)
         return out
 
     def _start_sharded(self, k: Tensor, v: Tensor, cache: Cache | None, **options: Any) -> Callable[[Tensor], Tensor]:
-        """Attention under a context; in a prefill, the state after this rank's tokens goes to the cache."""
+        """Start attention under a context; in a prefill, store the state after this rank's tokens in `cache`."""
         assert self.sequence_parallel_context is not None
         start = self.sequence_parallel_context.start_linear_attention
         if cache is None:
@@ -244,24 +224,24 @@ class LinearAttention(Tiled, ExactTensors):
         def attend(q: Tensor) -> Tensor:
             out = started(q)
             assert started.final_state is not None
-            keep_state(cache, started.final_state, self.layer_idx)
+            store_state(cache, started.final_state, self.layer_idx)
             return out
 
         return attend
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """`[B, T, H * D]` to `[B, T, H, D]`."""
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """Reshape `[B, T, H * D]` to `[B, T, H, D]`."""
     return x.unflatten(-1, (heads, -1))
 
 
 def _attend_packed(
-    q: Tensor, *, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor, **kind: Any
+    q: Tensor, *, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor, **options: Any
 ) -> Tensor:
-    """Rows `[B, T, H, D]` as one stream of B * T tokens, the state starting anew at each document."""
+    """Attention over rows `[B, T, H, D]` as one stream of B * T tokens; the state is reset at each document."""
     shape = q.shape[:2]
     q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
     if log_decay is not None and log_decay.dim() > 1:
         log_decay = log_decay.reshape(1, -1, *log_decay.shape[2:])
-    out, _ = linear_attention(q, k, v, log_decay=log_decay, cu_seqlens=cu_seqlens, **kind)
+    out, _ = linear_attention(q, k, v, log_decay=log_decay, cu_seqlens=cu_seqlens, **options)
     return out.view(*shape, *out.shape[2:])

@@ -1,14 +1,14 @@
 """The model: Llama 3 with linear attention in all or most layers.
 
-Built from transformers' Llama modules and with Llama's weight names, so Llama weights load as they are. Under
-a sequence-parallel context every rank passes its own shard of the batch (`context.shard_batch`) and the
-attention layers, which alone mix tokens, exchange what they need.
+It is built from transformers' Llama modules with Llama's weight names, so Llama weights load as they are. Under a
+sequence-parallel context every rank passes its own shard of the batch (`context.shard_batch`). Only attention layers
+mix tokens, so only they communicate.
 """
 
 from __future__ import annotations
 
 from collections import UserDict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,16 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from ..ops.documents import DOCUMENT_KEYS, check_mask, document_edges, restarting_positions
-from .buffers import LinearLlama3RotaryEmbedding, as_integers
-from .cache import CountingCache, ShardedCache, new_cache
+from ..sequence_parallel import SequenceParallelContext
+from .cache import RecurrentCache, ShardedCache, new_cache
 from .configuration import LinearLlama3Config
+from .decoder_layer import LinearLlama3DecoderLayer
 from .generation import LinearLlama3GenerationMixin
 from .inputs import (
     Mask,
     Masks,
     check_cache,
+    check_direction,
     check_loss,
     check_shard,
     check_unread,
@@ -34,14 +36,10 @@ from .inputs import (
     padding_mask,
     positions_to_keep,
 )
-from .layer import LinearLlama3DecoderLayer
-from .loss import check_skipped, loss_without_logits
+from .layers import LinearLlama3RotaryEmbedding, Tiled, as_integers
+from .loss import check_skip_logits, chunked_loss
 from .pretrained import LinearLlama3PreTrainedModel
 from .releases import CACHE_NAME, cache_keyword
-from .tiling import Tiled
-
-if TYPE_CHECKING:
-    from ..sequence_parallel import SequenceParallelContext
 
 logger = logging.get_logger(__name__)
 
@@ -73,38 +71,61 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states `[B, T, hidden]` for `input_ids` `[B, T]` or `inputs_embeds` `[B, T, hidden]`.
+        """Return hidden states `[B, T, hidden]` for `input_ids` `[B, T]` or `inputs_embeds` `[B, T, hidden]`.
 
-        `attention_mask`: `[B, past + T]`, 0 at padding and 1 elsewhere, or the dictionary of masks that `generate`
-        prepares. Packed batches are described by `cu_seq_lens_q` or `cu_seq_lens_k` (edges in the B * T tokens read row
-        by row), by `position_ids` `[B, T]` that restart, or by `seq_idx` `[B, T]` (each token's document number). Any
-        one of them is enough. `use_cache` defaults to the config's value, but is off in training, for packed batches
-        and under a sequence-parallel context.
+        Packed batches are described by any one of `cu_seq_lens_q` or `cu_seq_lens_k` (document edges int `[N + 1]` in
+        the B * T tokens read row by row), `position_ids` that restart, and `seq_idx` int `[B, T]` (a number for each
+        document). Under a context all tensors are this rank's shard, but `cu_seq_lens_q` has the edges of the complete
+        sequence.
 
-        Under a context all tensors are this rank's shard, but `cu_seq_lens_q` speaks of the whole sequence.
-        Raises `ValueError` for inputs that do not fit together, or that the model does not read.
+        Args:
+            attention_mask: `[B, past + T]`, 0 at padding and 1 elsewhere, or the masks that `generate` prepares.
+            position_ids: int `[1 or B, T]`; required under a context.
+            cache: keys, values and states of the previous tokens.
+            use_cache: defaults to the config's value; off in training, for packed batches and under a context.
+
+        Raises:
+            ValueError: inputs contradict each other, or are not read by the model.
         """
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {given}")
-        if kwargs.get("is_causal", self.config.is_causal) is not self.config.is_causal:
-            raise ValueError(
-                f"the model was made with config.is_causal={self.config.is_causal}, got is_causal="
-                f"{kwargs['is_causal']}; leave is_causal out"
-            )
+        check_direction(self.config, cache_given=cache is not None or bool(use_cache), kwargs=kwargs)
         check_mask(attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        edges = self._resolve_documents(inputs_embeds, attention_mask, position_ids, cache, use_cache, kwargs)
+        cache = self._resolve_cache(cache, use_cache, packed=edges is not None)
+        position_ids = self._resolve_positions(inputs_embeds, position_ids, cache, edges)
+        masks: Masks = {}
+        if self.sequence_parallel_context is None:
+            masks = layer_masks(self.config, inputs_embeds, attention_mask, position_ids, cache, edges)
+            if edges is not None:  # as transformers' flash attention expects
+                longest = int(edges.diff().max())
+                kwargs.update(cu_seq_lens_k=edges, max_length_q=longest, max_length_k=longest)
+        kwargs["cu_seq_lens_q"] = edges
+        hidden_states = self._run_layers(inputs_embeds, masks, position_ids, cache, kwargs)
+        if isinstance(cache, RecurrentCache):
+            cache.advance(inputs_embeds.shape[1], inputs_embeds.device)
+        hidden_states = self.in_tiles(self.norm, hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
+
+    def _resolve_documents(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Mask,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        use_cache: bool | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor | None:
+        """Return the document edges `[N + 1]`, None for a batch that is not packed; take their description out of
+        `kwargs`."""
         batch, length = inputs_embeds.shape[:2]
         documents = {name: kwargs.pop(name, None) for name in DOCUMENT_KEYS}
         described = any(x is not None for x in documents.values())
         check_unread(kwargs, batch, length)
         cache_given = cache is not None or bool(use_cache)
-        if cache_given and not self.config.is_causal:
-            raise ValueError(
-                "a model with is_causal=False reads the complete sequence at once, got a cache or use_cache=True; "
-                "leave them out"
-            )
         if self.sequence_parallel_context is not None:
             check_shard(
                 self.config,
@@ -117,7 +138,7 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
             )
             edges = next((x for x in documents.values() if x is not None), None)
         elif cache is not None and not described and (length == 1 or isinstance(attention_mask, dict)):
-            edges = None  # a decoding step, or `generate` with its own masks, where positions jump at padding
+            edges = None  # a decoding step, or masks of `generate`: positions jump at padding
         else:
             mask = padding_mask(self.config, attention_mask, length)
             edges = document_edges({**documents, "position_ids": position_ids}, mask, batch=batch, length=length)
@@ -126,24 +147,19 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
                 f"a packed batch takes no cache, got {len(edges) - 1} documents with a cache or "
                 "use_cache=True; set use_cache=False, or run the documents as rows of a padded batch"
             )
-        cache = self._prepare_cache(cache, use_cache, packed=edges is not None)
-        if position_ids is None and edges is not None:
-            position_ids = restarting_positions(edges, batch=batch, length=length)
-        elif position_ids is None:
-            past = cache.get_seq_length() if cache is not None else 0
-            position_ids = (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
-        masks: Masks = {}
-        if self.sequence_parallel_context is None:
-            masks = layer_masks(self.config, inputs_embeds, attention_mask, position_ids, cache, edges)
-            if edges is not None:  # as transformers' flash attention expects
-                longest = int(edges.diff().max())
-                kwargs.update(cu_seq_lens_k=edges, max_length_q=longest, max_length_k=longest)
-        kwargs["cu_seq_lens_q"] = edges
-        hidden_states = self._run_layers(inputs_embeds, masks, position_ids, cache, kwargs)
-        if isinstance(cache, CountingCache):
-            cache.advance(length, inputs_embeds.device)
-        hidden_states = self.in_tiles(self.norm, hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
+        return edges
+
+    def _resolve_positions(
+        self, inputs_embeds: Tensor, position_ids: Tensor | None, cache: Cache | None, edges: Tensor | None
+    ) -> Tensor:
+        """Return the given positions; without them, count from each document's start or from the cached tokens."""
+        if position_ids is not None:
+            return position_ids
+        batch, length = inputs_embeds.shape[:2]
+        if edges is not None:
+            return restarting_positions(edges, batch=batch, length=length)
+        past = cache.get_seq_length() if cache is not None else 0
+        return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
 
     def _run_layers(
         self,
@@ -154,8 +170,8 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
         kwargs: dict[str, Any],
     ) -> Tensor:
         position_embeddings = tuple(map(as_integers, self.rotary_emb(hidden_states, position_ids=position_ids)))
-        # Keep what a layer exchanged in its forward pass for the recomputation. Not in a dict: FSDP2 passes each layer
-        # copies of its dict arguments.
+        # The recomputation reuses what a layer exchanged in its forward pass. A UserDict, since FSDP2 passes copies of
+        # dict arguments to a layer.
         keep_exchanged = self.gradient_checkpointing and self.training and self.sequence_parallel_context is not None
         for layer, layer_type in zip(self.layers, self.config.layer_types or (), strict=True):
             hidden_states = layer(
@@ -169,7 +185,7 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
             )
         return hidden_states
 
-    def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, *, packed: bool) -> Cache | None:
+    def _resolve_cache(self, cache: Cache | None, use_cache: bool | None, *, packed: bool) -> Cache | None:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache is not None:
                 raise ValueError(
@@ -194,7 +210,7 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
 
 
 class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, LinearLlama3GenerationMixin):
-    """The model with a language-modelling head."""
+    """The causal language model: `LinearLlama3Model` with a head for the next token."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
@@ -226,15 +242,22 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, LinearLlama3Generatio
         skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits `[B, T, vocab]`, and the loss if `labels` `[B, T]` are given (-100 is ignored).
+        """Return logits `[B, T, vocab]`, and the loss if `labels` `[B, T]` are given (-100 is ignored).
 
-        `shift_labels` and `num_items_in_batch` go to the loss: sum over the local labels / the count. Under a
-        sequence-parallel context both are required with `labels`, since neither the next label nor the mean
-        can be had from one shard. `logits_to_keep`: the last n positions, positions 1-D or per row, or a mask
-        `[B, T]`. `skip_logits` gives the same loss without logits, which are never held for all tokens.
+        Args:
+            labels: the tokens themselves; position t predicts label t + 1, or label t of `shift_labels` `[B, T]`.
+            logits_to_keep: compute logits for the last n positions, for positions `[n]` or `[B, n]`, or where a mask
+                `[B, T]` is True. 0 means all.
+            skip_logits: return the same loss without logits (`chunked_loss`).
+            kwargs: arguments of `LinearLlama3Model.forward` and of the loss. `num_items_in_batch`: the loss is the sum
+                over the local labels divided by this count. Under a context, `labels` need `shift_labels` and
+                `num_items_in_batch`, because a shard contains neither the next label nor all labels.
+
+        Raises:
+            ValueError: arguments contradict each other, or the loss lacks one.
         """
         if skip_logits:
-            check_skipped(labels, logits_to_keep)
+            check_skip_logits(labels, logits_to_keep)
         if labels is not None:
             check_loss(kwargs, sharded=self.model.sequence_parallel_context is not None, shifts=True)
         outputs = self.model(
@@ -244,12 +267,12 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, LinearLlama3Generatio
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **{CACHE_NAME: cache},
-            return_dict=True,  # whatever the config says
+            return_dict=True,  # also if config.return_dict is False
             **kwargs,
         )
         logits = loss = None
         if skip_logits:
-            loss = loss_without_logits(self, outputs.last_hidden_state, labels, shift=True, **kwargs)
+            loss = chunked_loss(self, outputs.last_hidden_state, labels, shift=True, **kwargs)
         else:
             logits = self.lm_head(positions_to_keep(outputs.last_hidden_state, logits_to_keep))
             if labels is not None:

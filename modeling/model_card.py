@@ -1,4 +1,4 @@
-"""The model card: what a checkpoint's folder says about the model, its origin and its licence."""
+"""The model card: a checkpoint's description, origin and license."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from .configuration import LinearLlama3Config
-from .hub import AUTO_CLASSES, CARD_NAME, NOTICE_NAME, SAVED_CARD, SAVED_CARDS, final_folder, replaceable
+from .hub import AUTO_CLASSES, CARD_NAME, NOTICE_NAME, SAVED_CARD, SAVED_CARDS, final_folder, is_generated_card
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"  # in a checkout and in the wheel
 PIPELINE_TAGS = {
@@ -26,19 +26,19 @@ PIPELINE_TAGS = {
 }
 """Auto class -> the Hub's name of its task."""
 
-LLAMA_LICENCES = {"llama3": "Meta Llama 3", "llama3.1": "Llama 3.1", "llama3.2": "Llama 3.2", "llama3.3": "Llama 3.3"}
-"""The Hub's name of a licence -> what it is the Community License of."""
+LLAMA_LICENSES = {"llama3": "Meta Llama 3", "llama3.1": "Llama 3.1", "llama3.2": "Llama 3.2", "llama3.3": "Llama 3.3"}
+"""The Hub's name of a license -> the models in the title of that Community License."""
 
 
 def model_card(
     model: PreTrainedModel, *, repo_id: str, mark: str = SAVED_CARD, datasets: list[str] | None = None, **facts: Any
 ) -> ModelCard:
-    """The card of a model, filled in from its config and from the card of the weights that it started from.
+    """Return the card of a model, based on its config and on the card of the weights that it started from.
 
     Args:
         repo_id: the folder or repository that the card's example loads.
-        mark: who wrote it, and may replace it.
-        facts: further values of model_cards/template.md, as `training` (a table) and `sequence_length`.
+        mark: the line by which a later save recognizes a generated card.
+        facts: further values of model_cards/template.md, such as `training` (a table) and `sequence_length`.
     """
     config, classes = model.config, {kind.__name__ for kind in type(model).__mro__}
     auto_class = next((auto for auto, name in AUTO_CLASSES.items() if name in classes), "AutoModel")
@@ -63,7 +63,7 @@ def model_card(
         "mixer": config.linear_attention_type,
         "parameters": f"{model.num_parameters():,}",
         "state_shape": " x ".join(map(str, config.linear_state_shape)),
-        "licence_notice": llama_notice(origin.get("license")),
+        "license_notice": llama_notice(origin.get("license")),
     }
     return ModelCard.from_template(data, template_path=str(TEMPLATE), **(values | facts))
 
@@ -76,13 +76,13 @@ def _kind(config: LinearLlama3Config) -> list[str]:
 
 
 def add_card(model: PreTrainedModel, folder: Path, repo_id: str) -> None:
-    """Puts a card into a folder to be saved or uploaded, and the notice that Llama's licences demand.
+    """Write the card, and the notice that Llama's licenses require, into a folder to be saved or uploaded.
 
-    A card of the user's beside the checkpoint, or already in the repository, takes the place of ours.
+    The user's own card, next to the checkpoint or already in the repository, takes precedence.
     """
     card, own = folder / CARD_NAME, final_folder(folder) / CARD_NAME
-    if replaceable(card, *SAVED_CARDS):
-        if replaceable(own, *SAVED_CARDS):
+    if is_generated_card(card, *SAVED_CARDS):
+        if is_generated_card(own, *SAVED_CARDS):
             model_card(model, repo_id=repo_id).save(card)
         else:
             shutil.copyfile(own, card)
@@ -98,17 +98,18 @@ def _origin(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def provenance(source: str, **hub: Any) -> dict[str, Any]:
-    """`base_model` and `license` for the card of a model that was loaded from `source`, "" if it was not loaded.
+    """Return `base_model` and `license` for the card of a model that was loaded from `source`.
 
-    The card of the folder or repository tells the licence, a folder's its base model too. Without one, names are taken
-    at their word: Llama's licences demand that what derives from it is named Llama.
+    The license is that of the folder's or repository's own card; so is the base model of a folder. Without a card, both
+    follow from the name: Llama's licenses require that derived models have Llama in their name.
 
     Args:
-        hub: options of `from_pretrained` that say where a repository's card is: `revision`, `cache_dir`, ...
+        source: a folder or Hub name; "" if the model was not loaded.
+        hub: options of `from_pretrained` that locate a repository's card: `revision`, `cache_dir`, ...
     """
     folder, on_hub = Path(source), re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
     if not source or not (folder.is_dir() or on_hub):
-        return _named(folder)
+        return _license_by_name(folder)
     card = folder / CARD_NAME if folder.is_dir() else _card_on_hub(source, **hub)
     known = {} if card is None else _metadata(card)
     origin: dict[str, Any] = {key: known[key] for key in ("license", "license_name", "license_link") if key in known}
@@ -118,10 +119,10 @@ def provenance(source: str, **hub: Any) -> dict[str, Any]:
         origin["base_model"] = known["base_model"]
     elif re.fullmatch(r"(Meta-)?Llama-3(\.\d)?-\d+B(-Instruct)?", folder.name):
         origin["base_model"] = f"meta-llama/{folder.name}"
-    return _named(folder) | origin
+    return _license_by_name(folder) | origin
 
 
-def _named(folder: Path) -> dict[str, Any]:
+def _license_by_name(folder: Path) -> dict[str, Any]:
     version = re.match(r"(?:Meta-)?Llama-(3(?:\.\d)?)-", folder.name)
     return {"license": f"llama{version[1]}"} if version else {}
 
@@ -140,15 +141,15 @@ def _card_on_hub(repo_id: str, **hub: Any) -> Path | None:
 def _metadata(card: Path) -> dict[str, Any]:
     try:
         return metadata_load(card) or {}
-    except (OSError, UnicodeError, yaml.YAMLError):  # whatever lies there, it must not cost a save
+    except (OSError, UnicodeError, yaml.YAMLError):  # an unreadable card must not stop a save
         return {}
 
 
-def llama_notice(licence: str | None) -> str | None:
-    """The attribution that one of Llama's licences demands of those who share a derived model; None for others."""
-    if licence not in LLAMA_LICENCES:
+def llama_notice(license_name: str | None) -> str | None:
+    """Return the attribution that Llama's licenses require for derived models; None for other licenses."""
+    if license_name not in LLAMA_LICENSES:
         return None
-    name = LLAMA_LICENCES[licence]
+    name = LLAMA_LICENSES[license_name]
     return (
         f"{name} is licensed under the {name} Community License, Copyright © Meta Platforms, Inc. All Rights Reserved."
     )

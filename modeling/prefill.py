@@ -1,4 +1,4 @@
-"""Long prompts: the cache is made under sequence parallelism, and one rank goes on with it."""
+"""Prefill of long prompts: all ranks compute the cache under sequence parallelism, one rank receives it to decode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..ops.documents import check_mask
 from ..sequence_parallel import SequenceParallelContext
 from ..sequence_parallel.collectives import fingerprints
 from ..sequence_parallel.gather import gather_to_rank, send_final_state
-from .cache import CountingCache, ShardedCache, keep_state, new_cache
+from .cache import RecurrentCache, ShardedCache, new_cache, store_state
 from .releases import CACHE_NAME
 
 
@@ -22,10 +22,10 @@ from .releases import CACHE_NAME
 def prefill(
     model: PreTrainedModel, input_ids: Tensor, *, attention_mask: Tensor | None = None, dst: int = 0
 ) -> DynamicCache | None:
-    """The cache of a prompt, computed by all ranks of the model's sequence-parallel context, for `generate` on one.
+    """Return the cache of a prompt, computed by all ranks of the model's context, for `generate` on one rank.
 
-    Every rank calls it with the same arguments. The cache holds all tokens but the last, whose logits `generate` asks
-    for itself: it is given the whole prompt again, or a longer one that begins with it.
+    Every rank calls this function with the same arguments. The cache contains all tokens except the last, whose logits
+    `generate` computes itself. Pass the complete prompt to `generate`, or a longer one that begins with it.
 
         enable_sequence_parallel(model, context)
         cache = prefill(model, input_ids)
@@ -33,22 +33,22 @@ def prefill(
         if cache is not None:
             model.generate(input_ids, cache=cache)  # past_key_values=cache before transformers 5.24
 
-    For n beams or n returned sequences, call `cache.reorder_cache(torch.arange(B).repeat_interleave(n))` before. While
-    the prompt is computed a rank holds the keys and values of its own tokens only; then rank `dst` is sent the others',
-    layer by layer.
+    For n beams or n returned sequences, first call `cache.reorder_cache(torch.arange(B).repeat_interleave(n))`. During
+    the forward pass a rank keeps the keys and values of its own tokens only. Then rank `dst` receives the others layer
+    by layer.
 
     Args:
         model: in evaluation mode, with sequence parallelism enabled.
-        input_ids: the whole prompts `[B, T]`, of one length.
-        attention_mask: `[B, T]`, all ones; for prompts that contain the padding token.
-        dst: the rank of the group that gets the cache.
+        input_ids: the complete prompts int `[B, T]`, all of one length.
+        attention_mask: `[B, T]`, all ones; required if prompts contain the padding token.
+        dst: the rank of the group that receives the cache.
 
     Returns:
-        On rank `dst` the cache of T - 1 tokens that the model on one device would make; None on the others.
+        On rank `dst` the cache of T - 1 tokens, equal to that of a single device; None on the others.
 
     Raises:
-        ValueError: a model without a context, in training mode, or that does not generate; prompts that are padded, or
-            not the same on all ranks; an unknown rank.
+        ValueError: the model has no context, is in training mode or does not generate; prompts are padded or differ
+            between ranks; the rank is unknown.
     """
     context = _active_context(model)
     _check_prompt(model, input_ids, attention_mask)
@@ -64,38 +64,38 @@ def prefill(
     if length > 0:
         shards = ShardedCache(model.config, length)
         model(**context.shard_batch({"input_ids": input_ids[:, :-1]}), logits_to_keep=1, **{CACHE_NAME: shards})
-        _hand_over(shards, cache, context, dst, input_ids.device)
+        _gather_cache(shards, cache, context, dst, input_ids.device)
     return cache
 
 
-def _hand_over(
+def _gather_cache(
     shards: ShardedCache, cache: DynamicCache | None, context: SequenceParallelContext, dst: int, device: torch.device
 ) -> None:
-    """Fills the cache of rank `dst` layer by layer. A rank lets go of what it has sent."""
-    where: dict[str, Any] = {"group": context.group, "layout": context.layout, "dst": dst}
+    """Fill the cache of rank `dst` layer by layer. A rank frees its part of a layer after sending it."""
+    options: dict[str, Any] = {"group": context.group, "layout": context.layout, "dst": dst}
     for index, layer in enumerate(shards.layers):
         if isinstance(layer, LinearAttentionCacheLayerMixin):
-            state = send_final_state(layer.recurrent_states.pop(0), **where)
+            state = send_final_state(layer.recurrent_states.pop(0), **options)
             if cache is not None and state is not None:
-                keep_state(cache, state, index)
+                store_state(cache, state, index)
         else:
-            keys = gather_to_rank(layer.keys, length=shards.length, dim=2, **where)
-            values = gather_to_rank(layer.values, length=shards.length, dim=2, **where)
+            keys = gather_to_rank(layer.keys, length=shards.length, dim=2, **options)
+            values = gather_to_rank(layer.values, length=shards.length, dim=2, **options)
             layer.keys = layer.values = None
             if cache is not None:
                 cache.update(keys, values, index)
-    if isinstance(cache, CountingCache):
+    if isinstance(cache, RecurrentCache):
         cache.advance(shards.length, device)
 
 
 def _active_context(model: nn.Module) -> SequenceParallelContext:
-    """That of the attention layers, wherever in `model` they are."""
+    """Return the context of the attention layers, which may be anywhere in `model`."""
     for module in model.modules():
         context = getattr(module, "sequence_parallel_context", None)
         if context is not None:
             return context
     raise ValueError(
-        f"prefill shares a prompt among the ranks of a sequence-parallel context, got a {type(model).__name__} without "
+        f"prefill shards a prompt over the ranks of a sequence-parallel context, got a {type(model).__name__} without "
         "one; call enable_sequence_parallel(model, context) first, or let generate prefill on one device"
     )
 
@@ -103,7 +103,7 @@ def _active_context(model: nn.Module) -> SequenceParallelContext:
 def _check_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> None:
     if not model.can_generate():
         raise ValueError(
-            f"prefill makes a cache for generate, got a {type(model).__name__}, which does not generate; "
+            f"prefill computes a cache for generate, got a {type(model).__name__}, which does not generate; "
             "use a LinearLlama3ForCausalLM"
         )
     if model.training:
@@ -119,5 +119,5 @@ def _check_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None
     if mask is not None and (mask.shape != input_ids.shape or not bool(mask.all())):
         raise ValueError(
             f"prefill takes prompts of one length, got padding in {tuple(input_ids.shape)} input_ids; prefill prompts "
-            "of other lengths one by one, and pass an attention_mask of ones where the padding token is a token"
+            "of other lengths one by one, and pass an attention_mask of ones if prompts contain the padding token"
         )

@@ -1,4 +1,4 @@
-"""The base class of all models: initialisation, loading, saving, and the features that transformers may use."""
+"""The base class of all models: initialization, loading, saving, and the features that transformers may use."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from transformers import initialization as init
 
 from .attention import LinearLlama3Attention
 from .configuration import LinearLlama3Config
+from .decoder_layer import LinearLlama3DecoderLayer
 from .hub import staged_save
 from .inputs import check_distribution
-from .layer import LinearLlama3DecoderLayer
 from .llama import HUB_OPTIONS, check_config
 from .mixers import LearnedFeatureMap, LinearAttention
 from .model_card import add_card, provenance
 
 
 class LinearLlama3PreTrainedModel(PreTrainedModel):
-    """Base class of the model and its heads: initialisation, loading, saving, and the features transformers may use."""
+    """Base class of the model and of its heads."""
 
     config: LinearLlama3Config
     config_class = LinearLlama3Config  # transformers reads the annotation, but here it is a string
     base_model_prefix = "model"
     model_tags = ["linear_llama3"]  # noqa: RUF012
     supports_gradient_checkpointing = True
-    provenance: dict[str, Any] | None = None  # what `from_pretrained` knows of it; see model_card.provenance
+    provenance: dict[str, Any] | None = None  # set by `from_pretrained`; see model_card.provenance
     _no_split_modules = ["LinearLlama3DecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
@@ -36,7 +36,7 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = False  # True promises a tensor-parallel plan, on which serving engines rely
     _keep_in_fp32_modules_strict = list(LinearAttention.exact_parameters)  # noqa: RUF012
-    _can_compile_fullgraph = True  # with a static or a CountingCache
+    _can_compile_fullgraph = True  # with a static or a RecurrentCache
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": LinearLlama3DecoderLayer,
         "attentions": LinearLlama3Attention,
@@ -53,7 +53,7 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
 
     @property
     def supports_context_parallel(self) -> bool:
-        """True only while our own sequence parallelism is on, so that any other keeps refusing the model."""
+        """True only while our own sequence parallelism is on, so that others keep refusing the model."""
         return self.base_model.sequence_parallel_context is not None
 
     @classmethod
@@ -68,7 +68,7 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
             if module.mixer.learned_decay:
                 init.constant_(module.decay_bias, self.config.gate_bias_init)
         elif isinstance(module, LearnedFeatureMap):
-            for name, value in module.initial().items():
+            for name, value in module.initial_values().items():
                 init.copy_(getattr(module, name), value)
 
     @classmethod
@@ -78,7 +78,7 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
             config = LinearLlama3Config.from_llama("meta-llama/Llama-3.2-1B", linear_attention_type="gla")
             model = LinearLlama3ForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B", config=config)
 
-        The checkpoint's licence is remembered for the next model card.
+        The checkpoint's license is remembered for the next model card.
 
         Raises:
             ValueError: `config` is of another class or contradicts the checkpoint's config (a config that was read from
@@ -110,7 +110,7 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
         """Like `PreTrainedModel.save_pretrained`; an interrupted save leaves the previous checkpoint intact.
 
         All files are written to a staging folder and moved when they are complete. With `push_to_hub=True`
-        the upload comes before the move. A model card is among them, unless the folder has the user's own.
+        the upload comes before the move. The files include a model card, unless the folder has the user's own.
         """
         save = super().save_pretrained
         # ranks that only take part in a gather write nothing; all write a distributed checkpoint at once
@@ -126,7 +126,7 @@ class LinearLlama3PreTrainedModel(PreTrainedModel):
                 add_card(self, staging, folder.resolve().name)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """transformers' hook in both ways to push. A repository without a card has just been given a placeholder."""
+        """Add our card to every upload (a hook of transformers, which has just added a placeholder card)."""
         if not self._hf_peft_config_loaded:
             add_card(self, Path(working_dir), repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)

@@ -29,7 +29,7 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import TrainerCallback, default_data_collator
 
 from linear_llama3 import LinearLlama3ForCausalLM
-from linear_llama3.sequence_parallel.planner import Costs, load_profile
+from linear_llama3.sequence_parallel.planner import load_profile
 from linear_llama3.sequence_parallel.planner.lengths import read_lengths
 from linear_llama3.trainer import LinearLlama3Trainer
 from linear_llama3.trainer.adaptive.profiling import hardware
@@ -58,10 +58,11 @@ class Watch(TrainerCallback):
 class StaticTrainer(LinearLlama3Trainer):
     """Adaptive groups restricted to one degree, all ranks."""
 
-    def prepare_groups(self) -> None:
-        super().prepare_groups()
-        degree = self.args.world_size
-        self.costs = Costs(by_degree={degree: self.costs.by_degree[degree]}, chunks_per_rank=self.costs.chunks_per_rank)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert self.adaptive_groups is not None
+        degree, costs = self.args.world_size, self.adaptive_groups.costs
+        self.adaptive_groups.costs = replace(costs, by_degree={degree: costs.by_degree[degree]})
 
 
 def documents(count: int, longest: int, vocabulary: int) -> list[dict[str, np.ndarray]]:

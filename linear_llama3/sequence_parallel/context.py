@@ -162,7 +162,7 @@ def enable_sequence_parallel(model: nn.Module, context: SequenceParallelContext 
         ValueError: the model has no layer that supports sequence parallelism, or a head that reads complete sequences.
     """
     for module in model.modules() if context is not None else ():
-        if getattr(module, "needs_whole_sequences", False):
+        if getattr(module, "needs_complete_sequences", False):
             raise ValueError(
                 "under sequence parallelism a rank holds a part of a sequence, got a "
                 f"{type(module).__name__}, whose head reads complete ones; train it data-parallel, with a "

@@ -1,4 +1,4 @@
-"""`linear-llama3 generate` and `chat`, read from standard output: greedy text is that of full forward passes."""
+"""`linear-llama3 generate` and `chat`: greedy text on standard output equals that of complete forward passes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_draws_follow_the_seed_and_top_p(loaded: Loaded) -> None:
 
 
 def test_a_temperature_draws_from_all_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' default of top_k = 50 would leave tokens out; a checkpoint's own top_k stays."""
+    """transformers' default of top_k = 50 would exclude tokens; a checkpoint's own top_k is kept."""
     write_checkpoint(tmp_path)
     given: list[dict[str, Any]] = []
     monkeypatch.setattr(LinearLlama3ForCausalLM, "generate", lambda self, **options: given.append(options) or [[[]]])
@@ -104,5 +104,5 @@ def test_mistakes_end_in_one_line(arguments: list[str], stdin: str | None, messa
 
 
 @pytest.mark.parametrize("option", ["--max-new-tokens=0", "--temperature=-1", "--top-p=1.5", "--seed=x"])
-def test_values_out_of_range(option: str, loaded: Loaded) -> None:
+def test_values_out_of_range_are_refused(option: str, loaded: Loaded) -> None:
     assert run("generate", loaded[0], "a", option).exit_code == 2

@@ -89,7 +89,7 @@ def expected(server: Server, tokens: int, *, chat: bool, messages: list[dict[str
     )
 
 
-def test_a_conversation(server: Server, client: Any) -> None:
+def test_a_chat_completion_equals_complete_forwards(server: Server, client: Any) -> None:
     request = {"model": server.model, "messages": MESSAGES, "max_tokens": 10, "temperature": 0}
     answer = client.chat.completions.create(**request)
     text = expected(server, 10, chat=True)
@@ -98,7 +98,7 @@ def test_a_conversation(server: Server, client: Any) -> None:
     assert len(chunks) > 4 and "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
 
 
-def test_a_completion(server: Server, client: Any) -> None:
+def test_a_completion_equals_complete_forwards(server: Server, client: Any) -> None:
     request = {"model": server.model, "prompt": "the quick", "max_tokens": 12, "temperature": 0}
     text = expected(server, 12, chat=False)
     assert len(text.split()) > 3 and client.completions.create(**request).choices[0].text == text
@@ -121,8 +121,9 @@ def test_another_model_is_refused(server: Server, client: Any) -> None:
     assert "Server is pinned to" in raised.value.response.text
 
 
-def test_transformers_chat_talks_to_it(server: Server, client: Any) -> None:
-    """`transformers chat` gets a prompt, and "no" when it asks whether to continue an answer of 10 tokens."""
+@pytest.mark.slow
+def test_transformers_chat_talks_to_the_server(server: Server, client: Any) -> None:
+    """Answer `transformers chat` with a prompt, and "no" when it asks whether to continue an answer of 10 tokens."""
     line = ["from transformers.cli.transformers import app; app()", "chat", server.model]
     done = subprocess.run(
         [sys.executable, "-c", *line, f"http://localhost:{server.port}", "max_new_tokens=10", "do_sample=False"],
@@ -146,8 +147,8 @@ def run(*arguments: Any) -> Any:
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
-def test_what_the_server_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our class has its name in `transformers` only once the command runs. Continuous batching stays off."""
+def test_options_and_model_class_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our class is an attribute of `transformers` only after the command has run. Continuous batching stays off."""
     serve = pytest.importorskip("transformers.cli.serve")
     transformers = pytest.importorskip("transformers.cli.serving.model_manager").transformers
     given: list[dict[str, Any]] = []
@@ -171,7 +172,7 @@ def test_what_the_server_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert run("serve", tmp_path / "chatty", "--continuous-batching").exit_code == 2
 
 
-def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_models_and_missing_packages_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     LinearLlama3ForMaskedLM(LinearLlama3Config(**SIZES, is_causal=False)).save_pretrained(tmp_path)
     monkeypatch.setattr(serving, "is_serve_available", lambda: True)
     masked = str(run("serve", tmp_path).exception)

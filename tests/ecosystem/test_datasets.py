@@ -1,4 +1,4 @@
-"""Streams of the `datasets` library: every rank of a sequence sees the rows of one process, replicas see others."""
+"""Streams of the `datasets` library: sequence-parallel ranks read the same rows, replicas read different ones."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from datasets import IterableDataset, load_dataset
 
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
 from tests.helpers.checkpoint import TEXTS, load, tokenizer
+from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed
 from tests.helpers.training import SequentialTrainer, arguments, assert_same, outcome, reset_accelerate
 
@@ -44,7 +45,7 @@ def rows(checkpoint: str, folder: str, streaming: bool, seeds: tuple[int, ...]) 
 def train(
     degree: int, checkpoint: str, folder: str, changes: dict[str, Any], streaming: bool, seeds: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Steps of 4 rows; also the first tokens of the rows that this process was given."""
+    """Train with 4 rows per step; record the rows that this process received."""
     reset_accelerate()
     seen: list[list[int]] = []
 
@@ -80,8 +81,8 @@ def run(
     return run_distributed(train, world, degree, str(checkpoint), str(folder), changes, streaming, seeds)
 
 
-@pytest.mark.parametrize("files", [1, 4])
-def test_a_stream_is_the_data_set(files: int, checkpoint: Path, tmp_path: Path) -> None:
+@slow_unless(lambda files: files == 1, files=[1, 4])
+def test_a_stream_trains_like_the_data_set(files: int, checkpoint: Path, tmp_path: Path) -> None:
     write(tmp_path, files)
     (one,) = run(1, 1, checkpoint, tmp_path, streaming=False)
     for world in (1, 2):
@@ -90,9 +91,9 @@ def test_a_stream_is_the_data_set(files: int, checkpoint: Path, tmp_path: Path) 
             assert streamed["seen"] == one["seen"]
 
 
-@pytest.mark.parametrize("files", [1, 4])
+@slow_unless(lambda files: files == 1, files=[1, 4])
 def test_replicas_share_a_stream(files: int, checkpoint: Path, tmp_path: Path) -> None:
-    """Two replicas of two ranks; accelerate deals out whole files where there are enough."""
+    """Two replicas of two ranks; with enough files, accelerate assigns complete files to replicas."""
     write(tmp_path, files)
     (one,) = run(1, 1, checkpoint, tmp_path)
     runs = run(4, 2, checkpoint, tmp_path)
@@ -103,7 +104,8 @@ def test_replicas_share_a_stream(files: int, checkpoint: Path, tmp_path: Path) -
             assert_same(streamed, one, "replicas")
 
 
-def test_a_shuffled_stream(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_shuffled_stream_is_the_same_on_all_ranks(checkpoint: Path, tmp_path: Path) -> None:
     write(tmp_path, 2)
     (one,) = run(1, 1, checkpoint, tmp_path, seeds=(0,))
     assert one["seen"] != run(1, 1, checkpoint, tmp_path)[0]["seen"]
@@ -111,16 +113,17 @@ def test_a_shuffled_stream(checkpoint: Path, tmp_path: Path) -> None:
         assert shuffled["seen"] == one["seen"]
 
 
-@pytest.mark.parametrize("seeds", [(0, 2), (0, 8), (0, 5)], ids=["at once", "from the second batch", "from the third"])
-def test_streams_that_part_are_refused(seeds: tuple[int, ...], checkpoint: Path, tmp_path: Path) -> None:
-    """As without a seed, which lets every process draw its own."""
+@slow_unless(lambda seeds: seeds == (0, 8), seeds=[(0, 2), (0, 8), (0, 5)])
+def test_different_streams_are_refused(seeds: tuple[int, ...], checkpoint: Path, tmp_path: Path) -> None:
+    """The rows differ in the first, second or third batch. Without a seed, every process would draw its own."""
     write(tmp_path, 2)
     for refused in run(2, 2, checkpoint, tmp_path, seeds=seeds):
         assert "must load the same batch" in refused["refused"]
 
 
-def test_streams_that_part_in_a_resume_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    """Already in the first batch of the resumed run."""
+@pytest.mark.slow
+def test_different_streams_after_a_resume_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """The first batch of the resumed run is checked."""
     write(tmp_path, 2)
     run(2, 2, checkpoint, tmp_path, max_steps=1, save_strategy="steps", save_steps=1, seeds=(0,))
     saved = str(tmp_path / "checkpoint-1")
@@ -128,7 +131,7 @@ def test_streams_that_part_in_a_resume_are_refused(checkpoint: Path, tmp_path: P
         assert "must load the same batch" in refused["refused"]
 
 
-def test_a_resumed_stream_goes_on(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_resumed_stream_continues_with_the_next_rows(checkpoint: Path, tmp_path: Path) -> None:
     write(tmp_path, 2)
     (one,) = run(1, 1, checkpoint, tmp_path)
     run(2, 2, checkpoint, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)

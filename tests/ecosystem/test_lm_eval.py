@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a local task: likelihoods and continuations are those of every row alone."""
+"""lm-evaluation-harness on a local task: likelihoods and continuations equal those of every row alone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from tests.helpers.checkpoint import ROOT, load, tokenizer
+from tests.helpers.checkpoint import NEW_TOKENS, QUESTIONS, ROOT, continuations, load, tokenizer
 
 CHOICES = [" x", " x + 1 if x else None", " self"]  # of unlike lengths, so that a batch is padded on the right
-QUESTIONS = ["def f(x):\n    return", "import torch\n\n\ndef train(model):\n    return", "return"]  # and on the left
-NEW_TOKENS = 6
 
 
 def write_tasks(folder: Path) -> None:
@@ -45,7 +43,7 @@ def write_tasks(folder: Path) -> None:
 
 
 def likelihoods(checkpoint: Path) -> list[list[float]]:
-    """Log-probability of every choice after every question, each row alone."""
+    """Return the log-probability of every choice after every question, each row alone."""
     model, words, table = load(checkpoint), tokenizer(checkpoint), []
     for question in QUESTIONS:
         start, table_row = len(words(question)["input_ids"]), []
@@ -58,26 +56,13 @@ def likelihoods(checkpoint: Path) -> list[list[float]]:
     return table
 
 
-def continuations(checkpoint: Path) -> list[str]:
-    """Greedy, by whole forward passes."""
-    model, words, texts = load(checkpoint), tokenizer(checkpoint), []
-    for question in QUESTIONS:
-        ids = words(question, return_tensors="pt")["input_ids"]
-        start = ids.shape[1]
-        for _ in range(NEW_TOKENS):
-            with torch.no_grad():
-                ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-        texts.append(words.decode(ids[0, start:]))
-    return texts
-
-
 def check(samples: dict[str, list[dict[str, Any]]], checkpoint: Path) -> None:
     scores = [[float(choice[0]) for choice in sample["filtered_resps"]] for sample in samples["choose"]]
     assert scores == [pytest.approx(row, rel=1e-5) for row in likelihoods(checkpoint)]
     assert [sample["filtered_resps"][0] for sample in samples["write"]] == continuations(checkpoint)
 
 
-def test_a_model_object(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_object_is_evaluated_as_every_row_alone(checkpoint: Path, tmp_path: Path) -> None:
     write_tasks(tmp_path)
     results = lm_eval.simple_evaluate(
         HFLM(pretrained=load(checkpoint), tokenizer=tokenizer(checkpoint), batch_size=4),
@@ -91,6 +76,7 @@ def test_a_model_object(checkpoint: Path, tmp_path: Path) -> None:
     assert results["results"]["choose"]["acc,none"] == pytest.approx(accuracy)
 
 
+@pytest.mark.slow
 def test_the_command_line_with_trusted_remote_code(checkpoint: Path, tmp_path: Path) -> None:
     """A process that has never imported the package finds it through the checkpoint."""
     write_tasks(tmp_path)

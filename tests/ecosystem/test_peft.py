@@ -9,32 +9,18 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.trainer import LinearLlama3TrainingArguments
+from tests.helpers.adapters import SCALE, adapted, adapters
 from tests.helpers.checkpoint import assert_documents_alone, documents, load, loss_alone
+from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed
 from tests.helpers.training import SequentialTrainer, arguments, outcome, reset_accelerate
 
-SCALE = 2.0  # lora_alpha / r
 LLAMA_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj"]
-
-
-def adapted(folder: str | Path, target_modules: Any = "all-linear") -> PeftModel:
-    """LoRA whose B is not zero, so that A has a gradient from the first step on."""
-    config = LoraConfig(r=4, lora_alpha=4 * SCALE, target_modules=target_modules, task_type="CAUSAL_LM")
-    model = get_peft_model(load(folder), config)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) / 8
-    return model
-
-
-def adapters(model: PeftModel) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize(
@@ -45,8 +31,10 @@ def adapters(model: PeftModel) -> dict[str, Tensor]:
     ],
     ids=["all-linear", "Llama's names"],
 )
-def test_target_modules(target_modules: Any, expected: set[str], checkpoint: Path) -> None:
-    """Linear and softmax layers alike; PEFT knows no default for models of others."""
+def test_target_modules_cover_linear_and_softmax_layers(
+    target_modules: Any, expected: set[str], checkpoint: Path
+) -> None:
+    """PEFT has no default for this model type and asks for target_modules."""
     model = adapted(checkpoint, target_modules)
     layers = {name.split(".layers.")[1].split(".lora_")[0] for name in adapters(model)}
     for index, kind in enumerate(model.config.layer_types):
@@ -58,14 +46,14 @@ def test_target_modules(target_modules: Any, expected: set[str], checkpoint: Pat
 
 
 def test_prefix_tuning_is_refused(checkpoint: Path) -> None:
-    """It hands keys and values to every layer; a state holds none."""
+    """It passes keys and values to every layer, but a state has none."""
     model = get_peft_model(load(checkpoint), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     with pytest.raises(ValueError, match="layer 0 is linear and keeps a state"):
         model(documents(checkpoint)[0][None])
 
 
 def merged_by_hand(folder: Path, lora: PeftModel) -> LinearLlama3ForCausalLM:
-    """The checkpoint with W + s B A in place of every adapted W."""
+    """Return the checkpoint with W + s B A in place of every adapted W."""
     plain = load(folder).to(lora.dtype)
     matrices = adapters(lora)
     with torch.no_grad():
@@ -129,7 +117,7 @@ def test_train_save_load_merge(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def fine_tune(checkpoint: str, folder: str, checkpointing: bool) -> dict[str, Any]:
-    """Two steps of gradient descent on all documents in one packed row, every process with a part of it."""
+    """Take two steps of gradient descent on all documents in one packed row, sharded over the processes."""
     reset_accelerate()
     rows = documents(checkpoint)
     ids = torch.cat(rows)
@@ -144,10 +132,13 @@ def fine_tune(checkpoint: str, folder: str, checkpointing: bool) -> dict[str, An
     return outcome(trainer)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("world", [1, 2])
-def test_sequence_parallel_training(world: int, checkpointing: bool, checkpoint: Path, tmp_path: Path) -> None:
-    runs = run_distributed(fine_tune, world, str(checkpoint), str(tmp_path), checkpointing)
+@slow_unless(
+    lambda world_size, checkpointing: world_size == 2 and checkpointing, world_size=[1, 2], checkpointing=[False, True]
+)
+def test_sequence_parallel_training_equals_documents_alone(
+    world_size: int, checkpointing: bool, checkpoint: Path, tmp_path: Path
+) -> None:
+    runs = run_distributed(fine_tune, world_size, str(checkpoint), str(tmp_path), checkpointing)
     assert_documents_alone(runs, adapted(checkpoint), documents(checkpoint), learning_rate=0.05)
     base = load(checkpoint)
     for run in runs:

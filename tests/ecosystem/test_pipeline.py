@@ -1,4 +1,4 @@
-"""transformers' `text-generation` pipeline: prompts batched with padding on the left are continued as alone."""
+"""transformers' `text-generation` pipeline: left-padded batches of prompts are continued like each prompt alone."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import pipeline
 
-from tests.ecosystem.test_lm_eval import NEW_TOKENS, QUESTIONS, continuations
-from tests.helpers.checkpoint import ROOT, load, tokenizer
+from tests.helpers.checkpoint import NEW_TOKENS, QUESTIONS, ROOT, continuations, load, tokenizer
 
 NEVER_IMPORTED = """
 import json, sys
@@ -24,7 +24,7 @@ print(json.dumps([texts[0]["generated_text"] for texts in generator(questions, *
 OPTIONS = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "batch_size": len(QUESTIONS), "return_full_text": False}
 
 
-def test_a_model_object(checkpoint: Path) -> None:
+def test_a_model_object_continues_a_batch_like_each_prompt(checkpoint: Path) -> None:
     generator: Any = pipeline("text-generation", model=load(checkpoint), tokenizer=tokenizer(checkpoint), device="cpu")
     expected = continuations(checkpoint)
     assert [texts[0]["generated_text"] for texts in generator(QUESTIONS, **OPTIONS)] == expected
@@ -32,6 +32,7 @@ def test_a_model_object(checkpoint: Path) -> None:
     assert [texts[0]["generated_text"] for texts in alone] == expected
 
 
+@pytest.mark.slow
 def test_a_folder_with_trusted_remote_code(checkpoint: Path, tmp_path: Path) -> None:
     """A process that has never imported the package finds it through the checkpoint."""
     command = [sys.executable, "-c", NEVER_IMPORTED, str(checkpoint), json.dumps(OPTIONS), json.dumps(QUESTIONS)]

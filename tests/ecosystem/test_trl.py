@@ -1,5 +1,5 @@
-"""TRL's SFTTrainer, alone and with sequence parallelism: padded, packed and padding-free batches are the same
-training, that of every document alone."""
+"""TRL's SFTTrainer, alone and with sequence parallelism: training on padded, packed and padding-free batches equals
+training on every document alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.trainer import SequenceParallelMixin
-from tests.ecosystem.test_peft import adapted
+from tests.helpers.adapters import adapted
 from tests.helpers.checkpoint import TEXTS, assert_documents_alone, documents, load, loss_alone, tokenizer
+from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed
 from tests.helpers.training import outcome, reset_accelerate
 
@@ -28,7 +29,7 @@ BATCHES: dict[str, dict[str, Any]] = {
 
 
 class ShardedSFTTrainer(SequenceParallelMixin, SFTTrainer):
-    """As the README writes it."""
+    """The class in the documentation."""
 
 
 def fine_tune(
@@ -76,7 +77,7 @@ def fine_tune(
 
 
 def assert_right(runs: list[dict[str, Any]], checkpoint: Path, batches: str, *, lora: bool = False) -> None:
-    """Evaluation and training are those of documents alone."""
+    """Evaluation and training equal those of documents alone."""
     model, rows = (adapted if lora else load)(checkpoint), documents(checkpoint)
     lengths = [len(row) for row in rows]
     for run in runs:
@@ -87,8 +88,8 @@ def assert_right(runs: list[dict[str, Any]], checkpoint: Path, batches: str, *, 
         assert run["eval"][1] == pytest.approx(loss_alone(model, rows).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("batches", ["padded", "packing", "padding-free"])
-def test_sft_trainer(batches: str, checkpoint: Path, tmp_path: Path) -> None:
+@slow_unless(lambda batches: batches == "packing", batches=["padded", "packing", "padding-free"])
+def test_sft_trainer_equals_documents_alone(batches: str, checkpoint: Path, tmp_path: Path) -> None:
     runs = run_distributed(fine_tune, 1, str(checkpoint), str(tmp_path), batches)
     assert_right(runs, checkpoint, batches)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -98,18 +99,22 @@ def test_sft_trainer(batches: str, checkpoint: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("batches", "checkpointing", "lora"),
-    [("padded", True, False), ("padding-free", False, False), ("packed before", True, True)],
+    [
+        ("padded", True, False),
+        pytest.param("padding-free", False, False, marks=pytest.mark.slow),
+        ("packed before", True, True),
+    ],
     ids=["padded, checkpointing", "padding-free", "packed before, checkpointing, LoRA"],
 )
-def test_sequence_parallel_sft_trainer(
+def test_sequence_parallel_sft_trainer_equals_documents_alone(
     batches: str, checkpointing: bool, lora: bool, checkpoint: Path, tmp_path: Path
 ) -> None:
     runs = run_distributed(fine_tune, 2, str(checkpoint), str(tmp_path), batches, True, checkpointing, lora)
     assert_right(runs, checkpoint, batches, lora=lora)
 
 
-@pytest.mark.parametrize("batches", ["padded", "padding-free"])
-def test_metrics_are_those_of_one_process(batches: str, checkpoint: Path, tmp_path: Path) -> None:
+@slow_unless(lambda batches: batches == "padding-free", batches=["padded", "padding-free"])
+def test_metrics_equal_those_of_one_process(batches: str, checkpoint: Path, tmp_path: Path) -> None:
     (one,) = run_distributed(fine_tune, 1, str(checkpoint), str(tmp_path), batches)
     assert len(one["metrics"]) == 2 and 0 < one["metrics"][0][0] < one["metrics"][1][0]
     for run in run_distributed(fine_tune, 2, str(checkpoint), str(tmp_path), batches, True):
@@ -117,6 +122,7 @@ def test_metrics_are_those_of_one_process(batches: str, checkpoint: Path, tmp_pa
             assert got == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_mixin_changes_nothing_on_one_process(checkpoint: Path, tmp_path: Path) -> None:
     runs = run_distributed(fine_tune, 1, str(checkpoint), str(tmp_path), "packing", True)
     assert_right(runs, checkpoint, "packing")
@@ -131,6 +137,6 @@ def refusal(checkpoint: str, folder: str) -> str:
 
 
 def test_trl_refuses_its_own_packing_under_sequence_parallelism(checkpoint: Path, tmp_path: Path) -> None:
-    """It knows accelerate's way only; what remains is to pack before, as above."""
+    """Rows have to be packed before, as above."""
     for message in run_distributed(refusal, 2, str(checkpoint), str(tmp_path)):
         assert "Packing is not compatible with context parallelism" in message

@@ -1,4 +1,4 @@
-"""A checkpoint as the quickstart leaves it, only tiny, and the documents that the tools are fed with."""
+"""A tiny checkpoint made by the quickstart's script and recipe, and the texts for the tools that load it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ from linear_llama3.trainer.__main__ import main
 ROOT = Path(__file__).parents[2]
 SENTENCE = "You may add Your own copyright statement to Your modifications.\n"
 TEXTS = [f"{i}. {SENTENCE}" * n for i, n in enumerate((3, 1, 4, 1, 2, 2, 1, 4))]  # at most 60 tokens each
+QUESTIONS = [
+    "def f(x):\n    return",
+    "import torch\n\n\ndef train(model):\n    return",
+    "return",
+]  # of unlike lengths: padded
+NEW_TOKENS = 6
 
 
 def quickstart(folder: str) -> None:
-    """Tokenizer and training by the quickstart's own script and recipe, on a text that stays as it is; weights large
-    enough to tell layers apart."""
+    """Train tokenizer and model with the quickstart's script and recipe, on a fixed text and with weights large enough
+    to tell layers apart."""
     train_tokenizer = runpy.run_path(str(ROOT / "scripts" / "quickstart_data.py"))["train_tokenizer"]
     train_tokenizer([ROOT / "LICENSE"], Path(folder) / "tokenizer")
     model = {"hidden_size": 32, "intermediate_size": 48, "initializer_range": 0.2, "gate_bias_init": -3.0}
@@ -34,22 +40,36 @@ def quickstart(folder: str) -> None:
 
 
 def load(folder: str | Path) -> LinearLlama3ForCausalLM:
-    """The model in evaluation mode."""
+    """Load the model in evaluation mode."""
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer."""
     return AutoTokenizer.from_pretrained(folder)
 
 
 def documents(folder: str | Path) -> list[Tensor]:
-    """`TEXTS` as tokens `[T]`, each closed by the end-of-sequence token."""
+    """Return `TEXTS` as tokens `[T]`, each with the end-of-sequence token at its end."""
     words = tokenizer(folder)
     return [words(text + words.eos_token, return_tensors="pt")["input_ids"][0] for text in TEXTS]
 
 
+def continuations(checkpoint: Path) -> list[str]:
+    """Return greedy continuations of `QUESTIONS`, with a forward pass over the complete text for each token."""
+    model, words, texts = load(checkpoint), tokenizer(checkpoint), []
+    for question in QUESTIONS:
+        ids = words(question, return_tensors="pt")["input_ids"]
+        start = ids.shape[1]
+        for _ in range(NEW_TOKENS):
+            with torch.no_grad():
+                ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        texts.append(words.decode(ids[0, start:]))
+    return texts
+
+
 def loss_alone(model: torch.nn.Module, rows: list[Tensor]) -> Tensor:
-    """The mean over all targets of the documents, each of which the model sees alone."""
+    """Return the mean loss over all targets of documents, with a forward pass for each document."""
     losses = [F.cross_entropy(model(row[None]).logits[0, :-1], row[1:], reduction="sum") for row in rows]
     return torch.stack(losses).sum() / sum(len(row) - 1 for row in rows)
 
@@ -57,10 +77,12 @@ def loss_alone(model: torch.nn.Module, rows: list[Tensor]) -> Tensor:
 def assert_documents_alone(
     runs: list[dict[str, Any]], model: torch.nn.Module, rows: list[Tensor], learning_rate: float
 ) -> None:
-    """Every rank's losses, gradient norms and parameters, all in float32, are those of gradient descent on `loss_alone`
-    in float64 from `model`, which is taken along. Parameters may be off by half a unit in the last place for each step:
+    """Compare every rank's losses, gradient norms and parameters (float32) with gradient descent on `loss_alone`.
+
+    The reference runs in float64 and changes `model`. Parameters may be off by half a unit in the last place per step:
     a decay's bias near -3 is updated by as little as 2,000 such units. The norm of the second gradient follows from
-    rounded parameters."""
+    rounded parameters.
+    """
     model.double()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in parameters.items()}

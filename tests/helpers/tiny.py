@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
+from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM
 
 MIXER_NAMES = ("basic", "lightning", "retention", "gla", "based", "rebased")
+BIDIRECTIONAL_MIXERS = ("basic", "based", "rebased")  # those without a decay
 VOCAB = 61
 SIZES = {
     "vocab_size": VOCAB,
@@ -25,21 +26,32 @@ SIZES = {
 
 
 def tiny_config(mixer: str = "gla", **fields: Any) -> LinearLlama3Config:
-    """LSLS of one mixer; `full_attention_interval=0` makes it purely linear, 1 purely softmax."""
+    """Return a config with layers LNLN of one mixer; `full_attention_interval=0`: all linear, 1: all softmax."""
     return LinearLlama3Config(**{**SIZES, "linear_attention_type": mixer, "full_attention_interval": 2, **fields})
 
 
 def tiny_model(mixer: str = "gla", *, seed: int = 0, **fields: Any) -> LinearLlama3ForCausalLM:
-    """In evaluation mode, with weights large enough that every layer matters and a decay that is felt."""
+    """Return a model in evaluation mode, with weights and decays that are large enough to matter in every layer."""
     torch.manual_seed(seed)
     fields = {"initializer_range": 0.3, "gate_bias_init": -3.0, **fields}
     return LinearLlama3ForCausalLM(tiny_config(mixer, **fields)).eval()
 
 
+def bidirectional_config(mixer: str = "basic", **fields: Any) -> LinearLlama3Config:
+    return tiny_config(mixer, is_causal=False, **{"initializer_range": 0.3, **fields})
+
+
+def tiny_masked_lm(mixer: str = "basic", **fields: Any) -> LinearLlama3ForMaskedLM:
+    """Return a bidirectional model in evaluation mode."""
+    torch.manual_seed(0)
+    return LinearLlama3ForMaskedLM(bidirectional_config(mixer, **fields)).eval()
+
+
 def tokens(batch: int, length: int, *, seed: int = 1) -> Tensor:
-    """Random ids `[batch, length]` without the special ones."""
+    """Return random ids `[batch, length]` without special tokens."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return copies of all gradients by parameter name."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

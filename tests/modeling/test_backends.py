@@ -13,17 +13,25 @@ from transformers.masking_utils import sdpa_mask
 
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.modeling import inputs
+from tests.helpers.generation import feed, generate
 from tests.helpers.marks import needs_cxx
 from tests.helpers.tiny import MIXER_NAMES, gradients, tiny_model, tokens
-from tests.modeling.test_generation import feed, generate
 
 PADDED = torch.tensor([[0] * 4 + [1] * 11, [1] * 15])
 PACKED = torch.tensor([[*range(5), *range(10)], [*range(12), *range(3)]])
 
 
-@pytest.mark.parametrize("implementation", ["eager", pytest.param("flex_attention", marks=needs_cxx)])
+@pytest.mark.parametrize(
+    ("implementation", "stance"),
+    [
+        ("eager", "default"),
+        ("flex_attention", "force_eager"),
+        pytest.param("flex_attention", "default", marks=[needs_cxx, pytest.mark.slow]),
+    ],
+    ids=["eager", "flex-uncompiled", "flex-compiled"],
+)
 @torch.no_grad()
-def test_logits(implementation: str) -> None:
+def test_logits_of_all_backends_agree(implementation: str, stance: str) -> None:
     model, x = tiny_model(num_hidden_layers=2), tokens(2, 15)
     assert model.config._attn_implementation == "sdpa"
 
@@ -33,21 +41,22 @@ def test_logits(implementation: str) -> None:
     expected = padded_and_packed()
     model.set_attn_implementation(implementation)
     assert model.config._attn_implementation == implementation
-    for got, want in zip(padded_and_packed(), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    with torch.compiler.set_stance(stance):
+        for got, want in zip(padded_and_packed(), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
-def test_text_of_eager_and_sdpa() -> None:
+def test_generated_text_of_eager_and_sdpa_agrees() -> None:
     model, x = tiny_model(), tokens(2, 7)
     expected = generate(model, x)
     model.set_attn_implementation("eager")
     assert torch.equal(generate(model, x), expected)
 
 
-def test_gradients_of_eager_and_sdpa() -> None:
+def test_gradients_of_eager_and_sdpa_agree() -> None:
     model, x = tiny_model(), tokens(2, 15)
     labels, results = x.masked_fill(PADDED == 0, -100), {}
-    labels[0, 4] = -100  # padding would predict it
+    labels[0, 4] = -100  # its predecessor is padding
     for name in ("eager", "sdpa"):
         model.set_attn_implementation(name)
         model.zero_grad()
@@ -57,8 +66,8 @@ def test_gradients_of_eager_and_sdpa() -> None:
         torch.testing.assert_close(results["sdpa"][name], want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
 
 
-def test_masks_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For all layers of a kind; masks that are given are used as they are."""
+def test_masks_are_made_once_per_layer_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks that the caller prepared are used as they are."""
     calls = []
     for name in ("create_causal_mask", "create_recurrent_attention_mask"):
         make = getattr(inputs, name)
@@ -74,8 +83,8 @@ def test_masks_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not calls
 
 
-@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens_q"])
-def test_packing_reaches_the_attention_as_flash_attention_wants_it(told_by: str) -> None:
+@pytest.mark.parametrize("description", ["position_ids", "cu_seq_lens_q"])
+def test_packing_reaches_the_attention_as_flash_attention_wants_it(description: str) -> None:
     seen: dict[str, Any] = {}
 
     def spy(*args: Any, **kwargs: Any) -> Any:
@@ -86,8 +95,8 @@ def test_packing_reaches_the_attention_as_flash_attention_wants_it(told_by: str)
     AttentionMaskInterface.register("spy", sdpa_mask)
     model, edges = tiny_model(), [0, 5, 15, 27, 30]
     model.set_attn_implementation("spy")
-    told = {"position_ids": PACKED} if told_by == "position_ids" else {told_by: torch.tensor(edges)}
-    model(tokens(2, 15), **told)
+    given = {"position_ids": PACKED} if description == "position_ids" else {description: torch.tensor(edges)}
+    model(tokens(2, 15), **given)
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         assert seen[name].dtype == torch.int32 and seen[name].tolist() == edges
     assert seen["max_length_q"] == seen["max_length_k"] == 12

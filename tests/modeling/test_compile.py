@@ -1,4 +1,4 @@
-"""`torch.compile`: the decoding step is one graph, compiled once for all positions; so is a training step."""
+"""`torch.compile`: a decoding step is one graph, compiled once for all positions; so is a training step."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
 from linear_llama3 import LinearLlama3ForCausalLM
-from linear_llama3.modeling import CountingCache
-from tests.helpers.marks import needs_cxx
+from linear_llama3.modeling import RecurrentCache
+from tests.helpers.generation import generate
+from tests.helpers.marks import needs_cxx, slow_unless
 from tests.helpers.tiny import MIXER_NAMES, gradients, tiny_model, tokens
-from tests.modeling.test_generation import generate
 
 
 @pytest.fixture(autouse=True)
@@ -26,26 +26,27 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def small_model(mixer: str, interval: int) -> LinearLlama3ForCausalLM:
-    """A linear layer, and a softmax layer behind it where there is any: compiling takes long."""
+    """Return a model with one layer of each kind: compiling takes long."""
     return tiny_model(mixer, full_attention_interval=interval, num_hidden_layers=interval or 1)
 
 
 def make_cache(model: LinearLlama3ForCausalLM) -> Any:
     if model.config.has_softmax_layers:
         return StaticCache(config=model.config, max_cache_len=16)
-    return CountingCache(model.config)
+    return RecurrentCache(model.config)
 
 
 @pytest.mark.parametrize(
     ("mixer", "interval", "backend"),
     [
-        *((mixer, 2, "aot_eager") for mixer in MIXER_NAMES),
+        ("gla", 2, "aot_eager"),
         ("retention", 0, "aot_eager"),
-        pytest.param("gla", 2, "inductor", marks=needs_cxx),
+        *(pytest.param(mixer, 2, "aot_eager", marks=pytest.mark.slow) for mixer in MIXER_NAMES if mixer != "gla"),
+        pytest.param("gla", 2, "inductor", marks=[needs_cxx, pytest.mark.slow]),
     ],
 )
 @torch.no_grad()
-def test_decoding_step(mixer: str, interval: int, backend: str) -> None:
+def test_decoding_step_is_one_graph_for_all_positions(mixer: str, interval: int, backend: str) -> None:
     model, x = small_model(mixer, interval), tokens(2, 16)
     counter = CompileCounterWithBackend(backend)
     step = torch.compile(model, backend=counter, fullgraph=True)
@@ -59,11 +60,16 @@ def test_decoding_step(mixer: str, interval: int, backend: str) -> None:
 
 @pytest.mark.parametrize(
     ("interval", "padding", "prefill_chunk_size", "graphs"),
-    [(2, 0, None, 1), (0, 2, None, 1), (2, 2, 4, 3), (0, 0, 4, 3)],
+    [
+        (2, 0, None, 1),
+        (0, 2, None, 1),
+        pytest.param(2, 2, 4, 3, marks=pytest.mark.slow),
+        pytest.param(0, 0, 4, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_generate_compiles_once(interval: int, padding: int, prefill_chunk_size: int | None, graphs: int) -> None:
-    """As on a GPU, where `generate` compiles on its own: the step, and of a chunked prefill the first and the later
-    chunks. Another prompt compiles nothing."""
+    """`generate` compiles the decoding step, and the first and the later chunks of a chunked prefill, as it does on a
+    GPU. A second prompt compiles nothing."""
     model = small_model("gla", interval)
     assert model._can_compile_fullgraph
     settings = CompileConfig(fullgraph=True, mode=None, backend="aot_eager")
@@ -82,8 +88,8 @@ def test_generate_compiles_once(interval: int, padding: int, prefill_chunk_size:
         assert counters["stats"]["unique_graphs"] == graphs
 
 
-@pytest.mark.parametrize("mixer", MIXER_NAMES)
-def test_training_step(mixer: str) -> None:
+@slow_unless(lambda mixer: mixer == "gla", mixer=MIXER_NAMES)
+def test_training_step_is_one_graph(mixer: str) -> None:
     model, x = small_model(mixer, 2).train(), tokens(2, 50)
     model(x, labels=x).loss.backward()
     expected = gradients(model)

@@ -1,4 +1,4 @@
-"""The config: patterns of layers, derived sizes, and what it refuses."""
+"""The configuration: layer patterns, derived sizes, and errors for fields that do not fit."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.helpers.tiny import SIZES, tiny_config
     ("interval", "pattern"),
     [(4, "LLLSLLLS"), (2, "LSLSLSLS"), (1, "SSSSSSSS"), (0, "LLLLLLLL"), (None, "LLLLLLLL")],
 )
-def test_layer_pattern(interval: int | None, pattern: str) -> None:
+def test_layers_follow_the_interval(interval: int | None, pattern: str) -> None:
     config = tiny_config(num_hidden_layers=8, full_attention_interval=interval)
     names = {"L": "linear_attention", "S": "full_attention"}
     assert config.layer_types == [names[letter] for letter in pattern]
     assert config.has_softmax_layers == ("S" in pattern)
 
 
-def test_given_layer_types_win_over_the_interval() -> None:
+def test_layer_types_take_precedence_over_the_interval() -> None:
     layer_types = ["full_attention", "linear_attention"]
     assert tiny_config(num_hidden_layers=2, layer_types=layer_types).layer_types == layer_types
 
@@ -51,7 +51,7 @@ LLAMA3_SCALING = {
 
 @pytest.mark.parametrize("scaling", [None, LLAMA3_SCALING, {"type": "linear", "factor": 2.0}], ids=str)
 def test_old_rope_fields_are_accepted(scaling: dict[str, Any] | None, tmp_path: Path) -> None:
-    """Also out of a config.json; the table is that of Llama with the same fields."""
+    """The table equals that of Llama with the same fields, also after reading a config.json."""
     old = {"rope_theta": 10000.0, "rope_scaling": scaling}
     config = tiny_config(**old)
     assert config.rope_parameters["rope_theta"] == 10000.0
@@ -102,13 +102,13 @@ def test_json_round_trip(tmp_path: Path) -> None:
         ({"linear_use_rope": True, "linear_key_head_dim": 4}, "must be head_dim, got 4 features .of 4. and 8"),
     ],
 )  # fmt: skip
-def test_wrong_values(fields: dict[str, Any], message: str) -> None:
+def test_wrong_values_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_config(**fields)
 
 
 def test_changes_of_a_saved_config_fit_together(tmp_path: Path) -> None:
-    """transformers sets them on the finished config, where layer_types would silently win over the interval."""
+    """transformers sets changes on the finished config, where layer_types would silently override the interval."""
     LinearLlama3Config(num_hidden_layers=4, full_attention_interval=4).save_pretrained(tmp_path)
     linear, full = "linear_attention", "full_attention"
     changed, unused = LinearLlama3Config.from_pretrained(
@@ -124,13 +124,13 @@ def test_changes_of_a_saved_config_fit_together(tmp_path: Path) -> None:
         LinearLlama3Config.from_pretrained(tmp_path, num_hidden_layers=8)
 
 
-def test_wrong_type() -> None:
+def test_wrong_types_are_refused() -> None:
     with pytest.raises(StrictDataclassError, match="linear_output_gate"):
         tiny_config(linear_output_gate="yes")
 
 
 @pytest.mark.parametrize("other", [LlamaConfig(vocab_size=8), GPT2Config(vocab_size=8)])
-def test_checkpoint_of_another_model(other: Any, tmp_path: Path) -> None:
+def test_a_config_of_another_model_is_refused(other: Any, tmp_path: Path) -> None:
     other.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"must be 'linear_llama3', got '{other.model_type}'"):
         LinearLlama3ForCausalLM.from_pretrained(tmp_path)

@@ -1,7 +1,7 @@
-"""The model under a sequence-parallel context: what it hands over, and what it refuses.
+"""The model under a sequence-parallel context: the arguments that reach the layers, and errors for wrong inputs.
 
-A group of one stands in for the real context, so that its results must be the model's own. What the
-strategies exchange is tested in tests/sequence_parallel.
+A group of one rank replaces the real context, so the results must equal the model's own. Communication is tested in
+tests/sequence_parallel.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.helpers.tiny import MIXER_NAMES, VOCAB, gradients, tiny_model, tokens
 
 
 class OneRank:
-    """A context of one rank, with softmax attention written out."""
+    """A context of one rank, with its own softmax attention."""
 
     rank = 0
     layout = "contiguous"
@@ -85,7 +85,9 @@ def batch(documents: list[int] | None = None) -> dict[str, Tensor]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("documents", [None, [5, 8, 11]])
 @pytest.mark.parametrize("mixer", MIXER_NAMES)
-def test_one_rank_is_the_model(context: OneRank, mixer: str, documents: list[int] | None, checkpointing: bool) -> None:
+def test_one_rank_equals_the_plain_model(
+    context: OneRank, mixer: str, documents: list[int] | None, checkpointing: bool
+) -> None:
     model = tiny_model(mixer).train()
     plain = model(**batch(documents), num_items_in_batch=23)
     plain.loss.backward()
@@ -124,7 +126,7 @@ def test_a_shard_without_labels_has_loss_zero(context: OneRank) -> None:
     ("change", "message"),
     [
         ({"position_ids": None}, "own position_ids, got none; call context.shard_batch"),
-        ({"position_ids": torch.arange(24)[None] % 12}, "told by cu_seq_lens_q of the whole sequence"),
+        ({"position_ids": torch.arange(24)[None] % 12}, "described by cu_seq_lens_q of the complete sequence"),
         (
             {"seq_idx": torch.zeros(1, 24).int()},
             "of the complete sequence, got seq_idx; call context.shard_batch",
@@ -136,7 +138,7 @@ def test_a_shard_without_labels_has_loss_zero(context: OneRank) -> None:
         ({"output_attentions": True}, "got output_attentions=True"),
     ],
 )
-def test_refused_inputs(context: OneRank, change: dict[str, Any], message: str) -> None:
+def test_inputs_that_are_not_a_shard_are_refused(context: OneRank, change: dict[str, Any], message: str) -> None:
     model = tiny_model(attn_implementation="eager")
     enable(model, context)
     model(**batch(), num_items_in_batch=23)
@@ -144,7 +146,7 @@ def test_refused_inputs(context: OneRank, change: dict[str, Any], message: str) 
         model(**{**batch(), "num_items_in_batch": 23, **change})
 
 
-def test_refused_cache_generation_and_dropout(context: OneRank) -> None:
+def test_cache_generation_and_dropout_are_refused(context: OneRank) -> None:
     model = tiny_model(attention_dropout=0.1)
     cache = model(tokens(1, 4)).past_key_values
     enable(model, context)
@@ -165,7 +167,7 @@ def test_rope_that_depends_on_the_length_is_refused(context: OneRank) -> None:
         model(**batch(), num_items_in_batch=23)
 
 
-def test_no_cache_by_default(context: OneRank) -> None:
+def test_there_is_no_cache_by_default(context: OneRank) -> None:
     model = tiny_model()
     enable(model, context)
     out = model(**batch(), num_items_in_batch=23)

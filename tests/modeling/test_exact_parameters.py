@@ -1,4 +1,4 @@
-"""The bias of a learned decay stays float32 in 16-bit models, which would round its updates away."""
+"""The bias of a learned decay stays float32 in 16-bit models, where rounding would remove its updates."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_sixteen_bits_leave_the_bias_exact(tmp_path: Path, way: str) -> None:
     assert out.logits.dtype in others and all(bias.grad.dtype == torch.float32 for bias in biases(model))
 
 
-def test_casts_of_a_model_with_gradients() -> None:
+def test_casts_keep_gradients_and_values() -> None:
     model = with_bias()
     model(tokens(1, 9), labels=tokens(1, 9)).loss.backward()
     before = [bias.grad.clone() for bias in biases(model)]
@@ -110,7 +110,7 @@ def train_under_fsdp(dtype: torch.dtype) -> float:
     return max(float((bias.full_tensor() - BIAS).abs().max()) for bias in biases(model))
 
 
-def test_fsdp_with_mixed_precision() -> None:
+def test_fsdp_with_mixed_precision_updates_the_bias() -> None:
     for moved in run_distributed(train_under_fsdp, 2, torch.float32):
         assert 1e-3 < moved < 2.1e-3
 

@@ -1,4 +1,4 @@
-"""Caches and generation: every way of feeding the tokens gives what the whole sequence at once gives."""
+"""Caches and generation: tokens fed in pieces give the results of the complete sequence at once."""
 
 from __future__ import annotations
 
@@ -6,28 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from linear_llama3 import LinearLlama3ForCausalLM
-from tests.helpers.tiny import MIXER_NAMES, VOCAB, tiny_model, tokens
-
-KINDS = [(mixer, 2) for mixer in MIXER_NAMES] + [(mixer, 0) for mixer in MIXER_NAMES]
-
-
-def feed(model: LinearLlama3ForCausalLM, x: Tensor, pieces: list[int], **kwargs: Any) -> tuple[Tensor, Any]:
-    """Logits and cache of `x` fed in pieces."""
-    cache, logits, start = None, [], 0
-    mask = kwargs.pop("attention_mask", None)
-    for length in pieces:
-        part_mask = None if mask is None else mask[:, : start + length]
-        out = model(x[:, start : start + length], past_key_values=cache, attention_mask=part_mask, use_cache=True)
-        cache, start = out.past_key_values, start + length
-        logits.append(out.logits)
-    return torch.cat(logits, 1), cache
+from tests.helpers.generation import MODELS, feed, generate, greedy
+from tests.helpers.tiny import VOCAB, tiny_model, tokens
 
 
 @pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 1, 1, 4], [7, 5]], ids=["one", "prefill-decode", "chunks"])
-@pytest.mark.parametrize(("mixer", "interval"), KINDS)
+@pytest.mark.parametrize(("mixer", "interval"), MODELS)
 @torch.no_grad()
 def test_cached_equals_uncached(mixer: str, interval: int, pieces: list[int]) -> None:
     model = tiny_model(mixer, full_attention_interval=interval)
@@ -76,26 +61,13 @@ def test_reset_and_reorder(interval: int) -> None:
         torch.testing.assert_close(model(x, past_key_values=cache).logits, model(x).logits)
 
 
-@torch.no_grad()
-def greedy(model: LinearLlama3ForCausalLM, x: Tensor, steps: int) -> Tensor:
-    for _ in range(steps):
-        x = torch.cat([x, model(x, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-    return x
-
-
-@pytest.mark.parametrize(("mixer", "interval"), KINDS)
-def test_greedy(mixer: str, interval: int) -> None:
+@pytest.mark.parametrize(("mixer", "interval"), MODELS)
+def test_greedy_text_equals_that_of_complete_forwards(mixer: str, interval: int) -> None:
     model = tiny_model(mixer, full_attention_interval=interval)
     x = tokens(2, 7)
     expected = greedy(model, x, 8)
     for options in ({}, {"use_cache": False}, {"prefill_chunk_size": 3}, {"prefill_chunk_size": 1}):
         assert torch.equal(generate(model, x, **options), expected), options
-
-
-def generate(model: LinearLlama3ForCausalLM, x: Tensor, **options: Any) -> Tensor:
-    defaults = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    mask = options.pop("attention_mask", torch.ones_like(x))
-    return model.generate(x, attention_mask=mask, **{**defaults, **options})
 
 
 @pytest.mark.parametrize("prefill_chunk_size", [None, 1, 4])
@@ -186,7 +158,7 @@ def test_a_seed_fixes_the_samples() -> None:
 
 
 def test_beam_search_finds_the_best_continuation() -> None:
-    """As many beams as there are first tokens: the best of all pairs, here found by trying each."""
+    """With one beam for each first token, the result is the best of all pairs, found here by trying each."""
     model, x = tiny_model("gla", full_attention_interval=2), tokens(1, 6)
     pairs = torch.cartesian_prod(torch.arange(VOCAB), torch.arange(VOCAB))
     with torch.no_grad():

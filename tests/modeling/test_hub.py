@@ -1,4 +1,4 @@
-"""Hub folders: who can load them, what is uploaded, and whose model card it is. Nothing here needs a network."""
+"""Hub folders: loading with and without the package, uploads, and model cards, without network access."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ for folder in (plain, shim):  # imported
 """
 
 
-def test_loading_table(tmp_path: Path) -> None:
+def test_loading_with_and_without_package_shim_and_trust(tmp_path: Path) -> None:
     """Package not installed, installed, imported; folder with and without shim; with and without trust. And what was
     loaded through the shim is saved as it was, so that it loads as before."""
     tiny_model().save_pretrained(tmp_path / "shim")
@@ -126,7 +126,7 @@ def test_loading_table(tmp_path: Path) -> None:
 
 
 def test_remote_code_registration_changes_nothing(tmp_path: Path) -> None:
-    """transformers calls this on what it loads through auto_map; the next save must still write the shim."""
+    """transformers calls this on classes loaded through auto_map; the next save must still write the shim."""
     LinearLlama3Config.register_for_auto_class()
     LinearLlama3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     tiny_model().save_pretrained(tmp_path)
@@ -134,13 +134,13 @@ def test_remote_code_registration_changes_nothing(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
-def test_config_alone(tmp_path: Path) -> None:
+def test_a_saved_config_has_the_shim(tmp_path: Path) -> None:
     tiny_config("lightning").save_pretrained(tmp_path)
     assert names(tmp_path) == ["config.json", "linear_llama3_hub.py"]
     assert type(AutoConfig.from_pretrained(tmp_path)) is LinearLlama3Config
 
 
-def test_saved_card(tmp_path: Path) -> None:
+def test_a_saved_model_has_a_valid_card(tmp_path: Path) -> None:
     model = tiny_model("gla")
     model.save_pretrained(tmp_path / "my-model")
     card = ModelCard.load(tmp_path / "my-model" / "README.md")
@@ -172,8 +172,8 @@ def test_every_head_has_its_card(auto_class: str, tmp_path: Path) -> None:
     assert type(getattr(transformers, auto_class).from_pretrained(tmp_path / "x")) is type(model)
 
 
-def test_whose_card_is_replaced(tmp_path: Path) -> None:
-    """A save replaces its own card and transformers' placeholder; not a user's, not a run's, even if undecodable."""
+def test_only_generated_cards_are_replaced(tmp_path: Path) -> None:
+    """A save replaces its own card and transformers' placeholder, but neither a user's card nor that of a run."""
     readme = tmp_path / "README.md"
     tiny_model("gla").save_pretrained(tmp_path)
     tiny_model("lightning").save_pretrained(tmp_path)
@@ -222,8 +222,8 @@ def test_origin_of_weights_by_folder(name: str, card: str | None, origin: dict[s
     assert provenance(str(tmp_path / name)) == origin
 
 
-def test_llama_licence_is_handed_on(tmp_path: Path) -> None:
-    """From Llama's folder to ours, from ours to the next, and over the Hub; also when the source is gone."""
+def test_llamas_license_is_passed_on(tmp_path: Path) -> None:
+    """From Llama's folder to ours, from ours to the next, and through the Hub; also if the source no longer exists."""
     llama = LlamaForCausalLM(LlamaConfig(**SIZES))
     llama.save_pretrained(tmp_path / "Llama-3.2-1B")
     config = LinearLlama3Config.from_llama(tmp_path / "Llama-3.2-1B", linear_attention_type="gla")
@@ -251,7 +251,7 @@ def test_llama_licence_is_handed_on(tmp_path: Path) -> None:
 
 
 class FakeHub:
-    """A repository that starts with a card or none, and keeps what is uploaded."""
+    """A repository, with or without a card, that records uploads."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, card: str | None = None) -> None:
         self.repo_id = ""
@@ -284,8 +284,8 @@ class FakeHub:
 
 @pytest.mark.parametrize("before", [None, f"<!-- {SAVED_CARD} -->\n\n# Of an older model"])
 @pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
-def test_upload(way: str, before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that loading needs is uploaded, with our card, and loads to the same logits."""
+def test_an_upload_loads(way: str, before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The uploaded files include our card and give the same logits."""
     hub, model = FakeHub(monkeypatch, card=before), tiny_model()
     if way == "push_to_hub":
         model.push_to_hub("someone/my-model", max_shard_size="20KB")

@@ -50,7 +50,7 @@ def test_all_softmax_is_llama(tmp_path: Path, fields: dict[str, Any]) -> None:
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == llama.config.tie_word_embeddings
 
 
-def test_a_hybrid_takes_everything_over(tmp_path: Path) -> None:
+def test_a_hybrid_keeps_all_fields_and_weights(tmp_path: Path) -> None:
     fields = {
         "dtype": "bfloat16", "bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": None, "use_cache": False,
         "attention_dropout": 0.25, "max_position_embeddings": 99, "initializer_range": 0.05, "num_labels": 3,
@@ -67,7 +67,7 @@ def test_a_hybrid_takes_everything_over(tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(tmp_path / "ours").rope_parameters == LLAMA3_ROPE
 
 
-def test_old_rope_fields_in_the_file(tmp_path: Path) -> None:
+def test_old_rope_fields_in_the_file_are_read(tmp_path: Path) -> None:
     """Checkpoints before transformers 5 have rope_theta and rope_scaling."""
     llama = save_llama(tmp_path, rope_parameters=LLAMA3_ROPE)
     saved = json.loads((tmp_path / "config.json").read_text())
@@ -122,8 +122,8 @@ def test_a_config_that_contradicts_our_checkpoint_is_refused(tmp_path: Path, our
         LinearLlama3ForCausalLM.from_pretrained(tmp_path, config=tiny_config(**{"mixer": "gla", **ours}))
 
 
-def test_changes_on_purpose(tmp_path: Path) -> None:
-    """A rotary base may differ from that of the weights if it is named, in each possible way."""
+def test_deliberate_changes_are_accepted(tmp_path: Path) -> None:
+    """The rotary base may differ from that of the weights if it is given explicitly, in each possible way."""
     save_llama(tmp_path / "llama", rope_parameters=LLAMA3_ROPE)
     longer = {"rope_type": "default", "rope_theta": 5e6}
     config = LinearLlama3Config.from_llama(tmp_path / "llama", full_attention_interval=1, rope_parameters=longer)
@@ -159,7 +159,7 @@ def test_a_config_of_another_class_is_refused(tmp_path: Path) -> None:
             make.from_pretrained(tmp_path, config=LlamaConfig.from_pretrained(tmp_path))
 
 
-def test_llama_weights_without_a_config(tmp_path: Path) -> None:
+def test_llama_weights_without_a_config_are_refused(tmp_path: Path) -> None:
     """The message contains a call that works."""
     llama = save_llama(tmp_path)
     with pytest.raises(ValueError, match=r"LinearLlama3Config\(\) alone describes a model of 8.4 billion") as error:

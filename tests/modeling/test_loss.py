@@ -1,4 +1,4 @@
-"""The language models' loss without logits is their loss with logits, for every way to train the head.
+"""The chunked loss equals the loss with logits, for every way to train the head.
 
 transformers computes the latter in float32, from logits in any precision.
 """
@@ -65,22 +65,22 @@ def test_loss_and_gradients_equal_those_with_logits(options: dict[str, Any], tie
     assert_equal(tiny_model(tie_word_embeddings=tied).double().train(), inputs)
 
 
-def test_autocast() -> None:
+def test_the_chunked_loss_under_autocast() -> None:
     model = tiny_model().train()
     with torch.autocast("cpu", torch.bfloat16):
         assert_equal(model, batch(), tolerance=2e-2)
 
 
-def test_a_frozen_head() -> None:
+def test_the_chunked_loss_with_a_frozen_head() -> None:
     model = tiny_model().double().train()
     model.lm_head.requires_grad_(False)
     assert "lm_head.weight" not in assert_equal(model, batch())
 
 
-@pytest.mark.parametrize("kind", ["adapter", "adapter, switched off", "saved whole"])
-def test_lora_on_the_head(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["adapter", "adapter, switched off", "saved copy"])
+def test_the_chunked_loss_with_lora_on_the_head(kind: str) -> None:
     peft = pytest.importorskip("peft")
-    whole = ["lm_head"] if kind == "saved whole" else None
+    whole = ["lm_head"] if kind == "saved copy" else None
     targets = ["q_proj"] if whole else ["q_proj", "lm_head"]
     config = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=whole, init_lora_weights=False)
     model = peft.get_peft_model(tiny_model(), config).double().train()
@@ -92,7 +92,7 @@ def test_lora_on_the_head(kind: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"num_items_in_batch": 7}], ids=["mean", "sum"])
-def test_masked_language_model(options: dict[str, Any]) -> None:
+def test_the_chunked_loss_of_a_masked_language_model(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     config = tiny_config("basic", is_causal=False, initializer_range=0.3)
     assert_equal(LinearLlama3ForMaskedLM(config).double().train(), {**batch(), **options})
@@ -105,7 +105,7 @@ def test_without_labels_the_mean_is_nan_and_the_sum_zero_as_with_logits() -> Non
     assert model(**inputs, num_items_in_batch=3, skip_logits=True).loss == 0
 
 
-def test_refusals() -> None:
+def test_skip_logits_without_a_loss_is_refused() -> None:
     model, inputs = tiny_model(), batch()
     with pytest.raises(ValueError, match="got no labels"):
         model(inputs["input_ids"], skip_logits=True)
@@ -118,7 +118,7 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_nothing_is_as_large_as_tokens_times_vocabulary_or_tokens_squared(
+def test_no_tensor_has_tokens_times_vocabulary_or_tokens_squared_elements(
     packed: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both layer kinds, forward and backward."""
@@ -138,7 +138,7 @@ def test_nothing_is_as_large_as_tokens_times_vocabulary_or_tokens_squared(
 
 
 def fsdp_run(tied: bool, head_apart: bool, mixed: bool, skip_logits: bool) -> tuple[float, dict[str, Any]]:
-    """Loss and gradients of a rank's row, under FSDP2; `head_apart`: the head is a group of its own."""
+    """Return loss and gradients of a rank's row under FSDP2; `head_apart`: the head is its own FSDP group."""
     token_tiles.TILE_NUMBERS, whole_tiles = 5 * VOCAB, token_tiles.TILE_NUMBERS
     model = tiny_model(tie_word_embeddings=tied).train()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if mixed else MixedPrecisionPolicy()
@@ -160,7 +160,7 @@ def fsdp_run(tied: bool, head_apart: bool, mixed: bool, skip_logits: bool) -> tu
     ("tied", "head_apart", "mixed"),
     [(False, True, False), (False, False, False), (True, False, False), (False, True, True)],
 )
-def test_a_head_sharded_by_fsdp2(tied: bool, head_apart: bool, mixed: bool) -> None:
+def test_the_chunked_loss_with_a_head_sharded_by_fsdp2(tied: bool, head_apart: bool, mixed: bool) -> None:
     plain = run_distributed(fsdp_run, 2, tied, head_apart, mixed, False)
     chunked = run_distributed(fsdp_run, 2, tied, head_apart, mixed, True)
     tolerance = 3e-2 if mixed else 1e-5

@@ -1,4 +1,4 @@
-"""Padding masks of every dtype. A mask with values other than 0 and 1 is refused, not used as a factor."""
+"""Padding masks of every dtype; masks with values other than 0 and 1 are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear attention layers against their recurrence, written out here token after token in float64."""
+"""Linear attention layers equal their recurrence, written here token by token in float64."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def reference(
 
 
 def quotient(layer: LinearAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, mixer: str) -> Tensor:
-    """Every past token weighed by a polynomial of q . k, over the sum of the weights."""
+    """Weigh every past token by a polynomial of q . k; divide by the sum of the weights."""
     if mixer == "rebased":
         q, k = (
             (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * m.weight + m.bias
@@ -105,7 +105,7 @@ def project(layer: LinearAttention, x: Tensor, out: Tensor, *, mixer: str, gated
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("mixer", MIXER_NAMES)
-def test_layer_and_gradients(mixer: str, padded: bool) -> None:
+def test_outputs_and_gradients_equal_the_recurrence(mixer: str, padded: bool) -> None:
     layer = make_layer(mixer, linear_value_head_dim=6, attention_bias=True)
     x = torch.randn(2, 37, 32, dtype=torch.float64, requires_grad=True)
     mask = torch.ones(2, 37, dtype=torch.bool)
@@ -144,7 +144,7 @@ def test_without_output_gate() -> None:
 
 
 def fading(layer: LinearAttention, mixer: str, x: Tensor, features: int) -> Tensor:
-    """The factor of every token, head and feature, `[T, H_kv, features]`."""
+    """Return the decay of every token, head and feature, `[T, H_kv, F]`."""
     factor = torch.ones(x.shape[1], 2, features, dtype=x.dtype)
     if mixer == "gla":
         gate = (layer.decay_up_proj(layer.decay_down_proj(x)) + layer.decay_bias).sigmoid() ** (1 / 16)
@@ -156,8 +156,8 @@ def fading(layer: LinearAttention, mixer: str, x: Tensor, features: int) -> Tens
 
 @pytest.mark.parametrize("mixer", MIXER_NAMES)
 @pytest.mark.parametrize("name", FEATURE_MAPS)
-def test_feature_maps_by_name(name: str, mixer: str) -> None:
-    """Of any mixer: outputs are those of the recurrence over the features, without RMSNorm; everything learns."""
+def test_every_feature_map_with_every_mixer(name: str, mixer: str) -> None:
+    """Outputs equal the recurrence over the features, without RMSNorm; every parameter has a gradient."""
     normalize, rope = mixer in ("based", "rebased"), mixer == "retention" and name not in ("taylor", "rebased")
     fields: dict[str, Any] = {"linear_use_rope": rope, "linear_output_gate": False, "linear_output_norm": False}
     fields |= {"linear_feature_map": name, "linear_key_head_dim": 4 if name == "hedgehog" else 8}
@@ -192,7 +192,7 @@ def test_feature_maps_by_name(name: str, mixer: str) -> None:
 
 
 def test_an_rms_norm_undoes_the_division() -> None:
-    """Both scale a token's head by a positive number: hence a mixer has the one or the other."""
+    """Both scale a head by a positive number per token, so a mixer has one or the other."""
     layer = make_layer("based", linear_output_norm=True, rms_norm_eps=0.0)
     x = torch.randn(1, 9, 32, dtype=torch.float64)
     divided = layer(x, position_embeddings=rotary_table(9, 8))[0]
@@ -200,7 +200,7 @@ def test_an_rms_norm_undoes_the_division() -> None:
     torch.testing.assert_close(layer(x, position_embeddings=rotary_table(9, 8))[0], divided, rtol=1e-4, atol=1e-5)
 
 
-def test_padding_with_a_map_that_is_positive_at_zero() -> None:
+def test_padding_changes_nothing_with_a_map_that_is_positive_at_zero() -> None:
     layer = make_layer("basic", linear_feature_map="elu_plus_one", attention_bias=True)
     x = torch.randn(1, 9, 32, dtype=torch.float64)
     cos, sin = rotary_table(12, 8)
@@ -213,7 +213,7 @@ def test_padding_with_a_map_that_is_positive_at_zero() -> None:
 
 @pytest.mark.parametrize("mixer", ["lightning", "retention"])
 def test_casts_do_not_round_constants(mixer: str) -> None:
-    """Neither the decay nor the rotary frequencies."""
+    """The decay and the rotary frequencies are unchanged."""
     model = tiny_model(mixer)
     exact = {name: x.clone() for name, x in model.named_buffers()}
     assert {"log_decay", "inv_freq", "original_inv_freq"} == {name.split(".")[-1] for name in exact}

@@ -1,4 +1,4 @@
-"""The template of the model cards renders, and what it renders is a valid card."""
+"""The template of model cards renders to valid cards."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_template_renders_and_parses() -> None:
         "sequence_length": "8,192",
         "training": {"tokens": "1,000,000", "devices": "2 CPU processes, sequence-parallel"},
         "limits": "A demonstration.",
-        "licence_notice": "Apache-2.0",
+        "license_notice": "Apache-2.0",
     }
     card = ModelCard.from_template(data, template_path=str(TEMPLATE), **values)
     parsed = ModelCard(str(card))
@@ -48,7 +48,7 @@ def test_template_renders_and_parses() -> None:
 
 
 def test_the_card_of_a_model_without_linear_layers(tmp_path: Path) -> None:
-    """The card mentions no mixer and no state: not as facts, tags or reasons for a limit."""
+    """The card mentions no mixer and no state in facts, tags and limits."""
     model = tiny_model("gla", full_attention_interval=1)
     model.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
@@ -68,7 +68,7 @@ def test_the_card_says_how_to_install(interval: int, tmp_path: Path) -> None:
     assert re.findall(r"pip install.*", card) == ["pip install ."]
 
 
-def test_nothing_tells_to_install_the_package_from_an_index() -> None:
+def test_no_text_suggests_installing_from_a_package_index() -> None:
     for folder in ("", "model_cards", "modeling", "trainer", "linear_llama3", "scripts"):
         for path in (ROOT / folder).glob("**/*" if folder else "*.md"):
             if path.suffix in (".md", ".py", ".yaml", ".sh"):

@@ -1,4 +1,4 @@
-"""What a forward pass and `generate` return beside the logits."""
+"""Outputs of a forward pass and of `generate` in addition to the logits."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from linear_llama3 import LinearLlama3ForCausalLM
+from tests.helpers.generation import generate
 from tests.helpers.tiny import VOCAB, tiny_model, tokens
-from tests.modeling.test_generation import generate
 
 
 def layer_outputs(model: LinearLlama3ForCausalLM, x: Tensor) -> list[Tensor]:
-    """The embeddings, and what every layer returned."""
+    """Return the embeddings and the output of every layer."""
     outputs = [model.get_input_embeddings()(x)]
     hooks = [layer.register_forward_hook(lambda *args: outputs.append(args[-1])) for layer in model.model.layers]
     model(x, use_cache=False)
@@ -25,7 +25,7 @@ def layer_outputs(model: LinearLlama3ForCausalLM, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("interval", [2, 1, 0])
 @torch.no_grad()
-def test_hidden_states(interval: int) -> None:
+def test_hidden_states_are_the_outputs_of_all_layers(interval: int) -> None:
     model, x = tiny_model(full_attention_interval=interval), tokens(2, 11)
     expected = layer_outputs(model, x)
     expected[-1] = model.model.norm(expected[-1])
@@ -50,7 +50,7 @@ def test_attentions_are_those_of_the_softmax_layers(interval: int, softmax_layer
 
 
 @torch.no_grad()
-def test_tuples() -> None:
+def test_tuples_equal_output_classes() -> None:
     model, x = tiny_model(attn_implementation="eager"), tokens(2, 11)
     options: dict[str, Any] = {"labels": x, "output_hidden_states": True, "output_attentions": True}
     named = model(x, **options)

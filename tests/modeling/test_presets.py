@@ -1,4 +1,4 @@
-"""Presets: names, parameter counts against formulas and published counts, and what the cards say of them."""
+"""Presets: names, sizes against formulas and published counts, and the tables on the model cards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM
+from linear_llama3.commands.presets import list_presets, model_size, table
 from linear_llama3.modeling import presets
+from tests.helpers.marks import slow_unless
 from tests.helpers.tiny import MIXER_NAMES
 
 CARDS = ["linear-llama3-1b", "linear-llama3-script", "linear-llama-3"]
@@ -36,7 +38,7 @@ FEATURES = {"based": 1 + 16 + 16 * 17 // 2, "rebased": 16 * 17 // 2}  # products
 
 
 def expected(shape: str, mixer: str, interval: int) -> tuple[int, int, int]:
-    """(parameters, bytes of state, bytes of K and V a token), counted by hand."""
+    """Return (parameters, bytes of states, bytes of K and V per token) by the formulas of the layers."""
     layers, hidden, ffn, heads, kv_heads, linear_kv_heads, tied = SHAPES[shape]
     dim = hidden // heads
     softmax_layers = layers // interval if interval else 0
@@ -48,7 +50,7 @@ def expected(shape: str, mixer: str, interval: int) -> tuple[int, int, int]:
     if mixer == "gla":
         linear += 16 * hidden + 16 * linear_kv_heads * dim + linear_kv_heads * dim  # low rank; bias
     linear += 0 if mixer in FEATURES else dim  # norm of a head's output
-    columns = dim + (mixer in FEATURES)  # beside the values, their normaliser
+    columns = dim + (mixer in FEATURES)  # the values and their normalizer
     parameters = (
         (1 if tied else 2) * VOCABULARY * hidden
         + layers * (3 * hidden * ffn + 2 * hidden)
@@ -67,16 +69,15 @@ def test_every_shape_is_checked() -> None:
     assert sorted(SHAPES) == presets.shapes()
 
 
-@pytest.mark.parametrize("mixer", MIXER_NAMES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_counts(shape: str, mixer: str) -> None:
+@slow_unless(lambda shape, mixer: mixer == "gla" or shape == "linear-llama3-1b", shape=SHAPES, mixer=MIXER_NAMES)
+def test_sizes_equal_the_formulas(shape: str, mixer: str) -> None:
     config = LinearLlama3Config.from_preset(f"{shape}-{mixer}-hybrid-1-4")
-    assert presets.weigh(config) == expected(shape, mixer, 4)
+    assert model_size(config) == expected(shape, mixer, 4)
     assert config.vocab_size == VOCABULARY and config.linear_attention_type == mixer
 
 
-def test_what_the_sizes_do_not_tell() -> None:
-    """Beside Meta's shapes, which are compared whole: initial scale, rotary base, lengths, and Llama 3's tokens."""
+def test_fields_other_than_sizes() -> None:
+    """Initial scale, rotary base, lengths and Llama 3's tokens; Meta's shapes are compared completely below."""
     for name in SHAPES.keys() - PUBLISHED.keys():
         config = LinearLlama3Config.from_preset(name)
         longest = 16384 if name == "linear-llama3-1b" else 131072
@@ -91,7 +92,7 @@ def test_the_papers_ratios(ratio: str, interval: int) -> None:
     config = LinearLlama3Config.from_preset(f"linear-llama3-1b-gla-{ratio}")
     softmax = [layer for layer in range(16) if layer not in config.linear_layers]
     assert softmax == (list(range(interval - 1, 16, interval)) if interval else [])
-    assert presets.weigh(config) == expected("linear-llama3-1b", "gla", interval)
+    assert model_size(config) == expected("linear-llama3-1b", "gla", interval)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -132,7 +133,7 @@ def test_a_name_leaves_the_rest_to_the_shape() -> None:
         assert (config.linear_attention_type, config.full_attention_interval) == (mixer, interval), name
 
 
-def test_overrides_win() -> None:
+def test_overrides_replace_the_fields_of_a_preset() -> None:
     config = LinearLlama3Config.from_preset(
         "linear-llama-3.2-1b-gla-hybrid-1-4", linear_attention_type="retention", num_hidden_layers=2, vocab_size=7,
         layer_types=["full_attention", "linear_attention"], num_labels=3,
@@ -172,7 +173,7 @@ def test_overrides_win() -> None:
         ),
     ],
 )
-def test_refusals(name: str, fields: dict[str, Any], message: str) -> None:
+def test_unknown_names_and_fields_are_refused(name: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LinearLlama3Config.from_preset(name, **fields)
 
@@ -186,16 +187,16 @@ def test_a_preset_is_a_config_file(shape: str, tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(tmp_path).layer_types == config.layer_types
 
 
-@pytest.mark.parametrize("name", CARDS)
-def test_cards(name: str) -> None:
-    """Valid front matter; every row of their tables is what the program prints; nothing is claimed as ours."""
+@slow_unless(lambda name: name != "linear-llama3-1b", name=CARDS)
+def test_cards_have_the_rows_of_the_command(name: str) -> None:
+    """The front matter is valid, and no published weights are claimed."""
     card = ModelCard.load(presets.FOLDER / f"{name}.md")
     assert card.data.library_name == "transformers" and "linear_llama3" in card.data.tags
     assert "**no weights are published here" in " ".join(card.text.split())
     rows = [row for row in card.text.splitlines() if row.startswith(tuple(f"| {shape}" for shape in SHAPES))]
     names = [re.split(r"[ |]+", row)[1] for row in rows]
-    assert rows == presets.table(names).splitlines()[2:]
-    family = [preset for preset in presets.catalogue() if preset.startswith(name)]
+    assert rows == table(names).splitlines()[2:]
+    family = [preset for preset in list_presets() if preset.startswith(name)]
     assert family and set(family) <= set(names)
     assert all(LinearLlama3Config.from_preset(p) for p in re.findall(r'from_preset\("([^"]+)"', card.text))
 

@@ -53,7 +53,7 @@ def test_a_cache_under_another_name_is_refused(interval):
 
 @pytest.mark.skipif(CACHE_NAME != "cache", reason="the old name is this release's own")
 @torch.no_grad()
-def test_the_old_name_is_still_taken():
+def test_the_old_name_is_still_accepted():
     model = tiny_model(full_attention_interval=2).double()
     complete = model(PROMPT, use_cache=False).logits
     cache = model(PROMPT[:, :7], use_cache=True).past_key_values
@@ -108,7 +108,7 @@ def test_a_continued_prompt_of_linear_layers_is_counted_once():
 
 @pytest.mark.parametrize("interval", [2, 0, 1], ids=["hybrid", "linear", "softmax"])
 @torch.no_grad()
-def test_a_chunked_prefill_behind_a_cache_is_right_or_refused(interval):
+def test_a_chunked_prefill_after_a_cache_is_right_or_refused(interval):
     model = tiny_model(full_attention_interval=interval)
     expected = model.generate(PROMPT, use_cache=False, max_new_tokens=8, do_sample=False)
     options = {CACHE_NAME: model(PROMPT[:, :5], use_cache=True)[CACHE_NAME], "prefill_chunk_size": 2}
@@ -126,7 +126,7 @@ class _Base:
         return self.attribute
 
 
-def test_check_hooks_takes_the_interface_it_was_written_for():
+def test_check_hooks_accepts_the_expected_interface():
     check_hooks(_Base, {"hook": ("inputs",), "user": ()}, ("attribute",))
 
 
@@ -155,7 +155,7 @@ def test_a_trainer_with_another_hook_is_refused():
         check_trainer(Mine)
 
 
-def test_a_trainer_that_passes_keywords_on_is_taken():
+def test_a_trainer_that_passes_keywords_on_is_accepted():
     trainer = LinearLlama3Trainer.__mro__[-2]
 
     class Users(trainer):

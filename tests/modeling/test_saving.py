@@ -49,7 +49,7 @@ def test_round_trip(mixer: str, max_shard_size: str, tmp_path: Path) -> None:
 def test_meta_device_loading_restores_buffers_and_fresh_parameters(
     mixer: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """from_pretrained builds on the meta device; what the file lacks must come out as in a direct build."""
+    """from_pretrained builds on the meta device; missing values must equal those of a new model."""
     model = tiny_model(mixer)
     own = ("o_norm", "decay_bias")
     state_dict = {name: value for name, value in model.state_dict().items() if not any(o in name for o in own)}
@@ -65,20 +65,20 @@ def test_meta_device_loading_restores_buffers_and_fresh_parameters(
 
 
 @pytest.mark.parametrize("mixer", MIXER_NAMES)
-def test_pickle(mixer: str) -> None:
-    """A model can be sent to a process that is spawned."""
+def test_a_pickled_model_gives_the_same_logits(mixer: str) -> None:
+    """Needed to send a model to a spawned process."""
     model = tiny_model(mixer)
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
 
 
-def test_tied_weights(tmp_path: Path) -> None:
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path)
     loaded = LinearLlama3ForCausalLM.from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
 def fail_at_shard(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """The disk fills up in the middle of writing shard `number`."""
+    """Let the disk fill up while shard `number` is written."""
     save_file, count = transformers.modeling_utils.safe_save_file, [0]
 
     def failing(tensors: Any, filename: str, metadata: Any = None) -> None:
@@ -108,15 +108,15 @@ def test_interrupted_save_leaves_the_previous_checkpoint(
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(second))
 
 
-def test_what_a_killed_save_left_behind_is_cleared(tmp_path: Path) -> None:
+def test_files_of_a_killed_save_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".saving").mkdir()
     (tmp_path / ".saving" / "model.safetensors").write_bytes(b"half a file")
     tiny_model().save_pretrained(tmp_path)
     assert names(tmp_path) == FILES
 
 
-def test_changing_the_number_of_shards(tmp_path: Path) -> None:
-    """The loader prefers an old single file to new shards, so the old weights must go. Other files must stay."""
+def test_a_save_with_fewer_or_more_shards_removes_old_weights(tmp_path: Path) -> None:
+    """The loader prefers an old single file to new shards. Other files must stay."""
     (tmp_path / "tokenizer.json").write_text("{}")
     for seed, size in ((0, "1GB"), (1, "20KB"), (2, "40KB"), (3, "1GB")):
         model = tiny_model(seed=seed)
@@ -125,7 +125,7 @@ def test_changing_the_number_of_shards(tmp_path: Path) -> None:
     assert names(tmp_path) == sorted([*FILES, "tokenizer.json"])
 
 
-def test_variants_live_side_by_side(tmp_path: Path) -> None:
+def test_variants_do_not_replace_each_other(tmp_path: Path) -> None:
     plain, ema = tiny_model(seed=0), tiny_model(seed=1)
     plain.save_pretrained(tmp_path)
     ema.save_pretrained(tmp_path, variant="ema", max_shard_size="20KB")

@@ -1,4 +1,4 @@
-"""Bidirectional models on several ranks against one: logits, loss, every gradient, padding and documents."""
+"""Bidirectional models on several ranks equal one: logits, loss, every gradient, with padding and documents."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from linear_llama3.sequence_parallel import (
     enable_sequence_parallel,
     unshard,
 )
+from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed
-from tests.helpers.tiny import gradients, tokens
-from tests.modeling.test_heads import BIDIRECTIONAL, masked_lm
-from tests.modeling.test_sharded_model import Result, check
+from tests.helpers.sharded import Result, assert_sharded_equals
+from tests.helpers.tiny import BIDIRECTIONAL_MIXERS, gradients, tiny_masked_lm, tokens
 
 LENGTH, ROWS = 13, 2
 
@@ -37,8 +37,8 @@ def batch(kind: str) -> dict[str, torch.Tensor]:
 
 
 def run(mixer: str, kind: str, config: SequenceParallelConfig | None, interval: int = 2) -> Result:
-    """Logits of the tokens that are not padding, loss and gradients; with a config of the whole group."""
-    model = masked_lm(mixer, full_attention_interval=interval).double().train()
+    """Return logits of tokens that are not padding, loss and gradients; with a config, those of the group."""
+    model = tiny_masked_lm(mixer, full_attention_interval=interval).double().train()
     inputs: dict[str, Any] = batch(kind)
     count = (inputs["labels"] != -100).sum()
     shown = inputs.get("attention_mask", torch.ones(ROWS, LENGTH)).bool()
@@ -50,7 +50,7 @@ def run(mixer: str, kind: str, config: SequenceParallelConfig | None, interval: 
     enable_sequence_parallel(model, context)
     out = model(**context.shard_batch(inputs), num_items_in_batch=count)
     out.loss.backward()
-    total = LENGTH if len(out.logits) == ROWS else ROWS * LENGTH  # documents are laid end to end
+    total = LENGTH if len(out.logits) == ROWS else ROWS * LENGTH  # rows of documents are concatenated
     logits = unshard(out.logits.detach(), group=context.group, length=total, layout=context.layout)
     summed = {"loss": out.loss.detach(), **gradients(model)}
     for value in summed.values():
@@ -60,28 +60,32 @@ def run(mixer: str, kind: str, config: SequenceParallelConfig | None, interval: 
 
 
 @pytest.mark.parametrize("kind", ["rows", "packed", "padded"])
-@pytest.mark.parametrize("mixer", BIDIRECTIONAL)
+@pytest.mark.parametrize("mixer", BIDIRECTIONAL_MIXERS)
 def test_sharded_equals_one_device(mixer: str, kind: str) -> None:
-    check(run_distributed(run, 3, mixer, kind, SequenceParallelConfig()), run(mixer, kind, None))
+    assert_sharded_equals(run_distributed(run, 3, mixer, kind, SequenceParallelConfig()), run(mixer, kind, None))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["rows", "padded"])
-@pytest.mark.parametrize(
-    ("linear", "softmax"), [("lasp1", "ring"), ("all_scan", "token_ring"), ("all_to_all", "rsa"), ("lasp2", "ulysses")]
+@slow_unless(
+    lambda strategies, kind, layout: kind == "padded",
+    strategies=["lasp1 ring", "all_scan token_ring", "all_to_all rsa", "lasp2 ulysses"],
+    kind=["rows", "padded"],
+    layout=LAYOUTS,
 )
-def test_every_strategy(linear: str, softmax: str, kind: str, layout: str) -> None:
+def test_every_strategy_equals_one_device(strategies: str, kind: str, layout: str) -> None:
+    linear, softmax = strategies.split()
     config = SequenceParallelConfig(linear=linear, softmax=softmax, layout=layout)
-    check(run_distributed(run, 2, "based", kind, config), run("based", kind, None))
+    assert_sharded_equals(run_distributed(run, 2, "based", kind, config), run("based", kind, None))
 
 
-def test_purely_linear() -> None:
-    check(run_distributed(run, 2, "basic", "padded", SequenceParallelConfig(), 0), run("basic", "padded", None, 0))
+def test_a_purely_linear_model_equals_one_device() -> None:
+    assert_sharded_equals(
+        run_distributed(run, 2, "basic", "padded", SequenceParallelConfig(), 0), run("basic", "padded", None, 0)
+    )
 
 
 def left_out() -> list[str]:
-    """What is said of a loss without a count, and of padded documents."""
-    model, context = masked_lm(), SequenceParallelContext(dist.group.WORLD)
+    """Return the errors for a loss without a count and for padded documents."""
+    model, context = tiny_masked_lm(), SequenceParallelContext(dist.group.WORLD)
     enable_sequence_parallel(model, context)
     said = []
     padded = batch("padded")
@@ -96,6 +100,6 @@ def left_out() -> list[str]:
     return said
 
 
-def test_refusals() -> None:
+def test_a_loss_without_a_count_and_padded_documents_are_refused() -> None:
     for said in run_distributed(left_out, 2):
         assert "needs num_items_in_batch" in said[0] and "packed rows take no padding" in said[1]

@@ -1,4 +1,4 @@
-"""The whole model on several ranks against one: logits, loss and every parameter's gradient, in float64."""
+"""The model on several ranks equals the model on one: logits, loss and every parameter's gradient, in float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,17 +20,18 @@ from linear_llama3.sequence_parallel import (
     unshard,
 )
 from linear_llama3.sequence_parallel.traffic import Traffic
+from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed
+from tests.helpers.sharded import Result, assert_sharded_equals
 from tests.helpers.tiny import MIXER_NAMES, gradients, tiny_model, tokens
 
 LENGTH = 37
-Result = tuple[np.ndarray, float, dict[str, np.ndarray]]
 
 
 def batch(rows: int, documents: list[int] | None) -> dict[str, torch.Tensor]:
     x = tokens(rows, LENGTH)
     labels = x.clone()
-    labels[:, : LENGTH // 2] = -100  # the first ranks hold no label at all
+    labels[:, : LENGTH // 2] = -100  # the first ranks have no labels
     if documents is None:
         return {"input_ids": x, "labels": labels}
     positions = torch.cat([torch.arange(n) for n in documents])[None].expand(rows, -1)
@@ -46,7 +46,7 @@ def run(
     sharded: bool,
     config: SequenceParallelConfig | None = None,
 ) -> Result:
-    """Logits `[rows, T, vocab]`, loss and gradients; sharded: of the whole group, summed over its ranks."""
+    """Return logits `[rows, T, vocab]`, loss and gradients; if sharded, summed over the ranks of the group."""
     model = tiny_model(mixer).double().train()
     if checkpointing != "no":
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
@@ -70,7 +70,7 @@ def run(
     return logits.reshape(rows, LENGTH, -1).numpy(), loss, {name: g.numpy() for name, g in summed.items()}
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     ("mixer", "rows", "documents", "checkpointing"),
     [
@@ -85,38 +85,29 @@ def test_sharded_equals_one_device(
     mixer: str, rows: int, documents: list[int] | None, checkpointing: str, world_size: int
 ) -> None:
     expected = run(mixer, rows, documents, checkpointing, False)
-    check(run_distributed(run, world_size, mixer, rows, documents, checkpointing, True), expected)
+    assert_sharded_equals(run_distributed(run, world_size, mixer, rows, documents, checkpointing, True), expected)
 
 
-def check(by_rank: list[Result], expected: Result) -> None:
-    logits, loss, grads = expected
-    for got in by_rank:
-        # transformers' RMSNorm and rotary table are float32 in every run, hence not 1e-10
-        np.testing.assert_allclose(got[0], logits, rtol=1e-5, atol=1e-5)
-        assert abs(got[1] - loss) < 1e-6 * abs(loss)
-        assert got[2].keys() == grads.keys()
-        for name, expected in grads.items():
-            np.testing.assert_allclose(
-                got[2][name], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(), err_msg=name
-            )
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("documents", [None, [5, 1, 20, 11]], ids=["rows", "packed"])
-@pytest.mark.parametrize(
-    ("linear", "softmax"),
-    [("lasp1", "ring"), ("all_scan", "token_ring"), ("all_to_all", "rsa"), ("lasp2", "ulysses"), ("auto", "auto")],
+@slow_unless(
+    lambda world_size, strategies, packed, layout: world_size == 2 and packed,
+    world_size=[2, 4],
+    strategies=["lasp1 ring", "all_scan token_ring", "all_to_all rsa", "lasp2 ulysses", "auto auto"],
+    packed=[False, True],
+    layout=LAYOUTS,
 )
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_every_strategy(world_size: int, linear: str, softmax: str, documents: list[int] | None, layout: str) -> None:
+def test_every_strategy_equals_one_device(world_size: int, strategies: str, packed: bool, layout: str) -> None:
     """A hybrid of GLA and softmax layers, recomputed in the backward pass."""
+    linear, softmax = strategies.split()
+    documents = [5, 1, 20, 11] if packed else None
     config = SequenceParallelConfig(linear=linear, softmax=softmax, layout=layout)
     expected = run("gla", 2, documents, "non-reentrant", False)
-    check(run_distributed(run, world_size, "gla", 2, documents, "non-reentrant", True, config), expected)
+    assert_sharded_equals(
+        run_distributed(run, world_size, "gla", 2, documents, "non-reentrant", True, config), expected
+    )
 
 
 def messages(checkpointing: bool) -> Counter[str]:
-    """What this rank sends in a forward and backward pass of two linear and two softmax layers."""
+    """Count this rank's messages in a forward and backward pass of two linear and two softmax layers."""
     model = tiny_model("gla").train()
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -128,14 +119,14 @@ def messages(checkpointing: bool) -> Counter[str]:
 
 
 def test_checkpointing_repeats_no_exchange_of_states() -> None:
-    """LASP-2H gathers K and V once more: to keep those of the whole sequence is what checkpointing avoids."""
+    """LASP-2H gathers K and V again: checkpointing is used to avoid storing those of the complete sequence."""
     for checkpointing, gathers in ((False, 2 * 2 + 2), (True, 2 * 2 + 2 * 2)):
         for sent in run_distributed(messages, 2, checkpointing):
             assert sent == Counter(all_gather=gathers, reduce_scatter=2)
 
 
-def uncut_batch() -> str:
-    """What rank 1 is told when it passes the whole batch; rank 0 stays out, its positions would be right."""
+def complete_batch() -> str:
+    """Return the error on rank 1 for the complete batch; on rank 0 its positions would be right."""
     if dist.get_rank() == 0:
         return ""
     model = tiny_model()
@@ -147,8 +138,8 @@ def uncut_batch() -> str:
     return "nothing"
 
 
-def test_an_uncut_batch_is_refused() -> None:
-    assert "call context.shard_batch(batch) first" in run_distributed(uncut_batch, 2)[1]
+def test_a_complete_batch_is_refused_under_a_context() -> None:
+    assert "call context.shard_batch(batch) first" in run_distributed(complete_batch, 2)[1]
 
 
 def copies(mixer: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""`cache_implementation="static"`: the text of the dynamic cache, in memory that is laid out before."""
+"""`cache_implementation="static"`: the text of the dynamic cache, in memory that is allocated in advance."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from linear_llama3.modeling import CountingCache
+from linear_llama3.modeling import RecurrentCache
+from tests.helpers.generation import MODELS, feed, generate, greedy
 from tests.helpers.tiny import tiny_model, tokens
-from tests.modeling.test_generation import KINDS, feed, generate, greedy
 
 
-@pytest.mark.parametrize("prefill_chunk_size", [None, 3, 1])
-@pytest.mark.parametrize(("mixer", "interval"), [*KINDS, ("gla", 1)])
-def test_greedy(mixer: str, interval: int, prefill_chunk_size: int | None) -> None:
+@pytest.mark.parametrize("prefill_chunk_size", [None, 3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("mixer", "interval"), [*MODELS, ("gla", 1)])
+def test_greedy_text_equals_that_of_complete_forwards(
+    mixer: str, interval: int, prefill_chunk_size: int | None
+) -> None:
     model = tiny_model(mixer, full_attention_interval=interval)
     x = tokens(2, 7)
     out = generate(model, x, cache_implementation="static", prefill_chunk_size=prefill_chunk_size)
@@ -65,7 +67,7 @@ def test_only_a_static_cache_asks_generate_to_compile() -> None:
     pure = tiny_model("gla", full_attention_interval=0)
     for implementation, compileable in ((None, False), ("static", True)):
         out = generate(pure, tokens(1, 5), cache_implementation=implementation, return_dict_in_generate=True)
-        assert isinstance(out.past_key_values, CountingCache)
+        assert isinstance(out.past_key_values, RecurrentCache)
         assert out.past_key_values.is_compileable == compileable
 
 

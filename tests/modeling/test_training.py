@@ -1,4 +1,4 @@
-"""Training: what gradient checkpointing turns off, adapters on a frozen model, label smoothing of Trainer."""
+"""Training: gradient checkpointing and caches, adapters on a frozen model, Trainer's label smoothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.tiny import MIXER_NAMES, gradients, tiny_model, tokens
 
 
 @pytest.mark.parametrize("interval", [2, 0])
-def test_gradient_checkpointing_switches_the_cache_off_and_says_so(
+def test_gradient_checkpointing_disables_the_cache_with_a_warning(
     interval: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warnings: list[str] = []
@@ -46,7 +46,7 @@ def test_gradient_checkpointing_refuses_a_cache(interval: int) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("interval", [2, 1, 0])
 @torch.no_grad()
-def test_a_cache_in_training_mode_without_gradients(interval: int, reentrant: bool) -> None:
+def test_a_cache_is_used_in_training_mode_without_gradients(interval: int, reentrant: bool) -> None:
     """Nothing is recomputed, so the cache is used, and `generate` returns the same as in evaluation mode."""
     model, x = tiny_model("gla", full_attention_interval=interval), tokens(2, 9)
     expected = model(x).logits[:, 5:]
@@ -59,7 +59,7 @@ def test_a_cache_in_training_mode_without_gradients(interval: int, reentrant: bo
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("mixer", MIXER_NAMES)
-def test_an_adapter_in_a_frozen_model(mixer: str, reentrant: bool) -> None:
+def test_an_adapter_in_a_frozen_model_has_its_gradient(mixer: str, reentrant: bool) -> None:
     """Only `q_proj` learns, as with LoRA; re-entrant checkpoints need inputs that require gradients."""
     model, x = tiny_model(mixer).train(), tokens(2, 19)
     for name, parameter in model.named_parameters():
@@ -95,8 +95,8 @@ def test_label_smoothing(counted: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(got, expected)
 
 
-def test_loss_without_labels_to_predict() -> None:
-    """A count makes it zero, where a mean would be nan."""
+def test_the_loss_without_labels_is_zero_if_counted() -> None:
+    """A mean would be nan."""
     model, x = tiny_model().train(), tokens(1, 6)
     labels = torch.full_like(x, -100)
     loss = model(x, labels=labels, num_items_in_batch=8).loss
@@ -112,7 +112,7 @@ def test_loss_without_labels_to_predict() -> None:
 @pytest.mark.parametrize("interval", [2, 0])
 @pytest.mark.parametrize("mixer", MIXER_NAMES)
 def test_gradients_flow_back_through_a_cache(mixer: str, interval: int) -> None:
-    """Three passes that hand on their cache have the gradients of one; a fourth, without gradients, goes on."""
+    """Three passes that continue from each other's cache have the gradients of one pass; a fourth has no gradients."""
     x, found = tokens(2, 12), []
     for pieces in ([12], [5, 1, 6]):
         model, cache, start = tiny_model(mixer, full_attention_interval=interval), None, 0

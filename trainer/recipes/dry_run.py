@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ...modeling import LinearLlama3Config
+from ...modeling import MIXERS, LinearLlama3Config
 from ...modeling.flops import attention_pairs, count_flops
-from ...modeling.mixers import MIXERS
-from ...modeling.presets import layer_pattern
 from ...sequence_parallel import LAYOUTS, SequenceParallelContext
 from ...sequence_parallel.costs import Sizes, choose_linear, choose_softmax, linear_costs, softmax_costs
 from ..arguments import LinearLlama3TrainingArguments
@@ -122,7 +120,7 @@ def _model(run: DryRun) -> list[str]:
     total, trained = run.model.num_parameters(), run.model.num_parameters(only_trainable=True)
     share = f", {trained:,} of them trained" if trained < total else ""
     kinds = f"(L {run.config.linear_attention_type}, N softmax)"
-    return [f"model       {total:,} parameters{share}; layers {layer_pattern(run.config)} {kinds}"]
+    return [f"model       {total:,} parameters{share}; layers {run.config.layer_pattern} {kinds}"]
 
 
 def _step(run: DryRun) -> list[str]:

@@ -17,7 +17,7 @@ import transformers
 import yaml
 from transformers import PreTrainedModel
 
-from ...modeling.hub import CARD_NAME, RUN_CARD, SAVED_CARDS, replaceable
+from ...modeling.hub import CARD_NAME, RUN_CARD, SAVED_CARDS, is_generated_card
 from ...modeling.model_card import model_card
 from .recipe import DataRecipe, Recipe, ValidationRecipe
 
@@ -151,9 +151,9 @@ def write_model_card(
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"accelerate {accelerate.__version__}",
     }
-    if replaceable(folder / RECIPE_NAME, RECIPE_MARK):
+    if is_generated_card(folder / RECIPE_NAME, RECIPE_MARK):
         (folder / RECIPE_NAME).write_text(recipe_text(recipe), encoding="utf-8")
-    if replaceable(folder / CARD_NAME, RUN_CARD, *SAVED_CARDS):
+    if is_generated_card(folder / CARD_NAME, RUN_CARD, *SAVED_CARDS):
         card = model_card(
             model,
             repo_id=recipe.training.get("hub_model_id") or folder.resolve().name,

@@ -10,10 +10,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from .attention import LinearLlama3Attention
-from .buffers import as_floats
 from .configuration import LinearLlama3Config
+from .layers import Tiled, as_floats
 from .mixers import LinearAttention
-from .tiling import Tiled
 
 
 class LinearLlama3DecoderLayer(Tiled, GradientCheckpointingLayer):
@@ -36,11 +35,13 @@ class LinearLlama3DecoderLayer(Tiled, GradientCheckpointingLayer):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """`[B, T, hidden]` -> `[B, T, hidden]`; the keywords go to the attention.
+        """Apply the layer to `hidden_states` `[B, T, hidden]`; return the same shape.
 
-        `position_embeddings`: cosines and sines `[B, T, D]`, as floats or as returned by `as_integers`. `cache` is not
-        named `past_key_values`, since transformers 5.17 to 5.23 drop that argument of a checkpointed layer, even
-        without gradients.
+        Args:
+            position_embeddings: cosines and sines `[B, T, D]`, as floats or as returned by `as_integers`.
+            cache: not named `past_key_values`, since transformers 5.17 to 5.23 drop that argument of a checkpointed
+                layer, even without gradients.
+            kwargs: arguments of the attention.
         """
         kwargs["position_embeddings"] = tuple(map(as_floats, position_embeddings))
         normed = self.in_tiles(self.input_layernorm, hidden_states)

@@ -1,4 +1,4 @@
-"""Constant buffers, small parameters and tables that casts must not round."""
+"""Building blocks of the layers: tensors that casts must not round, and work done tile by tile."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..ops.precision import working_dtype
+from ..ops.token_tiles import in_tiles
+from .configuration import LinearLlama3Config
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 _FLOATS = {integer: real for real, integer in _INTEGERS.items()}
 
 
 class ExactTensors(nn.Module):
-    """A module whose own buffers keep dtype and value when `.half()`, `.bfloat16()` or `.to(dtype)` cast the model.
+    """Base class of modules whose buffers keep dtype and value when `.half()` or `.to(dtype)` casts the model.
 
     Such a cast leaves its `exact_parameters` in float32 or float64.
     """
@@ -41,7 +43,8 @@ class ExactTensors(nn.Module):
 
 
 class LinearLlama3RotaryEmbedding(ExactTensors, LlamaRotaryEmbedding):
-    """Llama's. Frequencies rounded to bfloat16, off by up to 0.2 %, would turn far tokens by other angles."""
+    """Llama's rotary embedding with exact frequencies: rounding to bfloat16 (up to 0.2 %) would change the angles of
+    distant tokens."""
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines `[B, T, D]` of `position_ids` `[B, T]`, float64 if the hidden states `x` are, else
@@ -52,8 +55,8 @@ class LinearLlama3RotaryEmbedding(ExactTensors, LlamaRotaryEmbedding):
 def as_integers(table: Tensor) -> Tensor:
     """Return the bits of a float32 or float64 tensor as integers.
 
-    Mixed precision, such as FSDP2's, casts every floating-point input of a layer to the dtype of its parameters, but no
-    integers.
+    Mixed precision, such as FSDP2's, casts every floating-point input of a layer to the dtype of its parameters, but
+    leaves integers alone.
     """
     return table.view(_INTEGERS[table.dtype])
 
@@ -61,3 +64,35 @@ def as_integers(table: Tensor) -> Tensor:
 def as_floats(table: Tensor) -> Tensor:
     """Undo `as_integers`; return a floating-point tensor unchanged."""
     return table if table.is_floating_point() else table.view(_FLOATS[table.dtype])
+
+
+class Tiled:
+    """Base class of modules that can do a part of their work in tiles of the sequence."""
+
+    config: LinearLlama3Config
+    sequence_tiling = False
+
+    def in_tiles(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Apply `function`, which treats every token by itself, to tensors `[B, T, ...]`; in tiles if enabled."""
+        if not self.sequence_tiling:
+            return function(*inputs)
+        return in_tiles(function, *inputs, width=self.config.intermediate_size)
+
+
+def enable_sequence_tiling(model: nn.Module, enabled: bool = True) -> None:
+    """Enable or disable tiles of the sequence in all layers of `model`, wherever tokens do not mix.
+
+    Norms, MLPs, and the output norm, gate and projection of linear layers then store only their inputs for the backward
+    pass, and are recomputed there. A sequence that fits into one tile (2^27 numbers of the MLP's width) is not tiled.
+    Use it in addition to activation checkpointing, which stores only the layers' inputs.
+
+    Raises:
+        ValueError: no layer of the model supports tiling.
+    """
+    modules = [module for module in model.modules() if isinstance(module, Tiled)]
+    if not modules:
+        raise ValueError(
+            f"sequence tiling needs layers that support it, {type(model).__name__} has none; use a LinearLlama3 model"
+        )
+    for module in modules:
+        module.sequence_tiling = enabled
