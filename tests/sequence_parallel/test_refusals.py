@@ -143,7 +143,7 @@ def test_the_documentation_lists_them() -> None:
     page = (Path(__file__).parents[2] / "docs/sequence_parallelism.md").read_text()
     table = page.split("## Refused under sequence parallelism")[1].split("\n#")[0]
     listed = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")][1:]
-    assert listed == [row[0] for row in REFUSED]
+    assert listed[: len(REFUSED)] == [row[0] for row in REFUSED]  # the others are tested with the Trainer and models
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
