@@ -70,10 +70,7 @@ def test_imports_point_one_way() -> None:
                 assert order.index(room_of(other)) <= order.index(room_of(module)), f"{module} must not import {other}"
 
 
-CIRCLES = {room: pytest.mark.xfail(reason="its circle is being removed") for room in ("modeling", "trainer")}
-
-
-@pytest.mark.parametrize("room", [pytest.param(room, marks=CIRCLES.get(room, ())) for room in (*ROOMS, TOP)])
+@pytest.mark.parametrize("room", [*ROOMS, TOP])
 def test_no_modules_import_each_other(room: str) -> None:
     graph = {module: imported_modules(module) for module in MODULES if room_of(module) == room}
     try:

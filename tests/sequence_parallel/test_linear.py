@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from linear_llama3.ops import chunks
 from linear_llama3.ops import linear_attention as one_device
 from linear_llama3.ops.block_products import BlockInputs
 from linear_llama3.sequence_parallel import (
@@ -132,6 +133,22 @@ def test_equals_one_device(world_size: int, gate: str, strategy: str, layout: st
             if case.strength == 1.0:  # a strong decay has hardly a gradient
                 assert np.abs(reference).max() > 1e-6, f"{name} has no gradient to compare in {case}"
             assert np.abs(gradient - reference).max() < 1e-10, (name, case)
+
+
+@patch.object(chunks, "MOST_TOKENS", 32)
+@patch.object(chunks, "FEWEST_TOKENS", 32)
+def run_in_small_blocks(case: Case) -> tuple[np.ndarray, Result]:
+    return sharded_run(case, "lasp2", "zigzag")
+
+
+def test_several_blocks_on_a_rank_equal_one_device() -> None:
+    """The chunks of a rank that fill several blocks, forward and backward."""
+    case = Case(tokens=200, gate="channel", strength=0.1, groups=2, documents=(0, 30, 200))
+    by_rank = run_distributed(run_in_small_blocks, 2, case)
+    out, gradients = expectation(case)
+    assert np.abs(join([r[0] for r in by_rank], "zigzag") - out).max() < 1e-10
+    for name, reference in gradients.items():
+        assert np.abs(join([r[1][name] for r in by_rank], "zigzag") - reference).max() < 1e-10, name
 
 
 def all_strategies(layout: str, latency_bytes: int) -> list[tuple[np.ndarray, Result]]:
