@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -67,6 +68,7 @@ def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
         str(tmp_path),
         ".",
     ]
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would pack what an earlier build left there
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("linear_llama3-*.whl")
     with zipfile.ZipFile(wheel) as archive:
