@@ -156,7 +156,7 @@ def test_a_saved_model_has_a_valid_card(tmp_path: Path) -> None:
         and "| 2 x 8 x 8 float32 |" in card.text
         and "Not recorded." in card.text
     )
-    assert "{" not in card.text and "| longest" not in card.text and "Licence" not in card.text
+    assert "{" not in card.text and "| longest" not in card.text and "## License" not in card.text
     assert "NOTICE" not in names(tmp_path / "my-model")
 
 

@@ -113,7 +113,7 @@ def test_one_rank_sends_nothing(strategy: str) -> None:
 
 
 def checkpointed(strategy: str, reentrant: bool) -> tuple[Traffic, bool]:
-    """What this rank sends under gradient checkpointing, and whether out and gradients are those without it."""
+    """Return what this rank sends under gradient checkpointing, and if out and gradients equal those without it."""
     linear, where = strategy in LINEAR_STRATEGIES, {"group": dist.group.WORLD, "layout": "zigzag"}
     op, sizes = (sharded_linear, LINEAR) if linear else (sharded_softmax, SOFTMAX)
     heads = {"q": ("q_heads", "key_dim"), "k": ("kv_heads", "key_dim"), "v": ("kv_heads", "value_dim")}
