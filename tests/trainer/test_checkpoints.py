@@ -54,6 +54,21 @@ def test_a_truncated_checkpoint_is_incomplete(plain: bool, tmp_path: Path) -> No
     assert checkpoints.find_defect(tmp_path / "checkpoint-4") == "there is no such folder"
 
 
+def test_all_files_are_on_the_disk_before_the_manifest_says_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        folder = tmp_path / "checkpoint-1"
+        assert not json.loads((folder / checkpoints.MANIFEST_NAME).read_text())["complete"]
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(tmp_path / "checkpoint-1")
+    assert sorted(synced) == ["0.distcp", "model.safetensors", "trainer_state.json"]
+
+
 def test_a_missing_file_or_a_mark_makes_a_checkpoint_incomplete(tmp_path: Path) -> None:
     folder = write(tmp_path / "checkpoint-1")
     (folder / "shards" / "0.distcp").unlink()

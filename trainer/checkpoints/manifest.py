@@ -50,12 +50,15 @@ def begin(folder: Path) -> None:
 
 
 def finish(folder: Path, facts: dict[str, Any]) -> None:
-    """Mark a folder as complete, with the files that all ranks have written.
+    """Mark a folder as complete, with the files that all ranks have written and that are now on the disk.
 
     Args:
         facts: values for `read_facts`.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # a power loss must not leave a complete manifest of empty files
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     _write(folder, {"complete": True, "files": sizes, "facts": facts})
 
