@@ -2,91 +2,21 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
-from transformers import TrainerCallback
 
 from linear_llama3.trainer import LinearLlama3TrainingArguments
 from linear_llama3.trainer.checkpoints import manifest as checkpoints
 from linear_llama3.trainer.failures import FailureStore, TrainingFailure, _describe_lost_rank, _less_memory
+from tests.helpers.failures import STEPS, assert_same_run, cannot_resume, failing
 from tests.helpers.launch import launch
 from tests.helpers.ranks import run_distributed
 from tests.helpers.training import SequentialTrainer, arguments, outcome, reset_accelerate, rows, tiny_model
-
-REACHED = 1  # the last step with a checkpoint
-STEPS = 4
-
-
-class FailingTrainer(SequentialTrainer):
-    """Fails on the last rank (a full disk on rank 0) in the step, or the save, after the first checkpoint."""
-
-    handles_shards = True
-    kind = ""
-
-    @property
-    def fails(self) -> bool:
-        return self.args.process_index == self.args.world_size - 1
-
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == REACHED and self.fails:
-            if self.kind == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if self.kind == "hangs":
-                time.sleep(6)
-            if self.kind == "out of memory":
-                torch.empty(1 << 50, dtype=torch.uint8)
-        return super().training_step(model, inputs, *args, **kwargs)
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(*args, **kwargs)
-        broken = self.state.global_step == REACHED and self.fails and self.kind == "not a number"
-        return loss * float("nan") if broken else loss
-
-    def _save_scaler(self, output_dir: str) -> None:
-        """In the middle of a save."""
-        if self.state.global_step == REACHED + 1:
-            if self.kind == "killed in a save" and self.fails and first_attempt():
-                os.kill(os.getpid(), signal.SIGKILL)
-            if self.kind == "full disk" and self.args.process_index == 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        super()._save_scaler(output_dir)
-
-
-class RemoteRows(torch.utils.data.Dataset):
-    """Cannot be reached from the last rank in the second step (its last batch: the loader is one batch ahead)."""
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> Any:
-        if index >= 6 and int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"]):
-            raise ConnectionError("Max retries exceeded with url: /data")
-        return rows(False)[index]
-
-
-def first_attempt() -> bool:
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-
-
-def failing(kind: str, folder: str, **changes: Any) -> FailingTrainer:
-    keywords = arguments(folder, 1, sequence_parallel_size="auto", save_strategy="steps", save_steps=1, max_steps=STEPS)
-    keywords |= {"learning_rate": 0.01, "optim": "adamw_torch", **changes}
-    args = LinearLlama3TrainingArguments(**keywords, ddp_timeout=2 if kind == "hangs" else 60)
-    data = RemoteRows() if kind == "unreachable data" else rows(False) * (50 if kind == "long" else 1)
-    trainer = FailingTrainer(model=tiny_model(), args=args, train_dataset=data)
-    trainer.kind = kind
-    return trainer
 
 
 def fail(kind: str, folder: str) -> None:
@@ -233,19 +163,6 @@ def restarted(kind: str, folder: str) -> None:
         torch.save(outcome(trainer), f"{folder}/outcome")
 
 
-def uninterrupted_run(folder: str) -> dict[str, Any]:
-    reset_accelerate()
-    trainer = failing("", folder)
-    trainer.train()
-    reset_accelerate()
-    return outcome(trainer)
-
-
-cannot_resume = pytest.mark.skipif(
-    transformers.__version__.startswith("5.17."), reason="transformers 5.17 cannot resume on several CPU processes"
-)
-
-
 @pytest.mark.slow
 @cannot_resume
 def test_torchrun_restarts_a_launch_whose_rank_was_killed_in_a_save(tmp_path: Path) -> None:
@@ -255,86 +172,6 @@ def test_torchrun_restarts_a_launch_whose_rank_was_killed_in_a_save(tmp_path: Pa
     assert "step 3, rank 0 of 2: rank 1 exited without an error message" in ended.errors[0], "of the first attempt"
     assert f"{out / 'checkpoint-2'} is not complete: its save did not finish" in ended.errors[0]
     assert_same_run(torch.load(out / "outcome", weights_only=False), tmp_path)
-
-
-def assert_same_run(run: dict[str, Any], tmp_path: Path) -> None:
-    whole = run_distributed(uninterrupted_run, 2, str(tmp_path / "whole"))[0]
-    for got, expected in zip(run["history"], whole["history"], strict=True):
-        assert got == pytest.approx(expected, rel=1e-5)
-    for name, expected in whole["parameters"].items():
-        assert abs(run["parameters"][name] - expected).max() < 1e-5, name
-
-
-class SignalToOneRank(TrainerCallback):
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 1 and args.process_index == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-class SignalToLoaders(TrainerCallback):
-    """In a slow run that shows how far it is."""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        Path(args.output_dir, f"step-{state.global_step}").touch()
-        time.sleep(0.1)
-        workers = psutil.Process().children()
-        assert workers
-        if state.global_step == 1:
-            for worker in workers:
-                worker.terminate()
-
-
-def preempted(kind: str, callback: type[TrainerCallback], folder: str, **changes: Any) -> None:
-    trainer = failing(kind, folder, save_steps=100, **changes)
-    trainer.add_callback(callback)
-    trainer.train()
-
-
-def preempted_here(folder: str) -> Any:
-    """Return the exit code of the run; the process continues."""
-    reset_accelerate()
-    try:
-        preempted("", SignalToOneRank, folder)
-    except SystemExit as exit:
-        return exit.code
-    finally:
-        reset_accelerate()
-    return None
-
-
-def resumed(folder: str) -> dict[str, Any]:
-    reset_accelerate()
-    trainer = failing("", folder)
-    trainer.train(resume_from_checkpoint=True)
-    reset_accelerate()
-    return outcome(trainer)
-
-
-@cannot_resume
-def test_sigterm_saves_at_the_same_step_on_all_ranks(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert run_distributed(preempted_here, 2, str(out)) == [143, 143]
-    assert checkpoints.steps(out) == [2] and checkpoints.newest(out) == out / "checkpoint-2"
-    for run in run_distributed(resumed, 2, str(out)):
-        assert_same_run(run, tmp_path)
-
-
-@pytest.mark.slow
-def test_sigterm_to_a_launch(tmp_path: Path) -> None:
-    """From the scheduler to torchrun, from there to the ranks, from wherever to the loader's workers."""
-    out = tmp_path / "out"
-    started = out / "step-3"
-    ended = launch(launched, 2, str(out), folder=tmp_path / "log", interrupt=started.exists)
-    (step,) = checkpoints.steps(out)
-    assert ended.exit_code != 0 and 3 <= step < 100 and checkpoints.find_defect(out / f"checkpoint-{step}") is None
-    assert f"SIGTERM: step {step} is saved in {out}" in ended.errors[0], ended.errors[0][-2000:]
-    assert "Traceback" not in ended.errors[0] + ended.errors[1]
-    saved = (out / f"checkpoint-{step}" / checkpoints.MANIFEST_NAME).stat().st_mtime
-    assert time.time() - saved < 25, "some process had to be killed, torchrun's 30 s later"
-
-
-def launched(folder: str) -> None:
-    preempted("long", SignalToLoaders, folder, max_steps=100, dataloader_num_workers=1)
 
 
 def test_the_store_may_have_ended_as_well(tmp_path: Path) -> None:
