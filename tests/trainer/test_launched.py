@@ -76,7 +76,7 @@ def test_processes_that_accelerate_has_not_joined_are_refused(tmp_path: Path) ->
 def commands(folder: str, recipe: str) -> None:
     """Run the commands, which ask accelerate themselves to join the processes."""
     os.environ.pop("ACCELERATE_USE_CPU")
-    program.main([recipe, f"training.output_dir={folder}/out"])
+    program.main(Path(recipe), [f"training.output_dir={folder}/out"])
     dist.barrier()  # rank 0 saves
     reset_accelerate()
     evaluation.evaluate(f"{folder}/out", [f"{folder}/../corpus/1.txt"], length=6, output=Path(folder))
