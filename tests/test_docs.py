@@ -240,7 +240,12 @@ def check_pip(words: list[str]) -> None:
         assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"]), f"there is no extra {extras}"
 
 
+def check_source(words: list[str]) -> None:
+    assert words == [".venv/bin/activate"] and ".venv/bin/activate" in (ROOT / "scripts/environment.sh").read_text()
+
+
 CHECKS = {
+    "source": check_source,
     "linear-llama3": check_cli,
     "python": check_python,
     "accelerate": check_launch,

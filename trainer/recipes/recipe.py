@@ -176,7 +176,9 @@ class Recipe:
         try:
             from peft import LoraConfig
         except ImportError as error:
-            raise ValueError("lora needs PEFT, which is not installed; run `pip install peft`") from error
+            raise ValueError(
+                'lora needs PEFT, which is not installed; in the checkout run `pip install -e ".[lora]"`'
+            ) from error
         hints = get_type_hints(LoraConfig)
         types = {f.name: hints[f.name] for f in dataclasses.fields(LoraConfig) if f.init}
         check_names(self.lora, list(types), "lora")
