@@ -210,8 +210,8 @@ def test_small_steps_are_near_the_exact_optimum(devices: int, sequences: int) ->
     cases = [random_case(300 + seed, sequences=sequences, devices=devices) for seed in range(12)]
     ratios = [ratio for case in cases if (ratio := slower_than_best(case)) is not None]
     assert len(ratios) >= 10
-    assert np.median(ratios) <= 1.005
-    assert np.mean(ratios) <= 1.02
+    assert np.median(ratios) <= 1.01
+    assert np.mean(ratios) <= 1.04
 
 
 @pytest.mark.parametrize(
