@@ -198,7 +198,7 @@ def place(processes: int | str, *, cpu: bool = False, planned: bool = False) -> 
     processes = int(processes)
     if gpu and not planned and processes > devices:
         raise ValueError(
-            f"every process needs a GPU of its own, got processes: {processes} and {devices} visible GPUs; set "
+            f"every process needs its own GPU, got processes: {processes} and {devices} visible GPUs; set "
             "processes: auto or training.use_cpu: true"
         )
     return gpu, processes

@@ -34,8 +34,8 @@ def prefill(
             model.generate(input_ids, cache=cache)  # past_key_values=cache before transformers 5.24
 
     For n beams or n returned sequences, first call `cache.reorder_cache(torch.arange(B).repeat_interleave(n))`. During
-    the forward pass a rank keeps the keys and values of its own tokens only. Then rank `dst` receives the others layer
-    by layer.
+    the forward pass, each rank keeps only the keys and values of its local tokens. Rank `dst` then gathers them
+    layer by layer.
 
     Args:
         model: in evaluation mode, with sequence parallelism enabled.

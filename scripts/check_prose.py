@@ -20,6 +20,7 @@ AVOIDED = {  # pattern (a space matches any white space): what to write instead
     r"wholes?|wholly": "complete, full, entire, all of",
     r"anew": "again, from the start",
     r"so many|(?<!twice\s)(?<!half\s)(?<!times\s)as many": "the same number of; a number",
+    r"(an? [\w-]+|rows|documents|none) of (its|their|your) own": "a separate ..., its own ...",
     r"(is|are|was|were|be) told": "receives, knows; is given",
     r"hears?": "receives, learns",
     r"mends?|mended": "fix, repair",

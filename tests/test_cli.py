@@ -102,7 +102,7 @@ def test_number_of_processes(
 def test_more_processes_than_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     done = run("train", recipe_with(tmp_path, processes=4, training={}))
-    assert "error: every process needs a GPU of its own, got processes: 4 and 2 visible GPUs" in str(done.exception)
+    assert "error: every process needs its own GPU, got processes: 4 and 2 visible GPUs" in str(done.exception)
 
 
 def test_a_single_process_is_this_one(

@@ -84,7 +84,7 @@ class LinearLlama3TrainingArguments(TrainingArguments):
         if self.use_liger_kernel:
             raise ValueError(
                 "use_liger_kernel must be False (Liger has no kernels for this model and would not change it), got "
-                "True; remove it, linear layers have Triton kernels of their own"
+                "True; remove it, linear layers have their own Triton kernels"
             )
 
 

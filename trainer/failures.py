@@ -189,7 +189,7 @@ def _less_memory(trainer: Any) -> str:
     if getattr(trainer, "adaptive_groups", None) is not None:
         return (
             "Plans stay within the profile's memory: lower `device` under `bytes` in planner_profile, or set "
-            "gradient_checkpointing=True with a profile of its own."
+            "gradient_checkpointing=True and measure a new profile with it."
         )
     args, context = trainer.args, getattr(trainer, "sequence_parallel_context", None)
     degree = 1 if context is None else context.world_size

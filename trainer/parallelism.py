@@ -113,7 +113,7 @@ def uses_fsdp(plugin: object, *, cpu: bool) -> bool:
 
 @contextlib.contextmanager
 def without_parallelism_env() -> Iterator[None]:
-    """Keep accelerate from building a parallelism config of its own while an Accelerator is made."""
+    """Keep accelerate from building a parallelism config from the environment while it creates an Accelerator."""
     flag = os.environ.pop(_FLAG, None)
     try:
         yield

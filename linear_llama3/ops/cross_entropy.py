@@ -57,7 +57,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         learns: bool,
         *parameters: Tensor,
     ) -> Tensor:
-        # leaves of their own: a hook on a parameter expects its complete gradient, once
+        # separate leaves: a hook on a parameter expects its complete gradient, once
         leaves = [parameter.detach().requires_grad_(learns) for parameter in parameters]
         x = hidden_states.detach().requires_grad_(learns and ctx.needs_input_grad[0])
         sums = [torch.zeros_like(leaf, dtype=working_dtype(leaf)) for leaf in leaves] if learns else []

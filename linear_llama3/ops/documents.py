@@ -102,8 +102,9 @@ def document_edges(
         return None
     if attention_mask is not None and not attention_mask.all():
         raise ValueError(
-            f"packed rows take no padding, got an attention_mask with {int((attention_mask == 0).sum())} zeros; "
-            "make the padding a document of its own with labels -100 and drop the mask"
+            "packed rows must not contain padding, got an attention_mask with "
+            f"{int((attention_mask == 0).sum())} zeros; "
+            "turn the padding into a separate document with labels -100 and remove the mask"
         )
     return edges
 

@@ -30,7 +30,7 @@ def normalize_batch(batch: Mapping[str, Any], *, causal: bool, padded: Callable[
     """Check a batch as described in `SequenceParallelContext.shard_batch` and bring it into normal form.
 
     Args:
-        causal: False for models whose tokens would see padding, which then forms documents of its own.
+        causal: whether attention is causal. If not, padding becomes separate documents.
         padded: the length to which the layout pads a length. Only `position_ids` are padded here.
     """
     names = [name for name in CUT[:2] if batch.get(name) is not None]
@@ -60,7 +60,7 @@ def normalize_batch(batch: Mapping[str, Any], *, causal: bool, padded: Callable[
     total = sequences["position_ids"].shape[1]
     padding = padded(total) - total
     sequences["position_ids"] = _extend_positions(sequences["position_ids"], padding, edges is not None)
-    if edges is not None and padding:  # the padding is a document of its own
+    if edges is not None and padding:  # padding forms a separate document
         edges = torch.cat([edges, edges.new_tensor([total + padding])])
     return CompleteBatch(sequences, edges, uncut)
 

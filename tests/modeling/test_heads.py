@@ -135,7 +135,7 @@ def test_sequence_classes_are_those_of_the_last_token() -> None:
 @pytest.mark.parametrize("interval", [2, 0, 1])
 @pytest.mark.parametrize("mixer", BIDIRECTIONAL_MIXERS)
 def test_bidirectional_models_see_both_sides(mixer: str, interval: int) -> None:
-    """Attention has no order of its own: with positions that all are 0, a permutation of tokens permutes the output.
+    """Attention alone has no order: if all positions are 0, permuting the tokens permutes the output.
     A causal model fails this, as does one that leaves out a part of the sequence."""
     model = tiny_masked_lm(mixer, full_attention_interval=interval).double()
     x = tokens(2, 9)

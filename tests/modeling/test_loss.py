@@ -80,9 +80,9 @@ def test_the_chunked_loss_with_a_frozen_head() -> None:
 @pytest.mark.parametrize("kind", ["adapter", "adapter, switched off", "saved copy"])
 def test_the_chunked_loss_with_lora_on_the_head(kind: str) -> None:
     peft = pytest.importorskip("peft")
-    whole = ["lm_head"] if kind == "saved copy" else None
-    targets = ["q_proj"] if whole else ["q_proj", "lm_head"]
-    config = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=whole, init_lora_weights=False)
+    complete = ["lm_head"] if kind == "saved copy" else None
+    targets = ["q_proj"] if complete else ["q_proj", "lm_head"]
+    config = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=complete, init_lora_weights=False)
     model = peft.get_peft_model(tiny_model(), config).double().train()
     if "off" in kind:
         with model.disable_adapter():
@@ -139,7 +139,7 @@ def test_no_tensor_has_tokens_times_vocabulary_or_tokens_squared_elements(
 
 def fsdp_run(tied: bool, head_apart: bool, mixed: bool, skip_logits: bool) -> tuple[float, dict[str, Any]]:
     """Return loss and gradients of a rank's row under FSDP2; `head_apart`: the head is its own FSDP group."""
-    token_tiles.TILE_NUMBERS, whole_tiles = 5 * VOCAB, token_tiles.TILE_NUMBERS
+    token_tiles.TILE_NUMBERS, default = 5 * VOCAB, token_tiles.TILE_NUMBERS
     model = tiny_model(tie_word_embeddings=tied).train()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if mixed else MixedPrecisionPolicy()
     for layer in model.model.layers:
@@ -147,10 +147,10 @@ def fsdp_run(tied: bool, head_apart: bool, mixed: bool, skip_logits: bool) -> tu
     if head_apart:
         fully_shard(model.lm_head, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
-    whole, row = batch(), torch.distributed.get_rank()
-    loss = model(**{name: x[row : row + 1] for name, x in whole.items()}, num_items_in_batch=9, skip_logits=skip_logits)
+    rows, row = batch(), torch.distributed.get_rank()
+    loss = model(**{name: x[row : row + 1] for name, x in rows.items()}, num_items_in_batch=9, skip_logits=skip_logits)
     loss.loss.backward()
-    token_tiles.TILE_NUMBERS = whole_tiles
+    token_tiles.TILE_NUMBERS = default
     return loss.loss.item(), {
         name: p.grad.full_tensor().float().numpy() for name, p in model.named_parameters() if p.grad is not None
     }

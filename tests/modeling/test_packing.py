@@ -98,7 +98,7 @@ def test_gradients_of_packed_documents_equal_documents_alone(implementation: str
     ("kwargs", "message"),
     [
         ({"use_cache": True}, "a packed batch takes no cache, got 4 documents"),
-        ({"attention_mask": torch.tensor([[1] * 31 + [0]])}, "packed rows take no padding, got .* 1 zeros"),
+        ({"attention_mask": torch.tensor([[1] * 31 + [0]])}, "packed rows must not contain padding, got .* 1 zeros"),
         (
             {"position_ids": None, "cu_seq_lens_q": torch.tensor([0, 5, 30])},
             r"from 0 to batch \* length = 32",

@@ -102,4 +102,4 @@ def left_out() -> list[str]:
 
 def test_a_loss_without_a_count_and_padded_documents_are_refused() -> None:
     for said in run_distributed(left_out, 2):
-        assert "needs num_items_in_batch" in said[0] and "packed rows take no padding" in said[1]
+        assert "needs num_items_in_batch" in said[0] and "packed rows must not contain padding" in said[1]

@@ -116,7 +116,7 @@ def test_evaluation_computes_no_gradients() -> None:
     assert abs(loss.item() - definition(x, y, layer).item()) < 1e-12
 
 
-def test_the_graph_can_be_kept_and_hooks_see_whole_gradients() -> None:
+def test_the_graph_can_be_kept_and_hooks_see_complete_gradients() -> None:
     (x, y), layer, seen = inputs(), head(), []
     layer.weight.register_hook(lambda gradient: seen.append(gradient.clone()))
     loss = chunked_cross_entropy(x, y, layer, vocab_size=VOCAB)

@@ -174,13 +174,13 @@ def test_state_carries_over_any_split(gate: str) -> None:
     """Prefill in pieces and decoding token by token equal one pass."""
     inputs = Case(tokens=90, gate=gate, batch=2, groups=2).inputs()
     inputs.pop("w")
-    whole, final = linear_attention(**inputs, output_final_state=True)
+    complete, final = linear_attention(**inputs, output_final_state=True)
     outs, state = [], None
     for start, stop in ((0, 40), (40, 41), (41, 88), (88, 89), (89, 90)):
         part = {n: x if x.dim() == 1 else x[:, start:stop] for n, x in inputs.items()}
         out, state = linear_attention(**part, initial_state=state, output_final_state=True)
         outs.append(out)
-    assert (torch.cat(outs, 1) - whole).abs().max() < 1e-12
+    assert (torch.cat(outs, 1) - complete).abs().max() < 1e-12
     assert state is not None and final is not None
     assert (state - final).abs().max() < 1e-12
 

@@ -12,12 +12,12 @@ from linear_llama3.ops import token_tiles
 from linear_llama3.ops.token_tiles import in_tiles, tile_tokens
 
 
-def test_tiles_hold_whole_blocks_of_128_tokens() -> None:
+def test_tiles_hold_complete_blocks_of_128_tokens() -> None:
     assert tile_tokens(8192) == 16384 and tile_tokens(14336) == 9344 and tile_tokens(128256) == 1024
 
 
 @pytest.mark.parametrize("tokens", [3, 7, 22])
-def test_tiles_equal_the_whole(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_equal_one_pass(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven tokens fit a tile: two rows of three, and one left over."""
     monkeypatch.setattr(token_tiles, "TILE_NUMBERS", 7 * 10)
     torch.manual_seed(0)

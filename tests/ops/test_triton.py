@@ -157,11 +157,11 @@ def test_a_gate_that_forgets_everything(gate: str) -> None:
 @pytest.mark.parametrize("gate", GATES)
 def test_segments_change_rounding_only(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(tokens=520, gate=gate, key_dim=16, value_dim=16, strength=0.02, dtype=torch.float32)
-    whole = run(case, "triton")
+    complete = run(case, "triton")
     monkeypatch.setattr(segments, "SHORTEST", 128)
     monkeypatch.setattr(segments, "processors", lambda device: 132)
     for name, x in run(case, "triton").items():
-        assert relative_error(x, whole[name]) < (1e-5 if name == "d_log_decay" else 1e-6), name
+        assert relative_error(x, complete[name]) < (1e-5 if name == "d_log_decay" else 1e-6), name
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_strided_inputs() -> None:
 def test_decoding_continues_a_prefill(gate: str, groups: int) -> None:
     case = Case(tokens=70, gate=gate, groups=groups, batch=2, key_dim=20, value_dim=33, dtype=torch.float32)
     inputs = {name: x for name, x in case.inputs().items() if name != "w"}
-    whole, end = linear_attention(**inputs, output_final_state=True, backend="triton")
+    complete, end = linear_attention(**inputs, output_final_state=True, backend="triton")
 
     def part(start: int, stop: int) -> dict[str, Tensor]:
         return {name: x if x.dim() == 1 else x[:, start:stop] for name, x in inputs.items()}
@@ -205,7 +205,7 @@ def test_decoding_continues_a_prefill(gate: str, groups: int) -> None:
         before = state
         out, state = linear_attention(**part(t, t + 1), initial_state=state, output_final_state=True, backend="triton")
         assert before is not None and state is not None and not torch.equal(before, state)
-        assert relative_error(out, whole[:, t : t + 1]) < 1e-5
+        assert relative_error(out, complete[:, t : t + 1]) < 1e-5
     assert state is not None and end is not None and relative_error(state, end) < 1e-5
 
 

@@ -206,7 +206,7 @@ def test_a_model_compiled_to_cuda_graphs() -> None:
 
 
 def test_no_access_out_of_bounds() -> None:
-    """Under compute-sanitizer, with an allocation of its own for every tensor."""
+    """Run under compute-sanitizer, with a separate allocation for every tensor."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
         pytest.skip("needs compute-sanitizer")

@@ -17,7 +17,7 @@ PRODUCTS = ("state_scan", "output", "backward")
 
 
 def report(*options: str) -> list[dict[str, str]]:
-    """The rows of the table, by column. In a process of its own: here the kernels are interpreted."""
+    """The rows of the table, by column. It runs in a separate process, since this one interprets the kernels."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).parents[2] / "scripts/kernel_report.py"), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -68,10 +68,10 @@ def interleaved(softmax: str) -> float:
     groups = [dist.group.WORLD, strided_group()]
     documents = [[3, 21], [10, 10, 4]]
     models = [tiny_model("gla", seed=seed).double() for seed in range(2)]
-    whole = []
+    complete = []
     for model, lengths in zip(models, documents, strict=True):
         model(**batch(lengths), num_items_in_batch=24).loss.backward()
-        whole.append({name: g.clone() for name, g in gradients(model).items()})
+        complete.append({name: g.clone() for name, g in gradients(model).items()})
         model.zero_grad()
     losses = []
     for model, group, lengths in zip(models, groups, documents, strict=True):
@@ -81,7 +81,7 @@ def interleaved(softmax: str) -> float:
     for loss in reversed(losses):
         loss.backward()
     worst = 0.0
-    for model, group, expected in zip(models, groups, whole, strict=True):
+    for model, group, expected in zip(models, groups, complete, strict=True):
         for name, gradient in gradients(model).items():
             dist.all_reduce(gradient, group=group)
             worst = max(worst, ((gradient - expected[name]).abs().max() / expected[name].abs().max()).item())

@@ -30,14 +30,14 @@ def there_and_back() -> list[str]:
     for length, dim in ((1, 1), (5, 1), (7, 0), (8, 2)):
         shape = [2, 2, 2]
         shape[dim] = length
-        whole = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        local = shard(whole, group=dist.group.WORLD, dim=dim).requires_grad_()
+        complete = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        local = shard(complete, group=dist.group.WORLD, dim=dim).requires_grad_()
         if local.shape[dim] != -(-length // 4):
             problems.append(f"{length}: a part of {local.shape[dim]}")
         joined = unshard(local, group=dist.group.WORLD, length=length, dim=dim - 3)
-        if not torch.equal(joined, whole):
+        if not torch.equal(joined, complete):
             problems.append(f"{length}: not the sequence")
-        weights = torch.arange(whole.numel()).view(whole.shape).double() + 1
+        weights = torch.arange(complete.numel()).view(complete.shape).double() + 1
         (joined * weights).sum().backward()  # the same loss on every rank
         if not torch.equal(local.grad, shard(weights, group=dist.group.WORLD, dim=dim)):
             problems.append(f"{length}: gradient")

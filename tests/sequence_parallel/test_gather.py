@@ -97,8 +97,8 @@ def gathered(layout: str, length: int, strided: bool) -> list[bool]:
     """For every destination: whether it, and only it, has the complete sequence and what the last rank holds."""
     group = strided_group() if strided else dist.group.WORLD
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    whole = torch.arange(2 * 3 * length * 2).reshape(2, 3, length, 2) + 100 * (dist.get_rank() % 2 if strided else 0)
-    part = shard(whole, group=group, dim=2, layout=layout, padding=-1)
+    complete = torch.arange(2 * 3 * length * 2).reshape(2, 3, length, 2) + 100 * (dist.get_rank() % 2 if strided else 0)
+    part = shard(complete, group=group, dim=2, layout=layout, padding=-1)
     where = {"group": group, "layout": layout}
     last = 0 if layout == "zigzag" else ranks - 1
     right = []
@@ -108,7 +108,7 @@ def gathered(layout: str, length: int, strided: bool) -> list[bool]:
             end = send_final_state(torch.tensor([rank]), dst=dst, **where)
         sent = (rank != dst) * part.numel() * 8 + (rank == last != dst) * 8
         if rank == dst:
-            right.append(x is not None and torch.equal(x, whole) and end is not None and end.item() == last)
+            right.append(x is not None and torch.equal(x, complete) and end is not None and end.item() == last)
         else:
             right.append(x is None and end is None)
         right.append(traffic.bytes == sent)

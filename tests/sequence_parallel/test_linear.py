@@ -86,7 +86,7 @@ def sharded_run(
     return out.detach().numpy(), {name: g.numpy() for name, g in zip(variables, gradients, strict=True)}
 
 
-def whole_run(case: Case) -> tuple[np.ndarray, Result]:
+def complete_run(case: Case) -> tuple[np.ndarray, Result]:
     inputs = case.inputs()
     variables = leaves(inputs)
     out, _ = one_device(
@@ -107,7 +107,7 @@ def run_cases(all_cases: list[Case], strategy: str, layout: str) -> list[tuple[n
 
 @functools.cache
 def expectation(case: Case) -> tuple[np.ndarray, Result]:
-    return whole_run(case)
+    return complete_run(case)
 
 
 def every_contract(world_size: int, gate: str, strategy: str, layout: str) -> bool:
@@ -213,7 +213,7 @@ def strided_groups(strategy: str) -> float:
     case, group = Case(tokens=20 + dist.get_rank() % 2, gate="scalar"), strided_group()
     local = leaves(shards(case.inputs(), group=group))
     out = linear_attention(**local, group=group, length=case.tokens, strategy=strategy)
-    expected = shard(torch.from_numpy(whole_run(case)[0]), group=group)
+    expected = shard(torch.from_numpy(complete_run(case)[0]), group=group)
     return (out - expected).abs().max().item()
 
 

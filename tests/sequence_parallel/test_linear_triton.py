@@ -42,7 +42,7 @@ def run_cases(all_cases: list[Case], strategy: str, layout: str) -> list[tuple[n
         return [sharded_run(case, strategy, layout, backend="triton") for case in all_cases]
 
 
-def whole_run(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
+def complete_run(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
     inputs = {name: x.double() for name, x in case.inputs().items()}
     variables = leaves(inputs)
     out, _ = one_device(**variables, normalize=case.normalize, cu_seqlens=case.cu_seqlens(), backend="recurrent")
@@ -62,7 +62,7 @@ def test_packed_documents_equal_one_device() -> None:
 def check(all_cases: list[Case], world_size: int, strategy: str, layout: str) -> None:
     by_rank = run_distributed(run_cases, world_size, all_cases, strategy, layout)
     for i, case in enumerate(all_cases):
-        out, gradients = whole_run(case)
+        out, gradients = complete_run(case)
         got = join([by_rank[r][i][0] for r in range(world_size)], layout)
         assert np.isfinite(got).all(), case
         assert relative_error(got[:, : case.tokens], out) < 1e-5, case

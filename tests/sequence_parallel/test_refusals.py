@@ -175,7 +175,7 @@ def just_fits() -> str:
         ({"cu_seqlens": torch.tensor([[0, 4]])}, "cu_seqlens must be a 1-D integer tensor"),
     ],
 )
-def test_what_is_said_of_the_whole_sequence_is_checked(
+def test_what_is_said_of_the_complete_sequence_is_checked(
     op: Callable[..., Tensor], options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -31,10 +31,10 @@ def count(strategy: str, layout: str, tokens: int, gate: bool, dtype: torch.dtyp
     linear, where = strategy in LINEAR_STRATEGIES, {"group": dist.group.WORLD, "layout": layout}
     s = LINEAR if linear else SOFTMAX
     shapes = {"q": ("q_heads", "key_dim"), "k": ("kv_heads", "key_dim"), "v": ("kv_heads", "value_dim")}
-    whole = {n: torch.rand(s["batch"], tokens, *(s[x] for x in shape)) for n, shape in shapes.items()}
+    complete = {n: torch.rand(s["batch"], tokens, *(s[x] for x in shape)) for n, shape in shapes.items()}
     if gate:
-        whole["log_decay"] = -torch.rand(s["batch"], tokens, s["kv_heads"])
-    local = {n: shard(x, **where).to(dtype).requires_grad_() for n, x in whole.items()}
+        complete["log_decay"] = -torch.rand(s["batch"], tokens, s["kv_heads"])
+    local = {n: shard(x, **where).to(dtype).requires_grad_() for n, x in complete.items()}
     with Traffic() as forward:
         op = sharded_linear if linear else sharded_softmax
         out = op(**local, strategy=strategy, length=tokens, **where)
@@ -117,8 +117,8 @@ def checkpointed(strategy: str, reentrant: bool) -> tuple[Traffic, bool]:
     linear, where = strategy in LINEAR_STRATEGIES, {"group": dist.group.WORLD, "layout": "zigzag"}
     op, sizes = (sharded_linear, LINEAR) if linear else (sharded_softmax, SOFTMAX)
     heads = {"q": ("q_heads", "key_dim"), "k": ("kv_heads", "key_dim"), "v": ("kv_heads", "value_dim")}
-    whole = [torch.rand(sizes["batch"], 61, *(sizes[x] for x in shape)) for shape in heads.values()]
-    local = [shard(x, **where).requires_grad_() for x in whole]
+    complete = [torch.rand(sizes["batch"], 61, *(sizes[x] for x in shape)) for shape in heads.values()]
+    local = [shard(x, **where).requires_grad_() for x in complete]
     runs, traffic = [], Traffic()
     for checkpointing in (False, True):
         attention = partial(op, strategy=strategy, length=61, exchange_cache={} if checkpointing else None, **where)

@@ -166,9 +166,9 @@ def parquet(rows: int = 1000, text: Any = "abcdefgh") -> bytes:
 
 def damaged_parquet() -> bytes:
     """Bytes in the middle of the rows are others, the schema at the end is intact."""
-    whole = bytearray(parquet())
-    whole[4:40] = b"\xff" * 36
-    return bytes(whole)
+    complete = bytearray(parquet())
+    complete[4:40] = b"\xff" * 36
+    return bytes(complete)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "stream"])

@@ -39,11 +39,11 @@ def test_a_stream_must_fill_a_step(workers: int) -> None:
 
 def test_content() -> None:
     rows = [{"input_ids": [i, i + 1], "labels": [i, i + 1]} for i in range(40)]
-    whole = content_hash(Dataset.from_list(rows))
-    assert whole is not None and whole == content_hash(Dataset.from_list(rows).with_format("torch"))
+    complete = content_hash(Dataset.from_list(rows))
+    assert complete is not None and complete == content_hash(Dataset.from_list(rows).with_format("torch"))
     for changed in (0, 39):
         other = [*rows[:changed], {**rows[changed], "labels": [-100, 1]}, *rows[changed + 1 :]]
-        assert content_hash(Dataset.from_list(other)) != whole
+        assert content_hash(Dataset.from_list(other)) != complete
     assert content_hash(rows) is None
     assert content_hash(Dataset.from_list(rows).with_transform(lambda batch: batch)) is None  # which may be random
 

@@ -135,7 +135,7 @@ def sharded_results(layout: str) -> tuple[dict[str, Any], list[dict[str, float]]
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_sharded_is_whole(ranks: int, layout: str) -> None:
+def test_sharded_equals_one_process(ranks: int, layout: str) -> None:
     model = tiny_model("gla").double()
     unsharded = measure_loss(model, batches())
     cells = needle_accuracy(model, token_haystack(VOCAB, answer=3), lengths=[10, 21], depths=[0.0, 1.0], samples=2)

@@ -44,7 +44,7 @@ def run(
 ) -> dict[str, Any]:
     """Two steps of 4 rows and an evaluation; tiles of three tokens in the loss, and of two in the layers."""
     reset_accelerate()
-    token_tiles.TILE_NUMBERS, whole = 3 * 23, token_tiles.TILE_NUMBERS
+    token_tiles.TILE_NUMBERS, before = 3 * 23, token_tiles.TILE_NUMBERS
     changes: dict[str, Any] = dict.fromkeys(("chunked_loss", "sequence_tiling", "gradient_checkpointing"), tiled)
     changes |= {"gradient_accumulation_steps": accumulation, "learning_rate": 0.1}
     changes["per_device_train_batch_size"] = 4 * degree // world // accumulation
@@ -54,7 +54,7 @@ def run(
     model.register_forward_hook(lambda module, args, output: seen.append(output.logits is None))
     trainer.train()
     evaluated = trainer.evaluate()["eval_loss"]
-    token_tiles.TILE_NUMBERS = whole
+    token_tiles.TILE_NUMBERS = before
     reset_accelerate()
     assert seen and all(skipped == tiled for skipped in seen)
     return {**outcome(trainer), "eval": evaluated}

@@ -159,15 +159,15 @@ def test_adapters_and_optimizers() -> None:
     peft = pytest.importorskip("peft")
     with torch.device("meta"):
         model = LinearLlama3ForCausalLM(config("basic", 4)).bfloat16()
-        whole = sum(p.numel() for p in model.parameters())
+        complete = sum(p.numel() for p in model.parameters())
         model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
     adapters = [p for p in model.parameters() if p.requires_grad]
     size, count = sum(p.nbytes for p in adapters), sum(p.numel() for p in adapters)
     assert count == 4 * 2 * 4 * 128
     lines = memory_account(model, tokens=TOKENS, gpu=False).lines
-    assert (lines["weights"], lines["gradients"], lines["optimizer"]) == (2 * whole + size, size, 2 * size)
+    assert (lines["weights"], lines["gradients"], lines["optimizer"]) == (2 * complete + size, size, 2 * size)
     eight = memory_account(model, tokens=TOKENS, gpu=False, optimizer="adamw_8bit", ranks=2, fsdp=True).lines
-    assert (eight["weights"], eight["optimizer"]) == (whole + size // 2, count)
+    assert (eight["weights"], eight["optimizer"]) == (complete + size // 2, count)
     assert all(p.is_meta for p in model.parameters())
 
 

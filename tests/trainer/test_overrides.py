@@ -33,7 +33,7 @@ class OwnLoss(SequentialTrainer):
 
 
 class OwnLossBelow(SequenceParallelMixin, type("Below", (Trainer,), {"compute_loss": OwnLoss.compute_loss})):  # type: ignore[misc]
-    """A loss of its own in a base class below the mixin."""
+    """A base class below the mixin with a different loss."""
 
 
 class OwnInputs(SequentialTrainer):

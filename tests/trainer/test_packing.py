@@ -64,9 +64,9 @@ def assert_labels(row: dict[str, list[int]]) -> None:
 @pytest.mark.parametrize("length", [2, 3, 8, 19])
 def test_wrapped(length: int, long_documents: str) -> None:
     kept = [piece for piece in pieces(ODD_SIZES, length, long_documents)]
-    whole = documents(ODD_SIZES)
+    complete = documents(ODD_SIZES)
     stream = [token for piece in kept for token in piece]
-    first_ones = {document["input_ids"][0] for document in whole if document["input_ids"]}
+    first_ones = {document["input_ids"][0] for document in complete if document["input_ids"]}
     expected = []
     for start in range(0, len(stream) - length + 1, length):
         row: list[list[int]] = []
@@ -86,7 +86,7 @@ def test_wrapped(length: int, long_documents: str) -> None:
 @pytest.mark.parametrize("window", [1, 256], ids=["many windows", "one window"])
 @pytest.mark.parametrize("long_documents", ["continue", "cut"])
 @pytest.mark.parametrize("length", [2, 3, 8, 19])
-def test_best_fit_keeps_every_piece_whole(
+def test_best_fit_never_splits_a_piece(
     length: int, long_documents: str, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "WINDOW", window)

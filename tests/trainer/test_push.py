@@ -59,7 +59,7 @@ def trainer(folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Line
     )
 
 
-def test_every_upload_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_upload_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those during the run, for which Trainer itself copies neither the shim nor a card."""
     hub = FakeHub()
     ours = trainer(tmp_path, hub, monkeypatch)

@@ -244,7 +244,7 @@ def test_a_preset_in_a_recipe(tmp_path: Path) -> None:
     assert (config.vocab_size, config.linear_layers, config.max_position_embeddings) == (99, [0, 1, 2], 131072)
 
 
-def test_the_weights_are_saved_whole_under_fsdp2() -> None:
+def test_complete_weights_are_saved_under_fsdp2() -> None:
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     assert plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
     saved = []

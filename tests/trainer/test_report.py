@@ -50,8 +50,8 @@ def train_with_a_bar(folder: str) -> tuple[str, str, list[dict[str, Any]], float
         trainer = LinearLlama3Trainer(model=tiny_model(), args=args, train_dataset=rows(True))
         trainer.train()
     reset_accelerate()
-    whole = sum(batch_flops(tiny_model(), {k: v[None] for k, v in row.items()}).training for row in rows(True))
-    return error.getvalue(), out.getvalue(), trainer.state.log_history, whole
+    complete = sum(batch_flops(tiny_model(), {k: v[None] for k, v in row.items()}).training for row in rows(True))
+    return error.getvalue(), out.getvalue(), trainer.state.log_history, complete
 
 
 def test_one_bar_and_a_log_for_trackers(tmp_path: Path) -> None:

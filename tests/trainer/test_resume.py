@@ -117,14 +117,14 @@ def run_with(changes: dict[str, Any], *args: Any) -> dict[str, Any]:
 SAVE = {"save_steps": STOP}
 
 
-def assert_continues(resumed: dict[str, Any], whole: dict[str, Any], where: Any) -> None:
+def assert_continues(resumed: dict[str, Any], complete: dict[str, Any], where: Any) -> None:
     assert "refused" not in resumed, (where, resumed)
-    assert len(whole["history"]) == HISTORY and resumed["step"] == STEPS
-    for got, expected in zip(resumed["history"], whole["history"], strict=True):
+    assert len(complete["history"]) == HISTORY and resumed["step"] == STEPS
+    for got, expected in zip(resumed["history"], complete["history"], strict=True):
         assert got == pytest.approx(expected, rel=1e-5), where
-    for name, expected in whole["parameters"].items():
+    for name, expected in complete["parameters"].items():
         assert abs(resumed["parameters"][name] - expected).max() < 1e-5, (where, name)
-    assert resumed["tokens"] == whole["tokens"], where
+    assert resumed["tokens"] == complete["tokens"], where
 
 
 GRIDS = [  # (processes, sequence-parallel degree) before and after the stop
@@ -147,32 +147,32 @@ GRIDS = [  # (processes, sequence-parallel degree) before and after the stop
     ],
 )
 def test_a_resume_on_other_processes_equals_an_uninterrupted_run(kind: str, grids: Any, tmp_path: Path) -> None:
-    (whole,) = run_distributed(run, 1, kind, 1, str(tmp_path / "whole"), None)
-    assert whole["tokens"] == 13 * (30 if kind == "rows" else 36)
+    (complete,) = run_distributed(run, 1, kind, 1, str(tmp_path / "complete"), None)
+    assert complete["tokens"] == 13 * (30 if kind == "rows" else 36)
     for before, after in grids:
         folder = tmp_path / str(before)
         for stopped in run_distributed(run_with, before[0], SAVE, kind, before[1], str(folder), None):
             assert stopped["step"] == STOP
-        assert load_file(folder / f"checkpoint-{STOP}" / "model.safetensors").keys() == whole["parameters"].keys()
+        assert load_file(folder / f"checkpoint-{STOP}" / "model.safetensors").keys() == complete["parameters"].keys()
         checkpoint = str(folder / f"checkpoint-{STOP}")
         for resumed in run_distributed(run, after[0], kind, after[1], str(tmp_path / "on"), checkpoint):
-            assert_continues(resumed, whole, (before, after))
+            assert_continues(resumed, complete, (before, after))
 
 
 def test_random_numbers_continue_on_the_same_processes(tmp_path: Path) -> None:
     """Dropout is exact on the same number of processes; on others there is a warning, and ranks do not differ."""
     dropout, folder = {"dropout": 0.5}, str(tmp_path / "stopped")
-    whole, _ = run_distributed(run_with, 2, dropout, "rows", 1, str(tmp_path / "whole"), None)
+    complete, _ = run_distributed(run_with, 2, dropout, "rows", 1, str(tmp_path / "complete"), None)
     (plain,) = run_distributed(run, 1, "rows", 1, str(tmp_path / "plain"), None)
-    assert whole["history"][0] != pytest.approx(plain["history"][0], rel=1e-3), "nothing was dropped"
+    assert complete["history"][0] != pytest.approx(plain["history"][0], rel=1e-3), "nothing was dropped"
     run_distributed(run_with, 2, dropout | SAVE, "rows", 1, folder, None)
     for resumed in run_distributed(
         run_with, 2, dropout, "rows", 1, str(tmp_path / "on"), f"{folder}/checkpoint-{STOP}"
     ):
-        assert_continues(resumed, whole, "dropout")
+        assert_continues(resumed, complete, "dropout")
         assert not resumed["warnings"]
     (other,) = run_distributed(run_with, 1, dropout, "rows", 1, str(tmp_path / "on"), f"{folder}/checkpoint-{STOP}")
-    assert other["step"] == STEPS and other["history"][-1] != pytest.approx(whole["history"][-1], rel=1e-3)
+    assert other["step"] == STEPS and other["history"][-1] != pytest.approx(complete["history"][-1], rel=1e-3)
     assert any("start again, since 2 processes saved and 1 continue" in text for text in other["warnings"])
 
 
@@ -183,12 +183,12 @@ def break_weights(folder: Path) -> None:
 
 
 def test_the_newest_complete_checkpoint_is_used(tmp_path: Path) -> None:
-    whole, _ = run_distributed(run, 2, "rows", 2, str(tmp_path / "whole"), None)
+    complete, _ = run_distributed(run, 2, "rows", 2, str(tmp_path / "complete"), None)
     folder = tmp_path / "stopped"
     run_distributed(run_with, 2, {"save_steps": 2}, "rows", 2, str(folder), None)
     break_weights(folder / "checkpoint-4")
     for resumed in run_distributed(run, 2, "rows", 2, str(folder), True):
-        assert_continues(resumed, whole, "from step 2")
+        assert_continues(resumed, complete, "from step 2")
     assert any("checkpoint-4 is not complete: model.safetensors has" in t for t in run_first(folder, "latest"))
     for resumed in run_distributed(run, 2, "rows", 2, str(folder), f"{folder}/checkpoint-4"):
         assert "must be complete" in resumed["refused"] and "bytes of" in resumed["refused"]
@@ -197,7 +197,7 @@ def test_the_newest_complete_checkpoint_is_used(tmp_path: Path) -> None:
         assert "needs a complete checkpoint in output_dir" in resumed["refused"]
     shutil.rmtree(folder / "checkpoint-4")
     for resumed in run_distributed(run, 2, "rows", 2, str(folder), "latest"):
-        assert_continues(resumed, whole, "from the start")
+        assert_continues(resumed, complete, "from the start")
 
 
 def run_first(folder: Path, checkpoint: str) -> list[str]:

@@ -182,7 +182,7 @@ def _check_lengths(lengths: NDArray[np.int64], cluster: Cluster, costs: Costs) -
             f"every row must have 1 to {largest:,} tokens (the largest group of {cluster} holds no more), got "
             f"{len(wrong):,} of {len(lengths):,} rows outside: {', '.join(named)}"
             f"{', ...' if len(wrong) > NAMED else ''}; remove or split them, set gradient_checkpointing=True "
-            "(with a profile of its own), or train on more devices"
+            "(and measure a new profile with it), or train on more devices"
         )
 
 

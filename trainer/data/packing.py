@@ -1,6 +1,6 @@
 """Rows of tokenized documents: concatenated and cut, packed by best fit, or one document per row.
 
-`position_ids` restart at every document of a row. Padding is a document of its own.
+`position_ids` restart at every document of a row. Padding forms a separate document.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WINDOW = 256  # best fit packs this number of rows at a time: a stream holds the
 
 
 class Piece(NamedTuple):
-    """A document, or a part of one that is a document of its own."""
+    """A document, or a part of a long document that is treated as a separate document."""
 
     ids: np.ndarray  # [n]
     labels: np.ndarray  # [n]; the first is never a target

@@ -63,8 +63,8 @@ class DataRecipe:
     - `streaming`: read, tokenize and pack documents during training, without storing rows.
     - `packing`: "wrapped" concatenates documents and cuts at the end of a row, "best_fit" fills rows with complete
       documents, "none" makes every document a row. Attention never crosses the boundary of a document.
-    - `long_documents`: tokens of a document beyond `sequence_length`: "continue" makes them a document of their own,
-      "cut" drops them.
+    - `long_documents`: tokens of a document beyond `sequence_length`: "continue" makes them a separate document, "cut"
+      drops them.
     """
 
     files: str | list[str] | None = None

@@ -46,7 +46,7 @@ def checked(kind: type, content: Any, where: str, *, sections: Sequence[str] = (
     """Return `content` as arguments of the dataclass `kind`.
 
     Args:
-        sections: names of mappings that are checked later, against annotations of their own.
+        sections: names of mappings that are checked later, against separate annotations.
 
     Raises:
         ValueError: `content` is not a mapping, or has unknown names, missing names or values of the wrong type.

@@ -127,7 +127,7 @@ def start_linear_attention(
 
     With `output_final_state`, `pending.final_state` is then the state after this rank's last chunk,
     `[B, H_kv, D_k, D_v]` (+ 1 column with `normalize`); that of the complete sequence is on the rank that holds its
-    end (`gather.send_final_state`). It has no gradient, and documents have none of their own.
+    end (`gather.send_final_state`). It has no gradient, and single documents have no final state.
     """
     if strategy != "auto":
         get_linear_strategy(strategy)

@@ -30,9 +30,9 @@ def ulysses(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     message = torch.cat([x.unflatten(2, (ranks, -1)).flatten(3) for x in (q, k, v)], dim=-1)
     message = F.pad(message, (0, 0, 0, 0, 0, shard.local - tokens))
     received = _exchange(message.movedim(2, 0), spec, "of a rank's heads")  # [W, B, C, features]: all tokens
-    whole = to_sequence_order(received.movedim(0, 1), shard.layout, dim=1)[:, : shard.documents[-1]]
+    sequence = to_sequence_order(received.movedim(0, 1), shard.layout, dim=1)[:, : shard.documents[-1]]
     sizes = [x.shape[2] // ranks * x.shape[3] for x in (q, k, v)]
-    q, k, v = (x.unflatten(2, (-1, dim)) for x, dim in zip(whole.split(sizes, dim=-1), dims, strict=True))
+    q, k, v = (x.unflatten(2, (-1, dim)) for x, dim in zip(sequence.split(sizes, dim=-1), dims, strict=True))
 
     out = softmax_attention(q, k, v, scale=spec.scale, visibility=spec.visibility)  # [B, T, H_q / W, D_v]
     out = F.pad(out.to(v.dtype), (0, 0, 0, 0, 0, ranks * shard.local - out.shape[1]))
