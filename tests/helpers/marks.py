@@ -33,3 +33,14 @@ def slow_unless(fast: Callable[..., bool], **values: Iterable[Any]) -> pytest.Ma
 def _id(name: str, value: object) -> str:
     prefix = {"world_size": "W", "ranks": "W", "groups": "G", "tokens": "T"}.get(name, "")
     return f"{prefix}{value}".removeprefix("torch.")
+
+
+each_attention_implementation = pytest.mark.parametrize(
+    ("implementation", "stance"),
+    [
+        ("eager", "default"),
+        ("flex_attention", "force_eager"),
+        pytest.param("flex_attention", "default", marks=[needs_cxx, pytest.mark.slow]),
+    ],
+    ids=["eager", "flex-uncompiled", "flex-compiled"],
+)

@@ -14,22 +14,14 @@ from transformers.masking_utils import sdpa_mask
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.modeling import inputs
 from tests.helpers.generation import feed, generate
-from tests.helpers.marks import needs_cxx
+from tests.helpers.marks import each_attention_implementation
 from tests.helpers.tiny import MIXER_NAMES, gradients, tiny_model, tokens
 
 PADDED = torch.tensor([[0] * 4 + [1] * 11, [1] * 15])
 PACKED = torch.tensor([[*range(5), *range(10)], [*range(12), *range(3)]])
 
 
-@pytest.mark.parametrize(
-    ("implementation", "stance"),
-    [
-        ("eager", "default"),
-        ("flex_attention", "force_eager"),
-        pytest.param("flex_attention", "default", marks=[needs_cxx, pytest.mark.slow]),
-    ],
-    ids=["eager", "flex-uncompiled", "flex-compiled"],
-)
+@each_attention_implementation
 @torch.no_grad()
 def test_logits_of_all_backends_agree(implementation: str, stance: str) -> None:
     model, x = tiny_model(num_hidden_layers=2), tokens(2, 15)

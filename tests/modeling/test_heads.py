@@ -24,7 +24,7 @@ from linear_llama3 import (
     LinearLlama3ForTokenClassification,
 )
 from linear_llama3.sequence_parallel import SequenceParallelContext, enable_sequence_parallel
-from tests.helpers.marks import needs_cxx, slow_unless
+from tests.helpers.marks import each_attention_implementation, slow_unless
 from tests.helpers.tiny import BIDIRECTIONAL_MIXERS, VOCAB, bidirectional_config, tiny_config, tiny_masked_lm, tokens
 
 HEADS = {
@@ -175,15 +175,7 @@ def test_bidirectional_padding_and_packing(mixer: str, interval: int) -> None:
     torch.testing.assert_close(packed[:, 9:], expected[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("implementation", "stance"),
-    [
-        ("eager", "default"),
-        ("flex_attention", "force_eager"),
-        pytest.param("flex_attention", "default", marks=[needs_cxx, pytest.mark.slow]),
-    ],
-    ids=["eager", "flex-uncompiled", "flex-compiled"],
-)
+@each_attention_implementation
 @torch.no_grad()
 def test_attention_backends_agree(implementation: str, stance: str) -> None:
     model = tiny_masked_lm()
