@@ -112,7 +112,7 @@ class LanguageLossMixin(SequenceParallelMixin):
         sums = torch.stack([loss.double(), targets.double()])
         if (
             context is not None and context.group is not None
-        ):  # Trainer gathers losses that the ranks of a sequence agree on
+        ):  # Trainer expects the same loss on all ranks of a sequence
             sums = all_reduce(sums, context.group).wait()
         self._add(sums)
         return sums[0] / sums[1].clamp(min=1), None, None

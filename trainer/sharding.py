@@ -246,6 +246,6 @@ class SequenceParallelMixin(Trainer):
                 "under sequence parallelism evaluation returns logits alone, got further outputs; set "
                 "output_hidden_states=False or prediction_loss_only=True"
             )
-        total = rows * length if logits.shape[0] != rows else length  # packed rows were laid end to end
+        total = rows * length if logits.shape[0] != rows else length  # packed rows are concatenated
         logits = unshard(logits, group=context.group, length=total, layout=context.layout)
         return loss, logits.reshape(rows, length, -1), labels
