@@ -125,7 +125,7 @@ class FakeMemoryTracker(TorchDispatchMode):
 
 def _custom_op_bodies() -> dict[Any, Callable[..., Any]]:
     """Return the functions behind the custom ops, whose temporaries are counted as well."""
-    op = sys.modules.get(f"{backends.__package__}.triton.op")
+    op = sys.modules.get(f"{backends.__package__}.causal_op")
     return {} if op is None else {x._opoverload: x._init_fn for x in (op._forward, op._backward)}
 
 

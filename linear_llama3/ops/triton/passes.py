@@ -8,13 +8,12 @@ state after it; then all chunks run in parallel. The residuals are the states th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..local_passes import Documents, Gradients, LocalDocuments, Output
+from ..local_passes import Documents, Gradients, LocalDocuments, Output, Residuals
 from .launch import Launcher, merge
 from .segments import Segments, cut, segment_length
 
@@ -112,7 +111,7 @@ class TritonForward:
         out, ends = launcher.output(
             q.contiguous(), segments, into_segments, scale=scale, dtype=self.out_dtype, ends=final_states
         )
-        return Output(out, None if ends is None else self.scan.behind_documents(ends), (into_segments,))
+        return Output(out, None if ends is None else self.scan.behind_documents(ends), (None, into_segments))
 
 
 class TritonBackward:
@@ -120,12 +119,12 @@ class TritonBackward:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, documents: LocalDocuments,
-        residuals: Sequence[Tensor | None], d_out: Tensor, scale: float, *, decay_learns: bool,
+        residuals: Residuals, d_out: Tensor, scale: float, *, decay_learns: bool,
     ) -> None:  # fmt: skip
         self.q, self.d_out, self.scale, self.documents = q.contiguous(), d_out.contiguous(), scale, documents
         self.decay_learns = decay_learns and log_decay is not None
         self.decay_dtype = torch.float32 if log_decay is None else log_decay.dtype
-        (self.into_segments,) = residuals
+        _, self.into_segments = residuals
         self.launcher = Launcher(k, v, log_decay, backward=True, decay_gradient=decay_learns)
         self.segments = cut_into_segments(self.launcher, documents)
         self.scan = DirectionalScan(self.launcher, self.segments, self.launcher.k, self.launcher.v)
