@@ -114,7 +114,7 @@ class BlockInputs:
         return scores(self.q, self.k, self.decay) @ self.v
 
     def intra_chunk_backward(self, decay_learns: bool) -> Gradients:
-        """The gradients within the chunks, in the shapes of a block; that of the decay is the flow of `intra_chunk.py`."""
+        """The gradients inside the chunks, in a block's shapes; that of the decay is the flow of `intra_chunk.py`."""
         s = scores(self.q, self.k, self.decay)
         d_v = s.mT @ self.d_out
         d_scores = self.d_out @ self.v.mT

@@ -45,7 +45,8 @@ class ChunkedForward:
         inputs = self._inputs(q, scale)
         initial = inputs.by_document(entering, self.documents.opening)
         out = q.new_empty(*q.shape[:3], self.v.shape[-1], dtype=self.out_dtype)
-        state, final = inputs.zero_state(), {}
+        state = inputs.zero_state()
+        final: States = {}
         edges = state.new_empty(len(state), len(inputs.blocks), *state.shape[1:])  # the states before the blocks
         for i, block in enumerate(inputs.blocks):
             x = BlockInputs(inputs, block)
@@ -89,7 +90,8 @@ class ChunkedBackward:
             torch.empty_like(x, memory_format=torch.contiguous_format) for x in (inputs.q, inputs.k, inputs.v)
         )
         d_decay = inputs.empty_decays() if self.decay_learns else None
-        d_state, d_initial = inputs.zero_state(), {}
+        d_state = inputs.zero_state()
+        d_initial: States = {}
         for i in reversed(range(len(blocks))):
             x, block = BlockInputs(inputs, blocks[i]), blocks[i]
             before, _, _ = x.scan(self.edges[:, i], initial)

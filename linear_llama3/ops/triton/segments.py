@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,37 +28,25 @@ class Segment(NamedTuple):
     closes: bool
 
 
-Method = TypeVar("Method", bound=Callable[..., Tensor])
-
-
-def _cached(method: Method) -> Method:
-    """Cache the tensors of a method of `Segments` per instance and arguments."""
-
-    @functools.wraps(method)
-    def call(self: Segments, *args: Any, **named: Any) -> Tensor:
-        key = (method.__name__, args, tuple(named.items()))
-        if key not in self.tables:
-            self.tables[key] = method(self, *args, **named)
-        return self.tables[key]
-
-    return cast(Method, call)
-
-
 class Segments:
     """The segments of a stream, none longer than `length`, and their chunks of `chunk` tokens."""
 
     def __init__(self, boundaries: tuple[int, ...], *, length: int, chunk: int, device: torch.device) -> None:
         assert length % chunk == 0, "chunks are counted from the start of a segment"
-        self.boundaries, self.device = boundaries, device
+        self.device = device
         self.list: list[Segment] = []
-        self.tables: dict[tuple[Any, ...], Tensor] = {}
         for n, (start, stop) in enumerate(itertools.pairwise(boundaries)):
             edges = [*range(start, stop, length), stop]
             self.list += [Segment(a, b, n, a == start, b == stop) for a, b in itertools.pairwise(edges)]
         self.documents = len(boundaries) - 1
         chunks = [[(a, min(a + chunk, s.stop)) for a in range(s.start, s.stop, chunk)] for s in self.list]
         self.first_chunk = list(itertools.accumulate([len(c) for c in chunks], initial=0))
-        self.chunks = self.tensor([edge for c in chunks for edge in c], columns=2)  # int32 [chunks, 2]: start, stop
+        self.chunks = self._tensor([edge for c in chunks for edge in c], columns=2)  # int32 [chunks, 2]: start, stop
+        # kept on the device: a copy would wait for it
+        self.table = functools.cache(self._table)
+        self.entering_steps = functools.cache(self._entering_steps)
+        self.document_steps = functools.cache(self._document_steps)
+        self.last_of_documents = functools.cache(self._last_of_documents)
 
     def __len__(self) -> int:
         return len(self.list)
@@ -68,17 +56,15 @@ class Segments:
         """True if every document is one segment."""
         return len(self.list) == self.documents
 
-    def tensor(self, rows: Sequence[tuple[int, ...]], columns: int) -> Tensor:
+    def _tensor(self, rows: Sequence[tuple[int, ...]], columns: int) -> Tensor:
         return torch.tensor(rows, dtype=torch.int32).view(-1, columns).to(self.device)
 
-    @_cached
-    def table(self, which: tuple[int, ...] | None = None) -> Tensor:
+    def _table(self, which: tuple[int, ...] | None) -> Tensor:
         """int32 `[n, 3]`: start, stop and first chunk of all segments, or of these."""
         which = tuple(range(len(self.list))) if which is None else which
-        return self.tensor([(self.list[s].start, self.list[s].stop, self.first_chunk[s]) for s in which], columns=3)
+        return self._tensor([(self.list[s].start, self.list[s].stop, self.first_chunk[s]) for s in which], columns=3)
 
-    @_cached
-    def last_of_documents(self, *, reverse: bool) -> Tensor:
+    def _last_of_documents(self, *, reverse: bool) -> Tensor:
         """int64 `[documents]`: the last (reverse: the first) segment of each."""
         ends = [s for s, x in enumerate(self.list) if (x.opens if reverse else x.closes)]
         return torch.tensor(ends).to(self.device)
@@ -88,8 +74,7 @@ class Segments:
         parts = enumerate(self.list)
         return tuple(i for i, s in parts if not (s.opens if reverse else s.closes) or s.document in documents)
 
-    @_cached
-    def entering_steps(self, folded: tuple[int, ...], starts: Documents, *, reverse: bool) -> Tensor:
+    def _entering_steps(self, folded: tuple[int, ...], starts: Documents, *, reverse: bool) -> Tensor:
         """Steps of a merge that stores the state before every segment; `folded` are the segments whose states are
         merged. A document in `starts` begins with the initial state at its place there, others from zero."""
         initial = {document: i for i, document in enumerate(starts)}
@@ -106,8 +91,7 @@ class Segments:
             self.device,
         )
 
-    @_cached
-    def document_steps(self, folded: tuple[int, ...], documents: Documents, *, reverse: bool) -> Tensor:
+    def _document_steps(self, folded: tuple[int, ...], documents: Documents, *, reverse: bool) -> Tensor:
         """Steps of a merge that stores the state of each of these documents, from zero; None is zero."""
         place = {segment: i for i, segment in enumerate(folded)}
         steps = []

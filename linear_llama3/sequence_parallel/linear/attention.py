@@ -213,7 +213,7 @@ class _SentStates:
         self.k, self.v, self.log_decay, self.sharding, self.cache = k, v, log_decay, sharding, cache
         self.output_final_state = output_final_state
         with torch.no_grad():
-            forward_pass, _ = passes(sharding.backend)
+            forward_pass = passes(sharding.backend)[0]
             self.local = forward_pass(k, v, log_decay, sharding.shard.local_documents, out_dtype=sharding.out_dtype)
             self.decays = _chunk_decays(k, log_decay, sharding.shard) if decays else None
             self.sent = not cache
@@ -267,7 +267,7 @@ class _ShardedLinearAttention(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, decays, *residuals = ctx.saved_tensors
-        _, backward_pass = passes(ctx.sharding.backend)
+        backward_pass = passes(ctx.sharding.backend)[1]
         inputs = q, k, v, log_decay, ctx.sharding.shard.local_documents, residuals, d_out, ctx.scale
         local = backward_pass(*inputs, decay_learns=ctx.needs_input_grad[3])
         wait = ctx.sharding.scan(local.summary(), decays, reverse=True)
