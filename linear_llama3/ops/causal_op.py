@@ -90,15 +90,12 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    kept: Tensor, d_out: Tensor, d_final: Tensor | None, scale: float, backend: str, decay_learns: bool,
-    initial_learns: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    d_log_decay, d_initial = (
-        _present(_like(x) if learns and x is not None else None, k)
-        for x, learns in ((log_decay, decay_learns), (initial_state, initial_learns))
-    )
-    return _like(q), _like(k), _like(v), d_log_decay, d_initial
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, decay_learns, initial_learns = others
+    d_decay = _like(log_decay) if decay_learns and log_decay is not None else None
+    d_initial = _like(initial_state) if initial_learns and initial_state is not None else None
+    return _like(q), _like(k), _like(v), _present(d_decay, k), _present(d_initial, k)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

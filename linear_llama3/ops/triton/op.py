@@ -17,12 +17,7 @@ def triton_linear_attention(
     """Compute `causal_linear_attention`, with the same arguments and results."""
     inputs = (q, k, v, log_decay, initial_state)
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    if q.shape[1] == 1 and not learns:
-        if cu_seqlens is not None and (len(q), len(cu_seqlens)) != (1, 2):
-            raise ValueError(
-                "cu_seqlens of one token must be [0, 1] in a batch of 1, got a batch of "
-                f"{len(q)} and {len(cu_seqlens)} edges"
-            )
+    if q.shape[1] == 1 and cu_seqlens is None and not learns:
         return _decode(*inputs, scale, dtype)
     key_dim, value_dim = k.shape[-1], v.shape[-1]
     k, v, log_decay = pad_head_dims(k, v, log_decay)
