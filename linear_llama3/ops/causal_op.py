@@ -105,11 +105,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, _, v, *_ = ctx.saved_tensors
+    q, k, v, *others = ctx.saved_tensors  # gradient checkpointing allows one look
     d_out = q.new_zeros(*q.shape[:3], v.shape[3]) if d_out is None else d_out
     decay_learns, initial_learns = ctx.needs_input_grad[3:5]
     d_q, d_k, d_v, d_decay, d_initial = _backward(
-        *ctx.saved_tensors, d_out, d_final, ctx.scale, ctx.backend, decay_learns, initial_learns
+        q, k, v, *others, d_out, d_final, ctx.scale, ctx.backend, decay_learns, initial_learns
     )
     gradients = d_q, d_k, d_v, d_decay if decay_learns else None, d_initial if initial_learns else None
     return *gradients, None, None, None, None, None
