@@ -40,7 +40,7 @@ class Launcher:
     ) -> None:  # fmt: skip
         self.k, self.v = k.contiguous(), v.contiguous()
         self.batch, self.tokens, self.heads, self.key_dim = k.shape
-        self.value_dim = v.shape[3]
+        self.value_dim, self.rows = v.shape[3], self.batch * self.heads
         self.gate = _gate(log_decay)
         # a gate per channel needs its gradient's intermediates anyway
         self.decay_gradient = self.gate == CHANNEL.value or (decay_gradient and log_decay is not None)
@@ -72,14 +72,15 @@ class Launcher:
         """States of the chunks, and states and decays `[B, n, H, K]` of the segments (or of these)."""
         tiles, table = self.configuration.scan, self.segments.table(which)
         count, chunks = len(table), len(self.segments.chunks)
-        chunk_states = self._empty(chunks, self.value_dim, dtype=self._stored) if states else None
+        stored = torch.bfloat16 if self.k.dtype == torch.bfloat16 else torch.float32
+        chunk_states = self._empty(chunks, self.value_dim, dtype=stored) if states else None
         end_states = self._empty(count, self.value_dim) if ends else None
         decays = self._empty(count) if ends and self.gate != NONE.value else None
-        grid = (count * triton.cdiv(self.key_dim, tiles.BK) * triton.cdiv(self.value_dim, tiles.BV), self._rows)
+        grid = (count * triton.cdiv(self.key_dim, tiles.BK) * triton.cdiv(self.value_dim, tiles.BV), self.rows)
         with on(self.k.device):
             state_scan_kernel[grid](
                 x, y, self.b, entering, chunk_states, end_states, decays, table, self.tokens, scale, chunks,
-                **self._common(tiles), G=x.shape[2] // self.heads, C=self.chunk, REVERSE=reverse,
+                **self._common(tiles, x), REVERSE=reverse,
                 ENTERING=entering is not None, STATES=states, ENDS=ends,
             )  # fmt: skip
         return chunk_states, end_states, decays
@@ -94,10 +95,9 @@ class Launcher:
         out = torch.empty(parts, *q.shape[:3], self.value_dim, dtype=partial, device=q.device)
         end_states = self._empty(count, self.value_dim) if ends else None
         with on(self.k.device):
-            output_kernel[count * parts * triton.cdiv(self.value_dim, tiles.BV), self._rows](
+            output_kernel[count * parts * triton.cdiv(self.value_dim, tiles.BV), self.rows](
                 q, self.k, self.v, self.b, entering, out, end_states, self.segments.table(None), self.tokens, scale,
-                **self._common(tiles), G=q.shape[2] // self.heads, BC=tiles.BC, C=self.chunk,
-                ENTERING=entering is not None, ENDS=ends,
+                **self._common(tiles, q), BC=tiles.BC, ENTERING=entering is not None, ENDS=ends,
             )  # fmt: skip
         return out[0] if parts == 1 else out.sum(0).to(dtype), end_states
 
@@ -113,30 +113,22 @@ class Launcher:
             d_gate = torch.empty(shape, dtype=torch.float32, device=self.k.device)
         programs = len(self.segments.chunks) * (key_tiles + triton.cdiv(self.value_dim, tiles.BV))
         with on(self.k.device):
-            backward_kernel[programs, self._rows](
+            backward_kernel[programs, self.rows](
                 q, self.k, self.v, self.b, d_out, states, d_states, dq, dk, dv, d_gate, self.segments.chunks,
-                self.tokens, scale, **self._common(tiles), G=q.shape[2] // self.heads, BC=tiles.BC,
-                C=self.chunk, GRADIENT=self.decay_gradient,
+                self.tokens, scale, **self._common(tiles, q), BC=tiles.BC, GRADIENT=self.decay_gradient,
             )  # fmt: skip
         if d_gate is not None and self.gate != CHANNEL.value:
             d_gate = d_gate.sum((0, 1, 2)) if self.gate == HEAD.value else d_gate.sum(0)
         return dq, dk, dv, d_gate
 
-    @property
-    def _rows(self) -> int:
-        return self.batch * self.heads
-
-    @property
-    def _stored(self) -> torch.dtype:
-        return torch.bfloat16 if self.k.dtype == torch.bfloat16 else torch.float32
-
     def _empty(self, count: int, *columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
         shape = (self.batch, count, self.heads, self.key_dim, *columns)
         return torch.empty(shape, dtype=dtype, device=self.k.device)
 
-    def _common(self, tiles: Tiles) -> dict[str, Any]:
+    def _common(self, tiles: Tiles, queries: Tensor) -> dict[str, Any]:
         return {
-            "H": self.heads, "K": self.key_dim, "V": self.value_dim, "BK": tiles.BK, "BV": tiles.BV, "GATE": self.gate,
+            "H": self.heads, "G": queries.shape[2] // self.heads, "K": self.key_dim, "V": self.value_dim,
+            "BK": tiles.BK, "BV": tiles.BV, "C": self.chunk, "GATE": self.gate,
             **precision(self.k.dtype), "num_warps": tiles.warps, "num_stages": tiles.stages,
         }  # fmt: skip
 
