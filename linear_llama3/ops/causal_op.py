@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .block_products import Inputs
 from .chunked import ChunkedBackward, ChunkedForward
 from .documents import document_boundaries
 from .local_passes import BackwardPass, ForwardPass, LocalDocuments, per_document
@@ -53,8 +54,10 @@ def _(
     scale: float, output_final_state: bool, dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, tokens = k.shape[:2]
-    if backend == "chunked" or cu_seqlens is not None:
+    if cu_seqlens is not None or not isinstance(tokens, int):
         kept: Any = torch.library.get_ctx().new_dynamic_size()
+    elif backend == "chunked":
+        kept = len(Inputs(q, k, v, log_decay, (0, tokens), scale).blocks)
     else:
         from .triton.segments import segment_length
 
