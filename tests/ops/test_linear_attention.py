@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from linear_llama3.ops import linear_attention
 from tests.helpers.attention_cases import GATES, Case, leaves, relative_error
@@ -151,6 +153,25 @@ def test_only_some_inputs_learn(gate: str, backend: str) -> None:
         )
         for a, b in zip(got, expected, strict=True):
             assert relative_error(a, b) < 1e-5, learning
+
+
+@slow_unless(lambda backend, gate: gate == "scalar", backend=("chunked", "triton"), gate=GATES)
+def test_gradients_of_the_final_state_alone(gate: str, backend: str) -> None:
+    """Nothing flows through the outputs; with gradient checkpointing, which allows one look at saved tensors."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("kernels are compiled there: test_triton_gpu.py")
+    variables = leaves({n: x.float() for n, x in Case(tokens=70, gate=gate, initial_state=True).inputs().items()})
+
+    def gradients(backend: str) -> tuple[Tensor, ...]:
+        attend = functools.partial(linear_attention, output_final_state=True, backend=backend)
+        _, state = checkpoint(attend, **variables, use_reentrant=False)
+        learned = [x for name, x in variables.items() if name != "q"]
+        return torch.autograd.grad(state.square().sum(), learned)
+
+    for got, expected in zip(gradients(backend), gradients("recurrent"), strict=True):
+        assert relative_error(got, expected) < 1e-5
 
 
 def test_autocast_does_not_round_the_inside() -> None:

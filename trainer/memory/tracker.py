@@ -22,11 +22,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ...ops import attention_kernels, backends
+from ...ops import attention_kernels, backends, causal_op
 from ...sequence_parallel.linear import attention as sharded_attention
 
 aten = torch.ops.aten
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
+# the functions behind the custom ops, whose temporaries are counted as well
+CUSTOM_OP_BODIES = {op._opoverload: op._init_fn for op in (causal_op._forward, causal_op._backward)}
 FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward.default
 EXCHANGED = "states exchanged"
 
@@ -66,7 +68,7 @@ class FakeMemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (body := _custom_op_bodies().get(func)) is not None:
+        if (body := CUSTOM_OP_BODIES.get(func)) is not None:
             with self:
                 return body(*args, **kwargs)
         if func.namespace == "c10d":
@@ -121,12 +123,6 @@ class FakeMemoryTracker(TorchDispatchMode):
     def _free(self, key: int) -> None:
         stage, size = self._storages.pop(key)
         self.alive[stage] -= size
-
-
-def _custom_op_bodies() -> dict[Any, Callable[..., Any]]:
-    """Return the functions behind the custom ops, whose temporaries are counted as well."""
-    op = sys.modules.get(f"{backends.__package__}.triton.op")
-    return {} if op is None else {x._opoverload: x._init_fn for x in (op._forward, op._backward)}
 
 
 def _positions(index: Tensor | None) -> Tensor | None:

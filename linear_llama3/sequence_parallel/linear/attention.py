@@ -22,11 +22,10 @@ from torch.nn import functional as F
 
 from ...ops.backends import choose_backend
 from ...ops.bidirectional import document_states, read_states
+from ...ops.causal_op import passes
 from ...ops.checks import check_arguments, check_shapes
-from ...ops.chunked import ChunkedBackward, ChunkedForward
 from ...ops.linear_attention import divide_by_normalizer, upcast_constant_decay, with_ones_column
 from ...ops.linear_attention import linear_attention as attention_on_one_device
-from ...ops.local_passes import BackwardPass, ForwardPass
 from ...ops.precision import without_autocast, working_dtype
 from ..collectives import world_size
 from ..costs import choose_linear, sizes_of
@@ -196,21 +195,7 @@ class _Sharding:
     shard: SequenceShard
     scan: Scan
     backend: str
-    out_dtype: torch.dtype  # where the backend leaves a choice
-
-    def forward(self, k: Tensor, v: Tensor, log_decay: Tensor | None) -> ForwardPass:
-        if self.backend == "triton":
-            from ...ops.triton.passes import TritonForward
-
-            return TritonForward(k, v, log_decay, self.shard.local_documents, out_dtype=self.out_dtype)
-        return ChunkedForward(k, v, log_decay, self.shard.local_documents)
-
-    def backward(self, *inputs: Any, decay_learns: bool) -> BackwardPass:
-        if self.backend == "triton":
-            from ...ops.triton.passes import TritonBackward
-
-            return TritonBackward(*inputs, decay_learns=decay_learns)
-        return ChunkedBackward(*inputs, decay_learns=decay_learns)
+    out_dtype: torch.dtype
 
 
 class _SentStates:
@@ -228,7 +213,8 @@ class _SentStates:
         self.k, self.v, self.log_decay, self.sharding, self.cache = k, v, log_decay, sharding, cache
         self.output_final_state = output_final_state
         with torch.no_grad():
-            self.local = sharding.forward(k, v, log_decay)
+            forward_pass = passes(sharding.backend)[0]
+            self.local = forward_pass(k, v, log_decay, sharding.shard.local_documents, out_dtype=sharding.out_dtype)
             self.decays = _chunk_decays(k, log_decay, sharding.shard) if decays else None
             self.sent = not cache
             if self.sent:
@@ -281,8 +267,9 @@ class _ShardedLinearAttention(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, decays, *residuals = ctx.saved_tensors
+        backward_pass = passes(ctx.sharding.backend)[1]
         inputs = q, k, v, log_decay, ctx.sharding.shard.local_documents, residuals, d_out, ctx.scale
-        local = ctx.sharding.backward(*inputs, decay_learns=ctx.needs_input_grad[3])
+        local = backward_pass(*inputs, decay_learns=ctx.needs_input_grad[3])
         wait = ctx.sharding.scan(local.summary(), decays, reverse=True)
         intra = local.intra_chunk()  # runs while the gradients of the states travel
         d_leaving = wait()
