@@ -201,14 +201,14 @@ def damaged_parquet() -> bytes:
         (
             "a.parquet",
             b"",
-            r"a\.parquet is not a complete Parquet file: .* 0 bytes; write the file again or take it out",
+            r"a\.parquet cannot be read: .* 0 bytes; write the file again or take it out",
         ),
         (
             "a.parquet",
             parquet()[:-500],
-            r"a\.parquet is not a complete Parquet file: .*; write the file again or take it out",
+            r"a\.parquet cannot be read: .*; write the file again or take it out",
         ),
-        ("a.parquet", damaged_parquet(), r"a\.parquet, row group 0 of 10 is corrupt: .*; write the file again or take"),
+        ("a.parquet", damaged_parquet(), r"a\.parquet cannot be read: .*; write the file again or take it out"),
         ("a.parquet", parquet(0), r"a\.parquet is empty; take it out"),
         ("a.parquet", parquet(3, None), r"a\.parquet, row 0: a document must be text, got None"),
         ("a.txt", b"ab\nc\xff", r"a\.txt, line 2 is not UTF-8: .*data\.arguments\.encoding_errors: replace"),

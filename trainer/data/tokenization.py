@@ -6,7 +6,8 @@ import json
 import re
 import reprlib
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -14,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ...ops.cross_entropy import IGNORE_INDEX
-from .files import DocumentError
+from .files import DataError
 
 Messages = list[dict[str, Any]]
+BATCH = 100  # documents of text that are tokenized together
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -28,49 +30,43 @@ class LabeledText(NamedTuple):
 
 
 def tokenize(
-    batch: dict[str, list[Any]], indices: list[int], *, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, list[list[int]]]:
-    """Tokenize documents in the columns of `load_documents`.
+    documents: Iterable[tuple[str, dict[str, Any]]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict[str, list[int]]]:
+    """Yield the tokens of documents: `input_ids`, and `labels` unless all tokens are targets.
 
     Text and completions are closed by the end-of-sequence token, conversations by their template.
 
     Args:
-        indices: number of each document in the data.
-
-    Returns:
-        `input_ids`, and `labels` unless all tokens are targets.
+        documents: the place of each document, for messages, and its columns as in `load_documents`.
 
     Raises:
-        DocumentError: a ValueError; a document does not fit its column.
+        DataError: a ValueError; a document does not fit its column.
     """
-    if "text" in batch:
-        return {"input_ids": _tokenize_texts(batch["text"], indices, tokenizer)}
-    tokens: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for index, *values in zip(indices, *batch.values(), strict=True):
-        try:
-            ids, labels = _tokenize_example(dict(zip(batch, values, strict=True)), tokenizer)
-        except (ValueError, TypeError, KeyError, IndexError, TemplateError) as error:
-            text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            raise DocumentError(index, text) from error
-        tokens["input_ids"].append(ids)
-        tokens["labels"].append(labels)
-    return tokens
+    documents = iter(documents)
+    while batch := list(islice(documents, BATCH)):
+        texts = []
+        for place, document in batch:
+            try:
+                if "text" in document:
+                    texts.append(_checked(document["text"]))
+                else:
+                    ids, labels = _tokenize_example(document, tokenizer)
+                    yield {"input_ids": ids, "labels": labels}
+            except (ValueError, TypeError, KeyError, IndexError, TemplateError) as error:
+                text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                raise DataError(f"{place}: {text}") from error
+        if texts:
+            for text, ids in zip(texts, tokenizer(texts, verbose=False)["input_ids"], strict=True):
+                yield {"input_ids": _closed(ids, tokenizer) if text else []}
 
 
-def _tokenize_texts(texts: list[Any], indices: list[int], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    for index, text in zip(indices, texts, strict=True):
-        if not isinstance(text, str):
-            raise DocumentError(index, f"a document must be text, got {text!r}; correct it or take it out")
-        try:
-            _check_unicode(text)
-        except ValueError as error:
-            raise DocumentError(index, str(error)) from error
-    ids = tokenizer(texts, verbose=False)["input_ids"]
-    return [_closed(document, tokenizer) if text else [] for document, text in zip(ids, texts, strict=True)]
+def _checked(text: Any) -> str:
+    """Return the text; raise ValueError for another type, and for a lone surrogate.
 
-
-def _check_unicode(text: str) -> None:
-    """Raise ValueError for a lone surrogate, which JSON can hold as an escape but a tokenizer cannot read."""
+    JSON can hold a lone surrogate as an escape, but a tokenizer cannot read it.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"a document must be text, got {text!r}; correct it or take it out")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -78,6 +74,7 @@ def _check_unicode(text: str) -> None:
             f"text must be valid Unicode, got the lone surrogate {text[error.start]!a} at character {error.start}; "
             "correct it or take it out, or set data.arguments.encoding_errors: replace"
         ) from error
+    return text
 
 
 def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -109,8 +106,7 @@ def _labels(labeled: LabeledText, tokenizer: PreTrainedTokenizerBase, **options:
     """
     if not tokenizer.is_fast:
         raise ValueError(f"labels need a fast tokenizer, which knows its tokens' characters, got {type(tokenizer)}")
-    _check_unicode(labeled.text)
-    encoded = tokenizer(labeled.text, return_offsets_mapping=True, verbose=False, **options)
+    encoded = tokenizer(_checked(labeled.text), return_offsets_mapping=True, verbose=False, **options)
     starts, stops = [start for start, _ in labeled.spans], [stop for _, stop in labeled.spans]
     labels = []
     for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
