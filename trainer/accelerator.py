@@ -15,14 +15,7 @@ from torch import nn
 from ..ops.cross_entropy import IGNORE_INDEX
 from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
 from .launched import check_launch, launched_processes
-from .parallelism import (
-    PeerCheck,
-    install_cp_mesh,
-    keep_precision,
-    resolve_parallelism,
-    uses_fsdp,
-    without_parallelism_env,
-)
+from .parallelism import PeerCheck, install_cp_mesh, keep_precision, resolve_parallelism, visible_parallelism
 from .rows import ReplicaScheduler, gather_rows
 
 
@@ -74,8 +67,7 @@ class SequenceParallelAccelerator(Accelerator):
         if parallelism is None:
             super().__init__(*args, parallelism_config=parallelism_config, **kwargs)
         else:
-            visible = parallelism if uses_fsdp(kwargs.get("fsdp_plugin"), cpu=cpu) else None
-            with without_parallelism_env():
+            with visible_parallelism(parallelism, kwargs.get("fsdp_plugin"), cpu=cpu) as visible:
                 super().__init__(*args, parallelism_config=visible, **kwargs)
         check_launch(self.num_processes)
         keep_precision(self)

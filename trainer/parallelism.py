@@ -83,13 +83,8 @@ def local_tokens(length: int, ranks: int, layout: str) -> int:
 
 def describe_grid(processes: int, ranks: int, tokens: int) -> str:
     """Describe the grid for the terminal: the processes that share a sequence, and the tokens on each of them."""
-    lines = [
-        f"{processes // ranks} data-parallel x {ranks} sequence-parallel processes, {tokens:,} tokens of every row each"
-    ]
-    for first in range(0, processes, ranks):
-        members = f"rank {first}" if ranks == 1 else f"ranks {first} to {first + ranks - 1}"
-        lines.append(f"  rows of replica {first // ranks}: {members}")
-    return "\n".join(lines)
+    replicas = processes // ranks
+    return f"{replicas} data-parallel x {ranks} sequence-parallel processes, {tokens:,} tokens of every row each"
 
 
 def check_dtypes(model: nn.Module, mixed_precision: str) -> None:
@@ -106,17 +101,21 @@ def check_dtypes(model: nn.Module, mixed_precision: str) -> None:
         )
 
 
-def uses_fsdp(plugin: object, *, cpu: bool) -> bool:
-    """Return True for FSDP by a plugin or by `accelerate launch --use_fsdp`; accelerate ignores both on CPUs."""
-    return not cpu and (plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true")
-
-
 @contextlib.contextmanager
-def without_parallelism_env() -> Iterator[None]:
-    """Keep accelerate from building a parallelism config from the environment while it creates an Accelerator."""
+def visible_parallelism(
+    parallelism: ParallelismConfig, fsdp: object, *, cpu: bool
+) -> Iterator[ParallelismConfig | None]:
+    """Yield what accelerate may know of the grid while it creates an Accelerator: nothing, except under FSDP2.
+
+    Inside, accelerate reads no parallelism config from the environment.
+
+    Args:
+        fsdp: a plugin, or None; `accelerate launch --use_fsdp` counts as well. accelerate ignores both on CPUs.
+    """
     flag = os.environ.pop(_FLAG, None)
+    uses_fsdp = fsdp is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     try:
-        yield
+        yield parallelism if uses_fsdp and not cpu else None
     finally:
         if flag is not None:
             os.environ[_FLAG] = flag
@@ -226,8 +225,3 @@ def check_peers(context: SequenceParallelContext, batch: Mapping[str, Any]) -> N
             f"{context.world_size}, hashes of input_ids {[f'{h % 2**64:016x}' for h in hashes]}; for an iterable "
             "dataset set accelerator_config={'dispatch_batches': False}, and seed all samplers alike"
         )
-
-
-def is_sharded_by(model: nn.Module, context: SequenceParallelContext) -> bool:
-    """Return True if `context` is enabled on `model`."""
-    return any(getattr(module, "sequence_parallel_context", None) is context for module in model.modules())

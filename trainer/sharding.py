@@ -25,16 +25,7 @@ from .arguments import sequence_parallel_config
 from .hooks import check_overrides, check_trainer
 from .launched import check_launch
 from .noise import EmbeddingNoise
-from .parallelism import (
-    check_dtypes,
-    check_engine,
-    is_sharded_by,
-    keep_precision,
-    resolve_parallelism,
-    set_timeout,
-    uses_fsdp,
-    without_parallelism_env,
-)
+from .parallelism import check_dtypes, keep_precision, resolve_parallelism, set_timeout, visible_parallelism
 
 logger = logging.get_logger(__name__)
 
@@ -68,11 +59,9 @@ class SequenceParallelMixin(Trainer):
         else:
             self._check_arguments(args)
             check_overrides(type(self))
-            args.parallelism_config = parallelism if uses_fsdp(args.fsdp_plugin_args, cpu=args.use_cpu) else None
-            with without_parallelism_env():
+            with visible_parallelism(parallelism, args.fsdp_plugin_args, cpu=args.use_cpu) as args.parallelism_config:
                 super().create_accelerator_and_postprocess()
             args.parallelism_config = parallelism
-            check_engine(self.accelerator)
             self.accelerator = SequenceParallelAccelerator(
                 **{**self._accelerator_arguments, "parallelism_config": parallelism, "cpu": args.use_cpu},
                 sequence_parallel_config=sequence_parallel_config(args),
@@ -146,7 +135,7 @@ class SequenceParallelMixin(Trainer):
                     f"{name} is not possible under sequence parallelism: it would see one shard and labels without "
                     "their neighbors; let the model compute the loss"
                 )
-        if not is_sharded_by(model, context):
+        if not any(getattr(module, "sequence_parallel_context", None) is context for module in model.modules()):
             enable_sequence_parallel(model, context)
         self._awaits_sharding = False
         self.prepare_noise(model, inputs)
