@@ -101,6 +101,11 @@ class SequenceParallelMixin(Trainer):
             )
 
     @property
+    def _ranks(self) -> int:
+        """Number of ranks that share a sequence."""
+        return 1 if self.sequence_parallel_context is None else self.sequence_parallel_context.world_size
+
+    @property
     def _shards_sequences(self) -> bool:
         """True if a process holds parts of sequences."""
         return self.sequence_parallel_context is not None
@@ -176,16 +181,13 @@ class SequenceParallelMixin(Trainer):
         """Count the tokens of a sequence once, although all of its ranks hold the batch (Trainer's hook)."""
         before = self.state.num_input_tokens_seen
         super()._track_num_input_tokens(inputs)
-        if self.sequence_parallel_context is not None:
-            seen = self.state.num_input_tokens_seen - before
-            self.state.num_input_tokens_seen = before + seen // self.sequence_parallel_context.world_size
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self._ranks
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """Return this process's share of a batch's training FLOPs, as flops.py counts them (Trainer's hook)."""
-        context = self.sequence_parallel_context
         ours = any(isinstance(module, LinearLlama3PreTrainedModel) for module in self.model.modules())
         flops = batch_flops(self.model, inputs).training if ours else super().floating_point_ops(inputs)
-        return flops / (1 if context is None else context.world_size)
+        return flops / self._ranks
 
     def compute_loss(
         self,
@@ -202,7 +204,7 @@ class SequenceParallelMixin(Trainer):
         loss = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         if tokens is not None and self.sequence_parallel_context is not None and model.training:
             counted = self.accelerator.gather(self._batch_tokens.to(self.args.device)).sum().item()
-            self._total_train_tokens = tokens + counted // self.sequence_parallel_context.world_size
+            self._total_train_tokens = tokens + counted // self._ranks
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
 

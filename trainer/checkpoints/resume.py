@@ -29,7 +29,7 @@ def find_checkpoint(args: TrainingArguments, wanted: str | bool | None) -> str |
         return None
     output_dir, named = Path(args.output_dir), wanted is not True and wanted != LATEST
     if named:
-        folders = [Path(wanted)]
+        folders = [Path(str(wanted))]
     else:
         steps = sorted(set(itertools.chain(*gather_object([manifest.steps(output_dir)]))), reverse=True)
         folders = [manifest.folder_of(output_dir, step) for step in steps]

@@ -8,7 +8,7 @@ import reprlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -18,15 +18,9 @@ from ...ops.cross_entropy import IGNORE_INDEX
 from .files import DataError
 
 Messages = list[dict[str, Any]]
+Spans = list[tuple[int, int]]  # (first character, character after the last) of texts whose tokens are targets
 BATCH = 100  # documents of text that are tokenized together
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class LabeledText(NamedTuple):
-    """A text and the spans (first character, character after the last) whose tokens are targets."""
-
-    text: str
-    spans: list[tuple[int, int]]
 
 
 def tokenize(
@@ -84,21 +78,22 @@ def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _tokenize_example(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     if "messages" in example:
-        conversation = _conversation(example["messages"], 0, example.get("tools"), tokenizer)
-    elif isinstance(example["prompt"], str) and isinstance(example["completion"], str):
-        prompt, text = example["prompt"], example["prompt"] + example["completion"]
-        ids, labels = _labels(LabeledText(text, [(len(prompt), len(text))]), tokenizer, add_special_tokens=True)
+        text, spans = _conversation(example["messages"], 0, example.get("tools"), tokenizer)
+    elif isinstance(prompt := example["prompt"], str) and isinstance(example["completion"], str):
+        text = prompt + example["completion"]
+        ids, labels = _labels(text, [(len(prompt), len(text))], tokenizer, add_special_tokens=True)
         if tokenizer.eos_token_id is None:
             return ids, labels
         ids = _closed(ids, tokenizer)
         return ids, [*labels[: len(ids) - 1], ids[-1]]
     else:
-        messages = [*example["prompt"], *example["completion"]]
-        conversation = _conversation(messages, len(example["prompt"]), example.get("tools"), tokenizer)
-    return _labels(conversation, tokenizer, add_special_tokens=False)
+        text, spans = _conversation([*prompt, *example["completion"]], len(prompt), example.get("tools"), tokenizer)
+    return _labels(text, spans, tokenizer, add_special_tokens=False)
 
 
-def _labels(labeled: LabeledText, tokenizer: PreTrainedTokenizerBase, **options: Any) -> tuple[list[int], list[int]]:
+def _labels(
+    text: str, spans: Spans, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool
+) -> tuple[list[int], list[int]]:
     """Return ids and labels. A token is a target if one of its characters is in a span.
 
     transformers' `return_assistant_tokens_mask` agrees since 5.24. Earlier releases drop every turn that begins with a
@@ -106,8 +101,9 @@ def _labels(labeled: LabeledText, tokenizer: PreTrainedTokenizerBase, **options:
     """
     if not tokenizer.is_fast:
         raise ValueError(f"labels need a fast tokenizer, which knows its tokens' characters, got {type(tokenizer)}")
-    encoded = tokenizer(_checked(labeled.text), return_offsets_mapping=True, verbose=False, **options)
-    starts, stops = [start for start, _ in labeled.spans], [stop for _, stop in labeled.spans]
+    options = {"add_special_tokens": add_special_tokens, "return_offsets_mapping": True, "verbose": False}
+    encoded = tokenizer(_checked(text), **options)
+    starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
     labels = []
     for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         first = min(start + 1, end)  # some tokenizers give only the end of spaces
@@ -118,7 +114,7 @@ def _labels(labeled: LabeledText, tokenizer: PreTrainedTokenizerBase, **options:
     return encoded["input_ids"], labels
 
 
-def _conversation(messages: Messages, prompt: int, tools: Any, tokenizer: PreTrainedTokenizerBase) -> LabeledText:
+def _conversation(messages: Messages, prompt: int, tools: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Spans]:
     """Return the text of a conversation, with the assistant's turns after the first `prompt` messages as its spans.
 
     A turn is what the chat template puts between `{% generation %}` and `{% endgeneration %}`. In a template without
@@ -142,15 +138,14 @@ def _conversation(messages: Messages, prompt: int, tools: Any, tokenizer: PreTra
     if GENERATION.search(template):
         options = {"tools": tools, "chat_template": template, "return_assistant_tokens_mask": True}
         (text,), (spans,) = render_jinja_template([messages], **options, **tokenizer.special_tokens_map)
-        conversation = LabeledText(text, [tuple(span) for span in spans])
     else:
-        conversation = _turns(messages, render)
-    if not prompt:
-        return conversation
-    asked = render(messages[:prompt])
-    if not conversation.text.startswith(asked):
-        raise ValueError(_rewritten(prompt - 1))
-    return LabeledText(conversation.text, [span for span in conversation.spans if span[0] >= len(asked)])
+        text, spans = _turns(messages, render)
+    if prompt:
+        asked = render(messages[:prompt])
+        if not text.startswith(asked):
+            raise ValueError(_rewritten(prompt - 1))
+        spans = [span for span in spans if span[0] >= len(asked)]
+    return text, spans
 
 
 def _without_none(value: Any) -> Any:
@@ -162,8 +157,9 @@ def _without_none(value: Any) -> Any:
     return value
 
 
-def _turns(messages: Messages, render: Callable[..., str]) -> LabeledText:
-    text, spans = render(messages), []
+def _turns(messages: Messages, render: Callable[..., str]) -> tuple[str, Spans]:
+    text = render(messages)
+    spans: Spans = []
     if messages[0]["role"] == "assistant":
         raise ValueError("a conversation must begin with another's message, got the assistant's; take it out")
     for index, message in enumerate(messages):
@@ -174,7 +170,7 @@ def _turns(messages: Messages, render: Callable[..., str]) -> LabeledText:
         if not (text.startswith(answered) and answered.startswith(asked)):
             raise ValueError(_rewritten(index))
         spans.append((len(asked), len(answered)))
-    return LabeledText(text, spans)
+    return text, spans
 
 
 def _rewritten(index: int) -> str:
