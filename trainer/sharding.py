@@ -22,10 +22,10 @@ from ..sequence_parallel import SequenceParallelContext, enable_sequence_paralle
 from ..sequence_parallel.collectives import all_reduce
 from .accelerator import SequenceParallelAccelerator
 from .arguments import sequence_parallel_config
-from .hooks import check_overrides, check_trainer
+from .hooks import check_overrides, check_trainer, temporarily
 from .launched import check_launch
 from .noise import EmbeddingNoise
-from .parallelism import check_dtypes, keep_precision, resolve_parallelism, set_timeout, visible_parallelism
+from .parallelism import PeerCheck, check_dtypes, keep_precision, resolve_parallelism, set_timeout, visible_parallelism
 
 logger = logging.get_logger(__name__)
 
@@ -112,8 +112,7 @@ class SequenceParallelMixin(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train like Trainer. The ranks of a sequence compare their first batch, also after a resume."""
-        if isinstance(self.accelerator, SequenceParallelAccelerator):
-            self.accelerator.restart_peer_check()
+        self.accelerator.check_peers = PeerCheck()
         if self.is_fsdp_enabled:
             check_dtypes(self.model, self.accelerator.mixed_precision)
         elif self.args.world_size > 1:
@@ -122,12 +121,9 @@ class SequenceParallelMixin(Trainer):
         alpha = self.neftune_noise_alpha
         if alpha is None or not self._shards_sequences:
             return super().train(*args, **kwargs)
-        self._noise, self.neftune_noise_alpha = EmbeddingNoise(alpha, self.args.process_index), None
-        try:
+        noise = EmbeddingNoise(alpha, self.args.process_index)
+        with contextlib.closing(noise), temporarily(self, _noise=noise, neftune_noise_alpha=None):
             return super().train(*args, **kwargs)
-        finally:
-            self._noise.remove()
-            self._noise, self.neftune_noise_alpha = None, alpha
 
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Return this rank's part of the batch (Trainer's hook)."""
@@ -162,20 +158,16 @@ class SequenceParallelMixin(Trainer):
         Returns:
             An integer tensor or a Python number, which mixed precision does not round, or None.
         """
-        state, context = self.accelerator.state, self.sequence_parallel_context
-        if context is None:
+        if self.sequence_parallel_context is None:
             count = super()._get_num_items_in_batch(batch_samples, device)
             return count.round().long() if isinstance(count, torch.Tensor) else count
-        parallelism, state.parallelism_config = state.parallelism_config, None
-        try:
+        with temporarily(self.accelerator.state, parallelism_config=None):
             count = super()._get_num_items_in_batch(batch_samples, device)
-        finally:
-            state.parallelism_config = parallelism
         if count is None:
             return None
         if self.args.average_tokens_across_devices:
-            return (count / context.world_size).round().long()  # a sum over all processes, so a multiple
-        return count.item() / context.world_size
+            return (count / self._ranks).round().long()  # a sum over all processes, so a multiple
+        return count.item() / self._ranks
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Count the tokens of a sequence once, although all of its ranks hold the batch (Trainer's hook)."""

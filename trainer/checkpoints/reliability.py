@@ -19,7 +19,7 @@ from ..accelerator import bare_model
 from ..data.order import CompleteSteps, check_order, content_hash, data_order, repeated_rows, without_labels
 from ..failures import annotate_errors, annotate_read_errors, annotate_write_errors
 from ..finite_check import FiniteCheck
-from ..hooks import check_trainer
+from ..hooks import check_trainer, temporarily
 from . import manifest
 from .preemption import SaveOnSigterm, outlive_sigterm
 from .resume import find_checkpoint, stream_position, warn
@@ -43,15 +43,11 @@ class ReliabilityMixin(Trainer):
         self, model: Any = None, args: TrainingArguments | None = None, *further: Any, **keywords: Any
     ) -> None:
         check_trainer(type(self))
-        wanted = args is not None and args.enable_jit_checkpoint
-        if args is not None:
-            manifest.make_folder(Path(args.output_dir))
-            args.enable_jit_checkpoint = False  # or transformers would install its own signal handler
-        try:
-            super().__init__(model, args, *further, **keywords)
-        finally:
+        with contextlib.ExitStack() as stack:
             if args is not None:
-                args.enable_jit_checkpoint = wanted
+                manifest.make_folder(Path(args.output_dir))
+                stack.enter_context(temporarily(args, enable_jit_checkpoint=False))  # transformers' signal handler
+            super().__init__(model, args, *further, **keywords)
         self._finite_check = FiniteCheck(self)
         self._sigterm = SaveOnSigterm(self.accelerator)
 
@@ -137,12 +133,9 @@ class ReliabilityMixin(Trainer):
         dataset, rows_per_step = self.train_dataset, self.get_total_train_batch_size(self.args)
         if self.accelerator.split_batches:  # all processes share a batch; Trainer counts one for each
             rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        if isinstance(dataset, IterableDataset):
-            self.train_dataset = CompleteSteps(dataset, rows_per_step)
-        try:
+        stream = isinstance(dataset, IterableDataset)
+        with temporarily(self, train_dataset=CompleteSteps(dataset, rows_per_step) if stream else dataset):
             loader = super().get_train_dataloader()
-        finally:
-            self.train_dataset = dataset
         self.order = data_order(
             loader,
             rows_per_step=rows_per_step,
@@ -213,23 +206,19 @@ class ReliabilityMixin(Trainer):
         args, run_dir = self.args, Path(self._get_output_dir(trial))
         folder = manifest.folder_of(run_dir, self.state.global_step)
         facts = {"processes": args.world_size, "order": self.order, "loss": self._unlogged_loss()}
-        limit, pushes = args.save_total_limit, args.push_to_hub
         with annotate_write_errors(self, folder):
             if args.should_save:
                 manifest.begin(folder)
             self.accelerator.wait_for_everyone()
-            args.save_total_limit, args.push_to_hub = None, False
-            try:
+            with temporarily(args, save_total_limit=None, push_to_hub=False):
                 super()._save_checkpoint(model, trial)
-            finally:
-                args.save_total_limit, args.push_to_hub = limit, pushes
             self.accelerator.wait_for_everyone()
             if args.should_save:
                 torch.save(args, folder / TRAINING_ARGS_NAME)  # with the values that were set aside
                 manifest.finish(folder, facts)
-                manifest.rotate(run_dir, limit, saved=folder, best=self.state.best_model_checkpoint)
+                manifest.rotate(run_dir, args.save_total_limit, saved=folder, best=self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
-        if pushes:
+        if args.push_to_hub:
             self._push_from_checkpoint(str(folder))
 
     def _unlogged_loss(self) -> tuple[float, int] | None:
