@@ -98,16 +98,14 @@ class FailureStore:
     _runs = itertools.count()  # the same in all processes
 
     def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size, run = rank, world_size, next(self._runs)
-        self.causes_key, self.alive_key = f"linear_llama3/causes/{run}", f"linear_llama3/alive/{run}"
+        run = next(self._runs)
+        self.rank, self.keys = rank, [f"linear_llama3/failures/{run}/{other}" for other in range(world_size)]
 
     def post(self, cause: str = "") -> None:
         """Tell the other ranks that this one is alive, and the cause of its failure if it is known."""
-        if self.world_size > 1:
+        if len(self.keys) > 1:
             with contextlib.suppress(RuntimeError):  # the store may have ended with its process
-                store: Any = dist.distributed_c10d._get_default_store()
-                store.append(self.causes_key, f"{cause}\n" if cause else "")
-                store.append(self.alive_key, f"{self.rank} ")
+                dist.distributed_c10d._get_default_store().set(self.keys[self.rank], cause)
 
     def collect(self, *, seconds: float = 3.0) -> tuple[list[int], str]:
         """Return the ranks that post nothing within some time, and the causes that others have posted.
@@ -115,15 +113,13 @@ class FailureStore:
         Raises:
             RuntimeError: the store has ended with its process (rank 0's, or torchrun's).
         """
-        alive, causes, deadline = {self.rank}, "", time.monotonic() + seconds
         store: Any = dist.distributed_c10d._get_default_store()
-        while len(alive) < self.world_size and time.monotonic() < deadline:
+        deadline = time.monotonic() + seconds
+        while not store.check(self.keys) and time.monotonic() < deadline:
             time.sleep(0.1)
-            if store.check([self.alive_key]):
-                alive |= {int(rank) for rank in store.get(self.alive_key).split()}
-        if store.check([self.causes_key]):
-            causes = store.get(self.causes_key).decode().strip()
-        return sorted(set(range(self.world_size)) - alive), causes
+        posted = {rank: store.get(key).decode() for rank, key in enumerate(self.keys) if store.check([key])}
+        silent = [rank for rank in range(len(self.keys)) if rank not in posted and rank != self.rank]
+        return silent, "\n".join(filter(None, posted.values()))
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import datasets
@@ -34,13 +35,10 @@ class CompleteSteps(IterableDataset):
         self.rows, self.rows_per_step = rows, rows_per_step
 
     def __iter__(self) -> Iterator[Any]:
-        step: list[Any] = []
-        complete = 0
-        for row in self.rows:
-            step.append(row)
-            if len(step) == self.rows_per_step:
-                yield from step
-                step, complete = [], complete + 1
+        rows, complete = iter(self.rows), False
+        while len(step := list(islice(rows, self.rows_per_step))) == self.rows_per_step:
+            yield from step
+            complete = True
         if not complete and (step or get_worker_info() is None):  # a loader worker may have no file of the stream
             raise ValueError(
                 f"a stream must hold the rows of a step, {self.rows_per_step}, got {len(step)}; add data, or lower "

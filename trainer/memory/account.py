@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,8 +115,11 @@ def memory_account(
     with contextlib.ExitStack() as stack:
         context = None
         if ranks > 1:
-            group = stack.enter_context(_fake_group(ranks))
-            context = SequenceParallelContext(group, strategies or SequenceParallelConfig())
+            from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+            dist.init_process_group("fake", store=FakeStore(), rank=ranks - 1, world_size=ranks)
+            stack.callback(dist.destroy_process_group)
+            context = SequenceParallelContext(dist.group.WORLD, strategies or SequenceParallelConfig())
             enable_sequence_parallel(fake, context)
         if gpu:
             stack.enter_context(as_on_a_gpu())
@@ -168,17 +171,6 @@ def _prepare(model: Any, run: FakeMemoryTracker, *, checkpointing: bool, offload
             output.last_hidden_state.register_hook(lambda gradient: setattr(run, "stage", LAYERS))
 
     decoder.register_forward_hook(loss_begins)
-
-
-@contextlib.contextmanager
-def _fake_group(ranks: int) -> Iterator[Any]:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=ranks - 1, world_size=ranks)
-    try:
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
 
 
 def _batch(tokens: int, rows: int, documents: int, context: SequenceParallelContext | None) -> dict[str, Any]:
