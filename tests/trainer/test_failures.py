@@ -106,6 +106,7 @@ def describe_lost_rank(cause: str | None, error: str, folder: str) -> str:
     """Return what rank 0 says of a collective without rank 1, which posts a cause or, for None, nothing."""
     rank = dist.get_rank()
     store = FailureStore(rank, 2)
+    dist.barrier()  # both have imported everything
     if rank == 1:
         if cause is not None:
             store.post(cause)
