@@ -263,6 +263,16 @@ def test_data_that_is_not_there(options: dict[str, Any], message: str, streaming
         list(load_documents(DataRecipe(**options, streaming=streaming)))
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["stored", "stream"])
+def test_a_document_of_a_dataset_is_named_by_its_number(
+    streaming: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (folder := tmp_path / "corpus").mkdir()
+    (folder / "a.jsonl").write_bytes(GOOD + b'{"text": null}\n')
+    with pytest.raises(DataError, match=f"document 1 of {folder}: a document must be text, got None"):
+        list(training_rows(DataRecipe(dataset=str(folder), streaming=streaming), tokenizer, 8))
+
+
 def test_lists_of_documents(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     file = tmp_path / "a.json"
     data = DataRecipe(files=str(file))
