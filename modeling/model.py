@@ -104,7 +104,21 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
                 longest = int(edges.diff().max())
                 kwargs.update(cu_seq_lens_k=edges, max_length_q=longest, max_length_k=longest)
         kwargs["cu_seq_lens_q"] = edges
-        hidden_states = self._run_layers(inputs_embeds, masks, position_ids, cache, kwargs)
+        position_embeddings = tuple(map(as_integers, self.rotary_emb(inputs_embeds, position_ids=position_ids)))
+        # The recomputation reuses what a layer exchanged in its forward pass. A UserDict, since FSDP2 passes copies of
+        # dict arguments to a layer.
+        keep_exchanged = self.gradient_checkpointing and self.training and self.sequence_parallel_context is not None
+        hidden_states = inputs_embeds
+        for layer, layer_type in zip(self.layers, self.config.layer_types or (), strict=True):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks.get(layer_type),
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                cache=cache,
+                exchange_cache=UserDict() if keep_exchanged else None,
+                **kwargs,
+            )
         if isinstance(cache, RecurrentCache):
             cache.advance(inputs_embeds.shape[1], inputs_embeds.device)
         hidden_states = self.in_tiles(self.norm, hidden_states)
@@ -160,30 +174,6 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
             return restarting_positions(edges, batch=batch, length=length)
         past = cache.get_seq_length() if cache is not None else 0
         return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
-
-    def _run_layers(
-        self,
-        hidden_states: Tensor,
-        masks: Masks,
-        position_ids: Tensor,
-        cache: Cache | None,
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        position_embeddings = tuple(map(as_integers, self.rotary_emb(hidden_states, position_ids=position_ids)))
-        # The recomputation reuses what a layer exchanged in its forward pass. A UserDict, since FSDP2 passes copies of
-        # dict arguments to a layer.
-        keep_exchanged = self.gradient_checkpointing and self.training and self.sequence_parallel_context is not None
-        for layer, layer_type in zip(self.layers, self.config.layer_types or (), strict=True):
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=masks.get(layer_type),
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                cache=cache,
-                exchange_cache=UserDict() if keep_exchanged else None,
-                **kwargs,
-            )
-        return hidden_states
 
     def _resolve_cache(self, cache: Cache | None, use_cache: bool | None, *, packed: bool) -> Cache | None:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
