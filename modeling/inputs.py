@@ -177,21 +177,19 @@ def padding_mask(config: LinearLlama3Config, attention_mask: Mask, length: int) 
     Raises:
         ValueError: the mask is too short, or not two-dimensional although there are linear layers.
     """
-    if not isinstance(attention_mask, Tensor):
+    if not isinstance(attention_mask, Tensor) or (attention_mask.dim() != 2 and not config.linear_layers):
         return None
-    if attention_mask.dim() == 2:
-        if attention_mask.shape[1] < length:
-            raise ValueError(
-                f"attention_mask must cover all {length} tokens, got shape {tuple(attention_mask.shape)}; with a "
-                "cache it must also cover the cached tokens"
-            )
-        return attention_mask[:, -length:]
-    if config.linear_layers:
+    if attention_mask.dim() != 2:
         raise ValueError(
             "linear layers take an attention_mask [B, T] with 0 at padding, "
             f"got {tuple(attention_mask.shape)}; describe documents by cu_seq_lens_q or restarting position_ids"
         )
-    return None
+    if attention_mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask must cover all {length} tokens, got shape {tuple(attention_mask.shape)}; with a "
+            "cache it must also cover the cached tokens"
+        )
+    return attention_mask[:, -length:]
 
 
 def layer_masks(

@@ -38,12 +38,7 @@ LINEAR_FIELDS = {
 def llama_fields(llama: LlamaConfig | str | os.PathLike, **hub: Any) -> tuple[str, dict[str, Any]]:
     """Return the name of the checkpoint ("" if unknown) and the fields of a Llama config that describe the model.
 
-    Args:
-        llama: a config, or a folder or Hub name with one.
-        hub: `HUB_OPTIONS`.
-
-    Raises:
-        ValueError: the config is of another architecture.
+    The config may be given by a folder or Hub name, with `HUB_OPTIONS`. One of another architecture is a ValueError.
     """
     if isinstance(llama, PreTrainedConfig):
         name, fields = llama.name_or_path or "", llama.to_dict()
