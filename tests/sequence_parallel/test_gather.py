@@ -11,7 +11,7 @@ from torch import Tensor
 from linear_llama3.ops import linear_attention as one_device
 from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES, shard, start_linear_attention
 from linear_llama3.sequence_parallel.gather import gather_to_rank, send_final_state
-from linear_llama3.sequence_parallel.traffic import Traffic
+from scripts.traffic import Traffic
 from tests.helpers.attention_cases import GATES, Case, relative_error, shards
 from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed, strided_group

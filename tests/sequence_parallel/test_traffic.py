@@ -16,7 +16,7 @@ from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES, SOFTMAX_
 from linear_llama3.sequence_parallel import linear_attention as sharded_linear
 from linear_llama3.sequence_parallel import softmax_attention as sharded_softmax
 from linear_llama3.sequence_parallel.costs import Sizes, linear_costs, softmax_costs
-from linear_llama3.sequence_parallel.traffic import Traffic
+from scripts.traffic import Traffic
 from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed
 

@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 from linear_llama3.modeling.flops import batch_flops
 from linear_llama3.sequence_parallel import SequenceParallelContext, enable_sequence_parallel
-from linear_llama3.sequence_parallel.traffic import Traffic
 from linear_llama3.trainer.memory.account import MemoryAccount
 from linear_llama3.trainer.recipes import dry_run as module
 from linear_llama3.trainer.recipes.build import build_model, load_tokenizer
 from linear_llama3.trainer.recipes.dry_run import dry_run
 from linear_llama3.trainer.recipes.recipe import load_recipe
+from scripts.traffic import Traffic
 from tests.helpers.ranks import run_distributed
 from tests.helpers.recipes import MODEL, recipe_with, write_tokenizer
 
