@@ -65,6 +65,11 @@ def leaves(inputs: dict[str, Tensor]) -> dict[str, Any]:
     return {name: x.clone().requires_grad_() for name, x in inputs.items() if name != "w"}
 
 
+def on_all_ranks(layout: str = "contiguous") -> dict[str, Any]:
+    """Keywords of a call on all ranks."""
+    return {"group": dist.group.WORLD, "layout": layout}
+
+
 def shards(
     inputs: dict[str, Tensor], *, group: dist.ProcessGroup | None = None, layout: str = "contiguous"
 ) -> dict[str, Any]:
