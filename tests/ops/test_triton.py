@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from itertools import pairwise, product
+from typing import Any
 
 import pytest
 import torch
@@ -197,7 +198,7 @@ def test_decoding_continues_a_prefill(gate: str, groups: int) -> None:
     inputs = {name: x for name, x in case.inputs().items() if name != "w"}
     complete, end = linear_attention(**inputs, output_final_state=True, backend="triton")
 
-    def part(start: int, stop: int) -> dict[str, Tensor]:
+    def part(start: int, stop: int) -> dict[str, Any]:
         return {name: x if x.dim() == 1 else x[:, start:stop] for name, x in inputs.items()}
 
     _, state = linear_attention(**part(0, 66), output_final_state=True, backend="triton")
@@ -266,7 +267,7 @@ def test_compiles_without_a_break(gate: str, packed: bool, initial: bool) -> Non
     )  # fmt: skip
     variables = {name: x.requires_grad_() for name, x in case.inputs().items() if name != "w"}
 
-    def both(q: Tensor, **rest: Tensor) -> tuple[Tensor, Tensor]:
+    def both(q: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
         out, state = linear_attention(
             q * 2, **rest, cu_seqlens=case.cu_seqlens(), output_final_state=True, backend="triton"
         )
@@ -338,8 +339,8 @@ def test_tables_go_with_their_segments() -> None:
         ({"batch": 4096, "heads": 16, "key_dim": 2, "value_dim": 2}, "takes B \\* H_kv up to 65535, got 4096 \\* 16"),
     ],
 )
-def test_what_it_cannot_serve_is_refused(changes: dict[str, object], message: str) -> None:
-    case = Case(tokens=4, **{"dtype": torch.float32, **changes})  # type: ignore[arg-type]
+def test_what_it_cannot_serve_is_refused(changes: dict[str, Any], message: str) -> None:
+    case = Case(tokens=4, **{"dtype": torch.float32, **changes})
     with pytest.raises(ValueError, match=message):
         run(case, "triton")
 
