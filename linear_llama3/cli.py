@@ -103,7 +103,7 @@ def profile(
 
 def place_recipe(recipe: Recipe, *, planned: bool = False) -> tuple[bool, int]:
     """Return whether a recipe runs on GPUs, and the number of its processes."""
-    return place(recipe.processes, cpu=recipe.training.get("use_cpu", False), planned=planned)
+    return place(recipe.processes, cpu=recipe.setting("use_cpu"), planned=planned)
 
 
 @app.command()

@@ -88,7 +88,7 @@ def make_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Datas
     if validation is None:
         return rows, None
     if validation.share is not None:
-        return without_share(rows, validation.share, recipe.training.get("seed", 42))  # Trainer's default
+        return without_share(rows, validation.share, recipe.setting("seed"))
     try:
         return rows, training_rows(validation.data(recipe.data), tokenizer, recipe.sequence_length)
     except DataError as error:

@@ -152,7 +152,10 @@ def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
         ({"lora": {"task_type": "X"}}, "task_type in lora must be one of .*CAUSAL_LM, .*, got 'X'"),
         ({"lora": {"r": "x"}}, "r in lora must be an integer, got 'x'"),
         ({"lora": {"target_modules": "all", "layers_pattern": "h"}}, "lora in the recipe does not make a LoraConfig"),
-        ({"model": {"name_or_path": "x", "dtype": "int8"}}, "dtype in model with name_or_path must be one of float32, bfloat16, float16"),
+        (
+            {"model": {"name_or_path": "x", "dtype": "int8"}},
+            "dtype in model with name_or_path must be one of float32, bfloat16, float16",
+        ),
         ({"sequence_length": "8k"}, "sequence_length in recipe .* must be an integer, got '8k'"),
         ({"sequence_length": 1}, "sequence_length must be at least 2"),
         ({"sequence_parallel": {"linear": "mail"}}, "got 'mail'"),

@@ -35,12 +35,6 @@ from .values import check_section, field_types, read_yaml
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-OTHER_FIELDS = {
-    *("sequence_parallel_size", "planner_profile", "linear_strategy", "softmax_strategy", "sequence_layout"),
-    "parallelism_config",
-}
-"""Fields of TrainingArguments that the section `training` lacks: the section `sequence_parallel` sets them."""
-
 LOADED_MODEL: dict[str, Any] = {
     "name_or_path": str,
     "dtype": Literal["float32", "bfloat16", "float16"],
@@ -133,6 +127,15 @@ class SequenceParallelRecipe:
         return SequenceParallelConfig(linear=self.linear, softmax=self.softmax, layout=self.layout)
 
 
+PARALLEL_ARGUMENTS = {
+    "size": "sequence_parallel_size",
+    "profile": "planner_profile",
+    "linear": "linear_strategy",
+    "softmax": "softmax_strategy",
+    "layout": "sequence_layout",
+}
+"""Key of the section `sequence_parallel` -> its name in TrainingArguments, which the section `training` lacks."""
+
 SECTIONS = {"data": DataRecipe, "validation": ValidationRecipe, "sequence_parallel": SequenceParallelRecipe}
 
 
@@ -196,20 +199,18 @@ class Recipe:
 
     def training_arguments(self) -> LinearLlama3TrainingArguments:
         """Return the section `training` with the choices of `sequence_parallel`."""
-        parallel, validation = self.sequence_parallel, dict[str, Any]()
+        parallel = {name: getattr(self.sequence_parallel, key) for key, name in PARALLEL_ARGUMENTS.items()}
+        validation = dict[str, Any]()
         if self.validation is not None:
-            rows = self.training.get("per_device_train_batch_size", 8)  # Trainer's default
+            rows = self.setting("per_device_train_batch_size")
             validation = {"eval_strategy": "steps", "per_device_eval_batch_size": rows}
             if "eval_strategy" not in self.training:
                 validation["eval_steps"] = 0.1
-        return LinearLlama3TrainingArguments(
-            sequence_parallel_size=parallel.size,
-            linear_strategy=parallel.linear,
-            softmax_strategy=parallel.softmax,
-            sequence_layout=parallel.layout,
-            planner_profile=parallel.profile,
-            **(validation | self.training),
-        )
+        return LinearLlama3TrainingArguments(**parallel, **(validation | self.training))
+
+    def setting(self, name: str) -> Any:
+        """Return a value of the section `training`, or its default in TrainingArguments."""
+        return self.training.get(name, getattr(LinearLlama3TrainingArguments, name))
 
 
 def load_recipe(path: str | Path, changes: Sequence[str] | None = None) -> Recipe:
@@ -261,7 +262,9 @@ def _apply(change: str, content: Any) -> None:
 
 
 def _check_values(recipe: Recipe) -> None:
-    types = {name: x for name, x in field_types(LinearLlama3TrainingArguments).items() if name not in OTHER_FIELDS}
+    types = field_types(LinearLlama3TrainingArguments)
+    for name in (*PARALLEL_ARGUMENTS.values(), "parallelism_config"):
+        del types[name]
     types["fsdp"] |= bool  # transformers 5.23 warns of strings
     check_section(recipe.training, types, "training")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -283,7 +286,7 @@ def _check_values(recipe: Recipe) -> None:
 
 
 def _check_data(recipe: Recipe) -> None:
-    data, steps = recipe.data, recipe.training.get("max_steps", -1)
+    data, steps = recipe.data, recipe.setting("max_steps")
     if (data.files is None) == (data.dataset is None):
         raise ValueError(f"data needs files or dataset, one of them, got files={data.files} and dataset={data.dataset}")
     if data.chat_template is not None and data.format != "chat":
