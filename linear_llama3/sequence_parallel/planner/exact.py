@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .group_costs import Assignment, CostTable, Integers
-from .partitions import IMPOSSIBLE
+from .partitions import IMPOSSIBLE, fewest_groups
 
 EXACT = 11  # sequences or bundles: K of them form 2^K sets, and 3^K pairs of a set and a part of it
 
@@ -29,9 +29,7 @@ def plan_bundles(table: CostTable, micro_batches: int | None) -> Assignment | No
     Args:
         micro_batches: their number; None: any.
     """
-    fewest, rest = 0, table.devices  # groups of a micro-batch
-    for degree in table.degrees[::-1].tolist():
-        fewest, rest = fewest + rest // degree, rest % degree
+    fewest = fewest_groups(table.degrees.tolist(), table.devices)
     if (micro_batches or 1) * fewest > len(table):
         return None
     item = bundle(table.lengths, np.zeros(len(table), dtype=np.int64), EXACT)
@@ -53,7 +51,8 @@ def bundle(lengths: Integers, group: Integers, most: int) -> Integers:
         size = np.bincount(number, lengths)
         order = np.lexsort((size, group[own]))
         joined = np.where(np.diff(group[own[order]]) == 0, size[order[:-1]] + size[order[1:]], np.inf)
-        one, other = own[order[(n := joined.argmin()) :][:2]]
+        first = joined.argmin()
+        one, other = own[order[first : first + 2]]
         found[found == other] = one
 
 

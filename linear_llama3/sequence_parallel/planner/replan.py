@@ -10,7 +10,7 @@ from .exact import Slot, bundle, fill
 from .group_costs import Assignment, CostTable
 
 FEW = 64  # sequences of a step; more are divided well by simpler means
-BUNDLES = 8  # and groups that are planned at once
+BUNDLES = 9  # and groups that are planned at once
 REPLANS = 64  # of a step
 
 

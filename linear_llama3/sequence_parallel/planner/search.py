@@ -1,6 +1,7 @@
 """Search for the fastest groups of a step, after FlexSP (arXiv:2412.01523).
 
-`search` plans a step in this order, which is also the order of this file:
+`search` plans steps of up to `EXACT` sequences by all their plans (`exact.py`), and others in this order, which is also
+the order of this file:
 
 1. Number of micro-batches M: from the least that memory allows, five numbers (appendix A).
 2. Micro-batches: cut the sequences, sorted by length, into M consecutive parts of equal tokens (section 4.2).
@@ -10,6 +11,7 @@
 5. Repeated partitions: the same partition in every micro-batch, with the sequences of all of them placed at once. This
    includes the plans of one degree, so that no plan is slower than those.
 6. Local search: move and swap sequences, also between micro-batches, while that shortens the step.
+7. Steps of fewer than `FEW` sequences: plan two micro-batches at a time again, exactly (`replan.py`).
 
 Costs are integers and the search is bounded by counts, never by time. Every rank makes the same plan of the same
 lengths.
@@ -23,8 +25,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from .group_costs import Assignment, CostTable, Integers
 from .exact import EXACT, plan_bundles
+from .group_costs import Assignment, CostTable, Integers
 from .partitions import IMPOSSIBLE, candidates, least_repeats, lower_bounds, partitions
 from .replan import FEW, replan
 
