@@ -43,6 +43,17 @@ def test_defaults_are_llama_3() -> None:
     )
 
 
+@pytest.mark.parametrize("mixer, key_dim", [("gla", 8), ("based", 16)])
+def test_given_sizes_of_linear_layers_replace_the_defaults(mixer: str, key_dim: int) -> None:
+    default = tiny_config(mixer)
+    assert default.linear_sizes == (default.num_key_value_heads, key_dim, default.head_dim) == (2, key_dim, 8)
+    names = ("linear_num_key_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+    given = tiny_config(mixer, **dict(zip(names, (1, 4, 6), strict=True)))
+    assert given.linear_sizes == (1, 4, 6)
+    layer = LinearLlama3Model(given).layers[0].self_attn
+    assert [layer.k_proj.out_features, layer.v_proj.out_features] == [4, 6]
+
+
 LLAMA3_SCALING = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
