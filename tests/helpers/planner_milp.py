@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from linear_llama3.sequence_parallel.planner.group_costs import CostTable, Integers
-from linear_llama3.sequence_parallel.planner.search import Assignment
+from linear_llama3.sequence_parallel.planner.group_costs import Assignment, CostTable, Integers
 
 BUCKETS = 16
 SECONDS = 10.0  # after which the solver returns the best so far

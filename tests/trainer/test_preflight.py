@@ -88,7 +88,7 @@ FREE: Any = None
 
 
 class Finished(str):
-    """How far a run has trained that is not trained again."""
+    """Message about a run that has finished."""
 
 
 MODEL_THERE = "must not hold another run, .* with a model .adapter_model.safetensors.; choose another"

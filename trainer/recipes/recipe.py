@@ -224,8 +224,8 @@ def load_recipe(path: str | Path, changes: Sequence[str] | None = None) -> Recip
     """
     path = Path(path)
     if not path.is_file():
-        missing = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"a recipe must be a YAML file, got {str(path)!r}, which {missing}")
+        wrong = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"a recipe must be a YAML file, got {str(path)!r}, which {wrong}")
     try:
         content = read_yaml(path.read_text(encoding="utf-8-sig"))
     except yaml.YAMLError as error:

@@ -1,13 +1,13 @@
 """Adaptive groups: choose for every step which ranks share which sequences (FlexSP, arXiv:2412.01523)."""
 
 from .group_costs import Cluster, Costs, DegreeCosts
+from .partitions import fewest_groups
 from .profile import Model, Profile, load_profile, model_costs
 from .step_plan import (
     Group,
     MicroBatch,
     StepPlan,
     aligned_groups,
-    fewest_groups,
     lower_bound,
     plan,
     plan_one_degree,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import floor, inf
 from sys import float_info
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,6 +120,26 @@ class CostTable:
     def part(self, rows: slice | Integers) -> CostTable:
         """Select some of the sequences."""
         return replace(self, ids=self.ids[rows], lengths=self.lengths[rows], times=self.times[rows])
+
+
+class Assignment(NamedTuple):
+    """A plan of a step as arrays over its G groups and K sequences."""
+
+    micro_batch: Integers  # [G] of a group
+    kind: Integers  # [G] column of a group's degree in the table
+    group: Integers  # [K] of a sequence
+
+    def loads(self, table: CostTable) -> Integers:
+        """Cost of each group `[G]`."""
+        load = table.fixed[self.kind]
+        np.add.at(load, self.group, table.times[np.arange(len(table)), self.kind[self.group]])
+        return load
+
+    def cost(self, table: CostTable) -> int:
+        """Sum over the micro-batches of the slowest group's cost."""
+        slowest = np.zeros(self.micro_batch.max() + 1, dtype=np.int64)
+        np.maximum.at(slowest, self.micro_batch, self.loads(table))
+        return int(slowest.sum())
 
 
 def tabulate(lengths: Sequence[int], cluster: Cluster, costs: Costs) -> CostTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -34,6 +35,14 @@ def partitions(devices: int, degrees: tuple[int, ...]) -> Integers:
     found = np.column_stack([rest[divides] // degrees[0], counts[divides]])
     found.setflags(write=False)  # shared by all callers
     return found
+
+
+def fewest_groups(degrees: Iterable[int], devices: int) -> int:
+    """Smallest number of groups of these degrees that covers all devices; a micro-batch needs a sequence for each."""
+    rest, count = devices, 0
+    for degree in sorted(degrees, reverse=True):
+        count, rest = count + rest // degree, rest % degree
+    return count
 
 
 def candidates(table: CostTable) -> tuple[Integers, Integers]:

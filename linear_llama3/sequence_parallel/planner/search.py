@@ -1,6 +1,7 @@
 """Search for the fastest groups of a step, after FlexSP (arXiv:2412.01523).
 
-`search` plans a step in this order, which is also the order of this file:
+`search` plans steps of up to `EXACT` sequences by all their plans (`exact.py`), and others in this order, which is also
+the order of this file:
 
 1. Number of micro-batches M: from the least that memory allows, five numbers (appendix A).
 2. Micro-batches: cut the sequences, sorted by length, into M consecutive parts of equal tokens (section 4.2).
@@ -10,6 +11,7 @@
 5. Repeated partitions: the same partition in every micro-batch, with the sequences of all of them placed at once. This
    includes the plans of one degree, so that no plan is slower than those.
 6. Local search: move and swap sequences, also between micro-batches, while that shortens the step.
+7. Steps of fewer than `FEW` sequences: plan two micro-batches at a time again, exactly (`replan.py`).
 
 Costs are integers and the search is bounded by counts, never by time. Every rank makes the same plan of the same
 lengths.
@@ -19,13 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .group_costs import CostTable, Integers
+from .exact import EXACT, plan_bundles
+from .group_costs import Assignment, CostTable, Integers
 from .partitions import IMPOSSIBLE, candidates, least_repeats, lower_bounds, partitions
+from .replan import FEW, replan
 
 MICRO_BATCH_COUNTS = 5  # numbers of micro-batches that are tried
 PARTITIONS_PER_BLOCK = 64  # placed at once
@@ -36,34 +39,18 @@ PAIRS_COMPARED = 2**23  # by each local search
 LEAST_SAVING = 2**-14  # of a step, below which local search stops
 
 
-class Assignment(NamedTuple):
-    """A plan of a step as arrays over its G groups and K sequences."""
-
-    micro_batch: Integers  # [G] of a group
-    kind: Integers  # [G] column of a group's degree in the table
-    group: Integers  # [K] of a sequence
-
-    def loads(self, table: CostTable) -> Integers:
-        """Cost of each group `[G]`."""
-        load = table.fixed[self.kind]
-        np.add.at(load, self.group, table.times[np.arange(len(table)), self.kind[self.group]])
-        return load
-
-    def cost(self, table: CostTable) -> int:
-        """Sum over the micro-batches of the slowest group's cost."""
-        slowest = np.zeros(self.micro_batch.max() + 1, dtype=np.int64)
-        np.maximum.at(slowest, self.micro_batch, self.loads(table))
-        return int(slowest.sum())
-
-
 def search(table: CostTable, micro_batches: int | None = None) -> Assignment | None:
     """Find a fast plan of a step, never slower than the best one of one degree; None if no plan is found.
 
     Args:
         micro_batches: their number; None chooses it.
     """
+    if len(table) <= EXACT:
+        return plan_bundles(table, micro_batches)
     options = partitions(table.devices, tuple(table.degrees.tolist()))
     found = [one_degree(table, micro_batches=micro_batches), next(repeated(table, options, micro_batches), None)]
+    if len(table) < FEW:
+        found.append(plan_bundles(table, micro_batches))
     best = _fastest(table, found)
     found += split(table, micro_batches, best.cost(table) if best else int(IMPOSSIBLE))
     if not any(found):
@@ -73,7 +60,8 @@ def search(table: CostTable, micro_batches: int | None = None) -> Assignment | N
         return None
     promising = [one for one in found if one and one.cost(table) <= _within_reach(best.cost(table))]
     promising = sorted(promising, key=lambda one: one.cost(table))[:PLANS_SEARCHED]
-    return _fastest(table, [local_search(table, one) for one in promising])
+    best = _fastest(table, [local_search(table, one) for one in promising])
+    return replan(table, best, micro_batches) if best and len(table) < FEW else best
 
 
 def _fastest(table: CostTable, found: Sequence[Assignment | None]) -> Assignment | None:

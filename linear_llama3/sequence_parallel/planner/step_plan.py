@@ -7,13 +7,14 @@ plans the same lengths makes the same plan, and nothing has to be broadcast.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .group_costs import Cluster, Costs, CostTable, tabulate
-from .search import Assignment, least_micro_batches, one_degree, search
+from .group_costs import Assignment, Cluster, Costs, CostTable, tabulate
+from .partitions import fewest_groups
+from .search import least_micro_batches, one_degree, search
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,14 +78,6 @@ def aligned_groups(devices: int) -> list[tuple[int, int]]:
     """
     degrees = [1 << bit for bit in range(devices.bit_length() - 1, 0, -1)]
     return [(degree, first) for degree in degrees for first in range(0, devices - degree + 1, degree)]
-
-
-def fewest_groups(degrees: Iterable[int], devices: int) -> int:
-    """Smallest number of groups of these degrees that covers all devices; a micro-batch needs a sequence for each."""
-    rest, count = devices, 0
-    for degree in sorted(degrees, reverse=True):
-        count, rest = count + rest // degree, rest % degree
-    return count
 
 
 def plan(lengths: Sequence[int], cluster: Cluster, costs: Costs, *, micro_batches: int | None = None) -> StepPlan:
