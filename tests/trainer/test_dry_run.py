@@ -130,6 +130,17 @@ def test_bytes_that_a_rank_sends(changes: list[str], tmp_path: Path) -> None:
     assert number(r"processes, ([\d,]+) tokens", text) == counted[0][1]
 
 
+@pytest.mark.parametrize("setting", ["training.bf16=true", "training.fp16=true"])
+def test_mixed_precision_halves_the_keys_and_values_but_not_their_gradients(setting: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    path = recipe_of(tmp_path, model={**MODEL, **sizes}, sequence_length=512, sequence_parallel={"softmax": "ring"})
+    full, half = (
+        number(r"softmax +ring: a rank sends ([\d.]+) MiB", described(path, *changes, processes=2))
+        for changes in ([], [setting])
+    )
+    assert half == pytest.approx(full * 2 / 3, abs=0.001)  # k, v twice in 2 bytes, their sums of gradients in 4
+
+
 def test_a_strategy_that_cannot_be_used(tmp_path: Path) -> None:
     path = recipe_of(tmp_path, sequence_parallel={"softmax": "ulysses"})
     with pytest.raises(ValueError, match="ulysses cannot divide the heads of the softmax layers among 4 ranks; use"):

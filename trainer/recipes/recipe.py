@@ -101,7 +101,7 @@ class ValidationRecipe:
     def data(self, data: DataRecipe) -> DataRecipe:
         """Return the data recipe of the validation documents; there is none for a `share`."""
         arguments = data.arguments if self.arguments is None else self.arguments
-        own: dict[str, Any] = {"files": self.files, "dataset": self.dataset, "split": self.split}
+        own = {name: getattr(self, name) for name in ("files", "dataset", "split")}
         return dataclasses.replace(data, streaming=False, arguments=arguments, **own)
 
 
