@@ -67,7 +67,9 @@ def fill(table: CostTable, item: Integers, slots: Sequence[Slot]) -> Assignment 
     """
     members = (np.arange(item.max() + 1)[:, None] == item).astype(np.int64)  # [B, K]
     sets = _Sets(replace(table, lengths=members @ table.lengths, times=members @ table.times))
-    micro_batch, kind, group = [], [], np.empty(len(table), dtype=np.int64)
+    micro_batch: list[int] = []
+    kind: list[int] = []
+    group = np.empty(len(table), dtype=np.int64)
     for n, own in enumerate(sets.divide(slots)):
         for column, part in sets.groups_of(own, slots[n].devices if own else 0):
             group[part >> item & 1 == 1] = len(kind)

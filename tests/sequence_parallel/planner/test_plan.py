@@ -250,8 +250,8 @@ def test_equal_sequences_and_groups_are_chosen_by_position() -> None:
     costs = Costs(by_degree={1: FREE, 2: replace(FREE, per_token=0.5)})
     step = plan([50] * 6, Cluster(devices=4, memory=1000), costs, micro_batches=1)
     assert [(g.degree, g.first_rank, g.sequences) for g in step.micro_batches[0].groups] == [
-        (2, 0, (0, 2, 4)),
-        (2, 2, (1, 3, 5)),
+        (2, 0, (0, 1, 2)),
+        (2, 2, (3, 4, 5)),
     ]
 
 
