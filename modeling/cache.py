@@ -105,10 +105,8 @@ def store_state(cache: Cache, state: Tensor, layer_idx: int) -> None:
     """Store the state of a linear layer, `[B, H_kv, D_k, D_v (+ 1)]`, in `cache`."""
     layer = cache.layers[layer_idx]
     if state.requires_grad or (layer.has_previous_state[0] and layer.recurrent_states[0].requires_grad):
-        layer.recurrent_states[0], layer.is_recurrent_states_initialized[0] = (
-            state,
-            True,
-        )  # not in place: autograd needs the old state
+        layer.recurrent_states[0] = state  # not in place: autograd needs the old one
+        layer.is_recurrent_states_initialized[0] = True
     else:
         cache.update_recurrent_state(state, layer_idx)
     layer.has_previous_state[0] = True  # transformers sets it only for layers with a convolution

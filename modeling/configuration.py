@@ -132,17 +132,12 @@ class LinearLlama3Config(PreTrainedConfig):
         for name in SIZES:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.linear_num_key_value_heads is None:
-            self.linear_num_key_value_heads = self.num_key_value_heads
         _check_choice("linear_attention_type", self.linear_attention_type, MIXERS)
-        if self.linear_key_head_dim is None:
-            self.linear_key_head_dim = self.mixer.key_head_dim or self.head_dim
-        if self.linear_value_head_dim is None:
-            self.linear_value_head_dim = self.head_dim
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.linear_num_key_value_heads = self.linear_num_key_value_heads or self.num_key_value_heads
+        self.linear_key_head_dim = self.linear_key_head_dim or self.mixer.key_head_dim or self.head_dim
+        self.linear_value_head_dim = self.linear_value_head_dim or self.head_dim
         if self.layer_types is None:
             every = self.full_attention_interval or self.num_hidden_layers + 1
             self.layer_types = [LAYER_TYPES[layer % every == 0] for layer in range(1, self.num_hidden_layers + 1)]
@@ -169,7 +164,14 @@ class LinearLlama3Config(PreTrainedConfig):
                     f"num_attention_heads must be a multiple of {name}, got {self.num_attention_heads} and "
                     f"{getattr(self, name)}; each key/value head serves the same number of query heads"
                 )
-        self._check_layer_types()
+        layer_types = self.layer_types or []
+        if len(layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types must have one entry for each of num_hidden_layers={self.num_hidden_layers} "
+                f"layers, got {len(layer_types)}; give layer_types=None to follow full_attention_interval"
+            )
+        for layer_type in layer_types:
+            _check_choice("every entry of layer_types", layer_type, LAYER_TYPES)
         features = self.linear_state_shape[1]
         if self.uses_linear_rope and features != self.head_dim:
             raise ValueError(
@@ -189,16 +191,6 @@ class LinearLlama3Config(PreTrainedConfig):
                 "is_causal=False needs a mixer without a decay, which has a direction, got "
                 f"{self.linear_attention_type!r}; set linear_attention_type to one of {without}"
             )
-
-    def _check_layer_types(self) -> None:
-        layer_types = self.layer_types or []
-        if len(layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_types must have one entry for each of num_hidden_layers={self.num_hidden_layers} "
-                f"layers, got {len(layer_types)}; give layer_types=None to follow full_attention_interval"
-            )
-        for layer_type in layer_types:
-            _check_choice("every entry of layer_types", layer_type, LAYER_TYPES)
 
     @property
     def has_softmax_layers(self) -> bool:
@@ -220,11 +212,8 @@ class LinearLlama3Config(PreTrainedConfig):
     @property
     def linear_sizes(self) -> tuple[int, int, int]:
         """(H_kv, D_k, D_v) of the linear layers."""
-        heads, key_dim, value_dim = (
-            self.linear_num_key_value_heads, self.linear_key_head_dim, self.linear_value_head_dim
-        )  # fmt: skip
-        assert heads is not None and key_dim is not None and value_dim is not None  # __post_init__ fills them
-        return heads, key_dim, value_dim
+        sizes = self.linear_num_key_value_heads, self.linear_key_head_dim, self.linear_value_head_dim
+        return sizes  # type: ignore[return-value]  # __post_init__ leaves no None
 
     @property
     def linear_state_shape(self) -> tuple[int, int, int]:

@@ -18,11 +18,8 @@ the optimizer, and recomputation.
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,8 +28,6 @@ from torch import nn
 from ..ops.documents import document_edges
 from .attention import LinearLlama3Attention
 from .mixers import LearnedFeatureMap, LinearAttention
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -131,36 +126,6 @@ def known_peak(name: str) -> float | None:
     return next((peak for key, peak in PEAKS.items() if words.issuperset(key)), None)
 
 
-@lru_cache
 def peak_flops(device: torch.device) -> float | None:
-    """Return the dense bfloat16 FLOP/s of a GPU, None for other devices.
-
-    The number comes from the data sheet. For a GPU that is not in `PEAKS` it is measured by a matrix product.
-    """
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    if (peak := known_peak(name)) is None:
-        peak = measured_peak(device)
-        logger.warning(
-            "no data sheet for %s: MFU is relative to %.0f TFLOP/s, measured by a matrix product", name, peak / 1e12
-        )
-    return peak
-
-
-def measured_peak(device: torch.device, *, size: int = 8192, repeats: int = 20) -> float:
-    """Return the FLOP/s of a bfloat16 matrix product of two `[size, size]` matrices, the fastest of `repeats`."""
-    x = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    best = float("inf")
-    for _ in range(repeats):
-        _synchronize(device)
-        start = time.perf_counter()
-        x @ x
-        _synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Return the dense bfloat16 FLOP/s of a device; None if it is no GPU or not in `PEAKS`."""
+    return known_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

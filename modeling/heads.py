@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -13,29 +13,17 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils import can_return_tuple
 
-from .configuration import LinearLlama3Config
-from .inputs import Mask, check_loss
-from .loss import check_skip_logits, chunked_loss
-from .model import LinearLlama3Model
+from .inputs import Mask
+from .model import LanguageModel
 from .pretrained import LinearLlama3PreTrainedModel
 
 
-class LinearLlama3ForMaskedLM(LinearLlama3PreTrainedModel):
+class LinearLlama3ForMaskedLM(LanguageModel):
     """A bidirectional model (`config.is_causal=False`) that predicts masked tokens."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
-
-    def __init__(self, config: LinearLlama3Config) -> None:
-        super().__init__(config)
-        if config.is_causal:
-            raise ValueError(
-                "a masked language model reads both sides of a token, got config.is_causal=True; set is_causal=False "
-                "(and a mixer without a decay), or use LinearLlama3ForCausalLM"
-            )
-        self.model = LinearLlama3Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    shifts_labels = False
+    _rule = "a masked language model reads both sides of a token"
+    _remedy = "set is_causal=False (and a mixer without a decay), or use LinearLlama3ForCausalLM"
 
     @can_return_tuple
     def forward(
@@ -59,28 +47,13 @@ class LinearLlama3ForMaskedLM(LinearLlama3PreTrainedModel):
         Raises:
             ValueError: arguments contradict each other, or the loss lacks one.
         """
-        if skip_logits:
-            check_skip_logits(labels)
-        if labels is not None:
-            check_loss(kwargs, sharded=self.model.sequence_parallel_context is not None, shifts=False)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            return_dict=True,  # also if config.return_dict is False
-            **kwargs,
-        )
-        logits = loss = None
-        if skip_logits:
-            loss = chunked_loss(self, outputs.last_hidden_state, labels, shift=False, **kwargs)
-        else:
-            logits = self.lm_head(outputs.last_hidden_state)
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        return MaskedLMOutput(**self._predict(inputs, labels, kwargs, skip_logits=skip_logits)[1])
 
 
 class LinearLlama3ForSequenceClassification(GenericForSequenceClassification, LinearLlama3PreTrainedModel):

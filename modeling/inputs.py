@@ -20,6 +20,7 @@ from .releases import CACHE_NAME
 
 logger = logging.get_logger(__name__)
 
+SHARD_FIRST = "call context.shard_batch(batch) first and pass all that it returns"
 SWITCH_OFF = "switch sequence parallelism off with enable_sequence_parallel(model, None)"
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # their table depends on the longest position in the batch
 
@@ -58,7 +59,7 @@ def check_shard(
     if documents["seq_idx"] is not None:
         raise ValueError(
             "under sequence parallelism packed documents are described by cu_seq_lens_q of the complete sequence, got "
-            "seq_idx; call context.shard_batch(batch) first and pass all that it returns"
+            f"seq_idx; {SHARD_FIRST}"
         )
     if cache_given:
         raise ValueError(
@@ -66,10 +67,7 @@ def check_shard(
             f"to generate, call prefill(model, input_ids), then {SWITCH_OFF}"
         )
     if position_ids is None:
-        raise ValueError(
-            "under sequence parallelism every rank needs its own position_ids, got none; "
-            "call context.shard_batch(batch) first and pass all that it returns"
-        )
+        raise ValueError(f"under sequence parallelism every rank needs its own position_ids, got none; {SHARD_FIRST}")
     expected = context.positions(position_ids.shape[1], position_ids.device)
     fits = bool((position_ids - position_ids[:, :1] == expected - expected[0]).all())
     packed = any(x is not None for x in documents.values())
@@ -77,7 +75,7 @@ def check_shard(
         raise ValueError(
             f"under sequence parallelism position_ids are global, those of layout {context.layout!r}, and packed "
             f"documents are described by cu_seq_lens_q of the complete sequence, got {position_ids[0, :8].tolist()} on "
-            f"rank {context.rank} without them; call context.shard_batch(batch) first and pass all that it returns"
+            f"rank {context.rank} without them; {SHARD_FIRST}"
         )
     if attention_mask is not None:
         raise ValueError(
@@ -96,21 +94,16 @@ def check_shard(
 
 
 def check_loss(kwargs: dict[str, Any], *, sharded: bool, shifts: bool) -> None:
-    """Check that a forward pass with labels got the keyword arguments that its loss needs.
+    """Raise ValueError if a forward pass with labels lacks what its loss needs.
 
-    Args:
-        sharded: the inputs are one rank's shard, which contains neither the label after its end nor the number of all
-            labels.
-        shifts: each position predicts the next label.
-
-    Raises:
-        ValueError: `shift_labels` or `num_items_in_batch` is missing on a shard, or `num_items_in_batch` has 16 bits.
+    A shard contains neither the label after its end nor the number of all labels. `shifts`: each position predicts the
+    next label.
     """
     count = kwargs.get("num_items_in_batch")
     if sharded and shifts and kwargs.get("shift_labels") is None:
         raise ValueError(
             "under sequence parallelism labels are shifted before the cut, got labels without shift_labels; "
-            "call context.shard_batch(batch) first and pass all that it returns"
+            f"{SHARD_FIRST}"
         )
     if sharded and count is None:
         raise ValueError(
@@ -184,21 +177,19 @@ def padding_mask(config: LinearLlama3Config, attention_mask: Mask, length: int) 
     Raises:
         ValueError: the mask is too short, or not two-dimensional although there are linear layers.
     """
-    if not isinstance(attention_mask, Tensor):
+    if not isinstance(attention_mask, Tensor) or (attention_mask.dim() != 2 and not config.linear_layers):
         return None
-    if attention_mask.dim() == 2:
-        if attention_mask.shape[1] < length:
-            raise ValueError(
-                f"attention_mask must cover all {length} tokens, got shape {tuple(attention_mask.shape)}; with a "
-                "cache it must also cover the cached tokens"
-            )
-        return attention_mask[:, -length:]
-    if config.linear_layers:
+    if attention_mask.dim() != 2:
         raise ValueError(
             "linear layers take an attention_mask [B, T] with 0 at padding, "
             f"got {tuple(attention_mask.shape)}; describe documents by cu_seq_lens_q or restarting position_ids"
         )
-    return None
+    if attention_mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask must cover all {length} tokens, got shape {tuple(attention_mask.shape)}; with a "
+            "cache it must also cover the cached tokens"
+        )
+    return attention_mask[:, -length:]
 
 
 def layer_masks(

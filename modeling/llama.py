@@ -38,42 +38,27 @@ LINEAR_FIELDS = {
 def llama_fields(llama: LlamaConfig | str | os.PathLike, **hub: Any) -> tuple[str, dict[str, Any]]:
     """Return the name of the checkpoint ("" if unknown) and the fields of a Llama config that describe the model.
 
-    Args:
-        llama: a config, or a folder or Hub name with one.
-        hub: `HUB_OPTIONS`.
-
-    Raises:
-        ValueError: the config is of another architecture.
+    The config may be given by a folder or Hub name, with `HUB_OPTIONS`. One of another architecture is a ValueError.
     """
     if isinstance(llama, PreTrainedConfig):
-        name, model_type, config = llama.name_or_path or "", llama.model_type, llama
+        name, fields = llama.name_or_path or "", llama.to_dict()
     else:
         name = str(llama)
         fields, _ = PreTrainedConfig.get_config_dict(name, **hub)
-        model_type = fields.get("model_type")
-    if model_type != "llama":
+    if fields.get("model_type") != "llama":
         raise ValueError(
-            f"from_llama needs the config of a Llama model (model_type 'llama'), got {model_type!r}"
+            f"from_llama needs the config of a Llama model (model_type 'llama'), got {fields.get('model_type')!r}"
             f"{f' in {name!r}' if name else ''}; weights of other architectures do not fit"
         )
-    if not isinstance(llama, PreTrainedConfig):
-        config = LlamaConfig.from_dict(fields)
-    return name, {key: value for key, value in config.to_dict().items() if key not in FILE_FIELDS}
+    fields = LlamaConfig.from_dict(fields).to_dict()
+    return name, {key: value for key, value in fields.items() if key not in FILE_FIELDS}
 
 
 def check_config(config: PreTrainedConfig, name: str, **hub: Any) -> None:
-    """Check that a config written by hand describes the model in a checkpoint, before its weights are loaded.
+    """Raise ValueError unless a config written by hand describes the model in a checkpoint, a folder or Hub name.
 
     A config that was read from this checkpoint, as its `name_or_path` shows, is not checked: every difference is a
     deliberate change.
-
-    Args:
-        config: a LinearLlama3Config.
-        name: folder or Hub name of the weights.
-        hub: `HUB_OPTIONS`.
-
-    Raises:
-        ValueError: the config contradicts that of the checkpoint, or the checkpoint is of another architecture.
     """
     if config.name_or_path and _same(config.name_or_path, name):
         return

@@ -135,7 +135,9 @@ class LinearAttention(Tiled, ExactTensors):
         else:
             attend = partial(self._attend_cached, k=k, v=v, log_decay=log_decay, cache=cache, **options)
         # under a context, the states are exchanged during these projections
-        q = self._queries(hidden_states, position_embeddings)
+        q = self._rotate(
+            self.q_feature_map(_split_heads(self.q_proj(hidden_states), self.num_heads)), position_embeddings
+        )
         gate = None if self.sequence_tiling else self._gate(hidden_states)
         out = attend(q.to(v.dtype))
         out = out.to(hidden_states.dtype) if self.mixer.normalize else out
@@ -152,18 +154,14 @@ class LinearAttention(Tiled, ExactTensors):
         out = out.flatten(2)
         return self.o_proj(out if gate is None else out * gate)
 
-    def _queries(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        return self._rotate(self.q_feature_map(_split_heads(self.q_proj(x), self.num_heads)), position_embeddings)
-
     def _keys_values(
         self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         v = _split_heads(self.v_proj(x), self.num_kv_heads)
         if self.mixer.normalize:
             v = v.to(working_dtype(v))  # products of rounded features cancel in a quotient of sums
-        k = self._rotate(self.k_feature_map(_split_heads(self.k_proj(x), self.num_kv_heads)), position_embeddings).to(
-            v.dtype
-        )
+        k = self._rotate(self.k_feature_map(_split_heads(self.k_proj(x), self.num_kv_heads)), position_embeddings)
+        k = k.to(v.dtype)
         log_decay = self._log_decay(x)
         if mask is not None:
             # padding must neither write to the state (after the feature map, since phi(0) may be > 0) nor decay it

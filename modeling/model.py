@@ -104,7 +104,21 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
                 longest = int(edges.diff().max())
                 kwargs.update(cu_seq_lens_k=edges, max_length_q=longest, max_length_k=longest)
         kwargs["cu_seq_lens_q"] = edges
-        hidden_states = self._run_layers(inputs_embeds, masks, position_ids, cache, kwargs)
+        position_embeddings = tuple(map(as_integers, self.rotary_emb(inputs_embeds, position_ids=position_ids)))
+        # The recomputation reuses what a layer exchanged in its forward pass. A UserDict, since FSDP2 passes copies of
+        # dict arguments to a layer.
+        keep_exchanged = self.gradient_checkpointing and self.training and self.sequence_parallel_context is not None
+        hidden_states = inputs_embeds
+        for layer, layer_type in zip(self.layers, self.config.layer_types or (), strict=True):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks.get(layer_type),
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                cache=cache,
+                exchange_cache=UserDict() if keep_exchanged else None,
+                **kwargs,
+            )
         if isinstance(cache, RecurrentCache):
             cache.advance(inputs_embeds.shape[1], inputs_embeds.device)
         hidden_states = self.in_tiles(self.norm, hidden_states)
@@ -161,30 +175,6 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
         past = cache.get_seq_length() if cache is not None else 0
         return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
 
-    def _run_layers(
-        self,
-        hidden_states: Tensor,
-        masks: Masks,
-        position_ids: Tensor,
-        cache: Cache | None,
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        position_embeddings = tuple(map(as_integers, self.rotary_emb(hidden_states, position_ids=position_ids)))
-        # The recomputation reuses what a layer exchanged in its forward pass. A UserDict, since FSDP2 passes copies of
-        # dict arguments to a layer.
-        keep_exchanged = self.gradient_checkpointing and self.training and self.sequence_parallel_context is not None
-        for layer, layer_type in zip(self.layers, self.config.layer_types or (), strict=True):
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=masks.get(layer_type),
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                cache=cache,
-                exchange_cache=UserDict() if keep_exchanged else None,
-                **kwargs,
-            )
-        return hidden_states
-
     def _resolve_cache(self, cache: Cache | None, use_cache: bool | None, *, packed: bool) -> Cache | None:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache is not None:
@@ -209,23 +199,51 @@ class LinearLlama3Model(Tiled, LinearLlama3PreTrainedModel):
         return cache
 
 
-class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, LinearLlama3GenerationMixin):
-    """The causal language model: `LinearLlama3Model` with a head for the next token."""
+class LanguageModel(LinearLlama3PreTrainedModel):
+    """Base class of the language models: `LinearLlama3Model` with a head that predicts tokens."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+    shifts_labels: bool  # True: position t predicts label t + 1
+    _rule: str  # why `config.is_causal` must equal `shifts_labels`
+    _remedy: str
 
     def __init__(self, config: LinearLlama3Config) -> None:
         super().__init__(config)
-        if not config.is_causal:
-            raise ValueError(
-                "a causal language model predicts the next token, got config.is_causal=False; use "
-                "LinearLlama3ForMaskedLM or set is_causal=True"
-            )
+        if config.is_causal is not self.shifts_labels:
+            raise ValueError(f"{self._rule}, got config.is_causal={config.is_causal}; {self._remedy}")
         self.model = LinearLlama3Model(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _predict(
+        self, inputs: dict[str, Any], labels: Tensor | None, kwargs: dict[str, Any], *, skip_logits: bool,
+        logits_to_keep: int | Tensor = 0,
+    ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+        """Return the model's outputs for `inputs`, and the fields that every language model returns."""
+        if skip_logits:
+            check_skip_logits(labels, logits_to_keep)
+        if labels is not None:
+            check_loss(kwargs, sharded=self.model.sequence_parallel_context is not None, shifts=self.shifts_labels)
+        outputs = self.model(**inputs, **kwargs, return_dict=True)  # also if config.return_dict is False
+        logits = loss = None
+        if skip_logits:
+            loss = chunked_loss(self, outputs.last_hidden_state, labels, shift=self.shifts_labels, **kwargs)
+        else:
+            logits = self.lm_head(positions_to_keep(outputs.last_hidden_state, logits_to_keep))
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        fields = {"loss": loss, "logits": logits, "hidden_states": outputs.hidden_states}
+        return outputs, fields | {"attentions": outputs.attentions}
+
+
+class LinearLlama3ForCausalLM(LanguageModel, LinearLlama3GenerationMixin):
+    """The causal language model: `LinearLlama3Model` with a head for the next token."""
+
+    shifts_labels = True
+    _rule = "a causal language model predicts the next token"
+    _remedy = "use LinearLlama3ForMaskedLM or set is_causal=True"
 
     @cache_keyword
     @can_return_tuple
@@ -256,31 +274,13 @@ class LinearLlama3ForCausalLM(LinearLlama3PreTrainedModel, LinearLlama3Generatio
         Raises:
             ValueError: arguments contradict each other, or the loss lacks one.
         """
-        if skip_logits:
-            check_skip_logits(labels, logits_to_keep)
-        if labels is not None:
-            check_loss(kwargs, sharded=self.model.sequence_parallel_context is not None, shifts=True)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **{CACHE_NAME: cache},
-            return_dict=True,  # also if config.return_dict is False
-            **kwargs,
-        )
-        logits = loss = None
-        if skip_logits:
-            loss = chunked_loss(self, outputs.last_hidden_state, labels, shift=True, **kwargs)
-        else:
-            logits = self.lm_head(positions_to_keep(outputs.last_hidden_state, logits_to_keep))
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            **{CACHE_NAME: outputs.get(CACHE_NAME)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            CACHE_NAME: cache,
+        }
+        outputs, fields = self._predict(inputs, labels, kwargs, skip_logits=skip_logits, logits_to_keep=logits_to_keep)
+        return CausalLMOutputWithPast(**fields, **{CACHE_NAME: outputs.get(CACHE_NAME)})

@@ -12,7 +12,6 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from .configuration import LinearLlama3Config
 from .hub import AUTO_CLASSES, CARD_NAME, NOTICE_NAME, SAVED_CARD, SAVED_CARDS, final_folder, is_generated_card
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"  # in a checkout and in the wheel
@@ -41,6 +40,7 @@ def model_card(
         facts: further values of model_cards/template.md, such as `training` (a table) and `sequence_length`.
     """
     config, classes = model.config, {kind.__name__ for kind in type(model).__mro__}
+    kind = ["linear-attention", "hybrid" if config.has_softmax_layers else "recurrent"] if config.linear_layers else []
     auto_class = next((auto for auto, name in AUTO_CLASSES.items() if name in classes), "AutoModel")
     origin = _origin(model)
     if origin.get("base_model") == repo_id:  # pushed back to where it came from
@@ -48,7 +48,7 @@ def model_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=PIPELINE_TAGS[auto_class],
-        tags=[*model.model_tags, *_kind(config), "custom_code"],
+        tags=[*model.model_tags, *kind, "custom_code"],
         datasets=datasets,
         **origin,
     )
@@ -57,7 +57,7 @@ def model_card(
         "model_name": Path(repo_id).name,
         "repo_id": repo_id,
         "auto_class": auto_class,
-        "layer_pattern": "".join("N" if layer == "full_attention" else "L" for layer in config.layer_types),
+        "layer_pattern": config.layer_pattern,
         "linear_layers": len(config.linear_layers),
         "num_layers": config.num_hidden_layers,
         "mixer": config.linear_attention_type,
@@ -66,13 +66,6 @@ def model_card(
         "license_notice": llama_notice(origin.get("license")),
     }
     return ModelCard.from_template(data, template_path=str(TEMPLATE), **(values | facts))
-
-
-def _kind(config: LinearLlama3Config) -> list[str]:
-    """Return the Hub tags for a model's attention layers; none if all layers are softmax layers."""
-    if not config.linear_layers:
-        return []
-    return ["linear-attention", "hybrid" if config.has_softmax_layers else "recurrent"]
 
 
 def add_card(model: PreTrainedModel, folder: Path, repo_id: str) -> None:

@@ -31,13 +31,13 @@ import torch
 import torch.distributed as dist
 from slow_network import sent_bytes, slow_network, start_ranks
 from torch import Tensor
+from traffic import Traffic
 
 from linear_llama3.ops import linear_attention as linear_on_one_device
 from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES, SOFTMAX_STRATEGIES, shard
 from linear_llama3.sequence_parallel import linear_attention as sharded_linear
 from linear_llama3.sequence_parallel import softmax_attention as sharded_softmax
 from linear_llama3.sequence_parallel.costs import Sizes, linear_costs, softmax_costs
-from linear_llama3.sequence_parallel.traffic import Traffic
 
 CONFIGURATIONS = [
     *(f"{name}/contiguous" for name in LINEAR_STRATEGIES),

@@ -33,10 +33,7 @@ from linear_llama3.ops.triton.passes import TritonBackward, TritonForward
 
 GATES = {"none": 0, "head": 1, "scalar": 3, "channel": 4}  # name -> dims of the log decay
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-KERNELS = (
-    "gate_cumsum_kernel", "state_scan_kernel", "merge_kernel", "output_kernel", "backward_kernel", "decode_kernel",
-)  # fmt: skip
-PRODUCTS = ("state_scan_kernel", "output_kernel", "backward_kernel")  # those made of matrix products
+KERNELS = [name for name in vars(launch) if name.endswith("_kernel")]
 
 
 @dataclass(frozen=True)

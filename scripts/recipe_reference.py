@@ -27,13 +27,6 @@ SECTIONS = (
     ("validation", recipe.ValidationRecipe),
     ("sequence_parallel", recipe.SequenceParallelRecipe),
 )
-SET_BY_SEQUENCE_PARALLEL = {  # fields of LinearLlama3TrainingArguments that this section of a recipe sets
-    "sequence_parallel_size",
-    "planner_profile",
-    "linear_strategy",
-    "softmax_strategy",
-    "sequence_layout",
-}
 
 
 def own_fields(cls: type) -> list[dataclasses.Field[Any]]:
@@ -87,7 +80,7 @@ def page() -> str:
         inspect.getdoc(LinearLlama3Config) or "",
         "## training",
         "Any field of transformers' `TrainingArguments`, and",
-        table(LinearLlama3TrainingArguments, leave_out=frozenset(SET_BY_SEQUENCE_PARALLEL), helps=True),
+        table(LinearLlama3TrainingArguments, leave_out=frozenset(recipe.PARALLEL_ARGUMENTS.values()), helps=True),
         "## lora",
         "Any field of PEFT's `LoraConfig`. `target_modules` is `all-linear` unless you set it.",
     ]

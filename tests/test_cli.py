@@ -23,12 +23,15 @@ from typer.testing import CliRunner
 
 import linear_llama3
 from linear_llama3 import cli
+from linear_llama3.commands import launching
+from linear_llama3.trainer import __main__ as training
 from linear_llama3.trainer import launched
 from linear_llama3.trainer.adaptive import profiling
 from linear_llama3.trainer.recipes.recipe import load_recipe
 from tests.helpers.recipes import recipe_with, write_corpus, write_tokenizer
 
 ROOT = Path(__file__).parents[1]
+measure = profiling.main
 
 
 @pytest.fixture(autouse=True)
@@ -56,16 +59,11 @@ class Replaced(Exception):
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Command lines that would replace the process."""
-    found: list[list[str]] = []
-
-    def execv(path: str, arguments: list[str]) -> None:
-        assert path == arguments[0] == sys.executable
-        found.append(arguments[1:])
-        raise Replaced
-
-    monkeypatch.setattr(os, "execv", execv)
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Return the arguments of the work that would start in this process: training, or measuring a profile."""
+    found: list[tuple[Any, ...]] = []
+    for module in (training, profiling):
+        monkeypatch.setattr(module, "main", lambda *arguments: found.append(arguments))
     for name in (*launched.SIZES, *launched.TORCH_LAUNCH, "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -96,7 +94,7 @@ def test_number_of_processes(
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: devices)
     loaded = load_recipe(recipe_with(tmp_path, **{"training": {}, **recipe}))
-    assert cli.number_of_processes(loaded, planned=planned) == expected
+    assert cli.place_recipe(loaded, planned=planned) == expected
 
 
 def test_more_processes_than_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,47 +104,56 @@ def test_more_processes_than_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_single_process_is_this_one(
-    tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, started: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With several visible GPUs the process starts again with one of them: CUDA reads the variable only once."""
+
+    def execv(path: str, arguments: list[str]) -> None:
+        assert arguments == [path, "-m", "linear_llama3.cli", "train", "recipe.yaml"] and path == sys.executable
+        raise Replaced
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(sys, "argv", ["linear-llama3", "train", "recipe.yaml"])
     recipe = recipe_with(tmp_path)
-    assert isinstance(run("train", recipe, "sequence_length=32").exception, Replaced)
-    assert started == [["-m", "linear_llama3.trainer", str(recipe), "sequence_length=32"]]
+    assert run("train", recipe, "sequence_length=32").exit_code == 0
+    assert started == [(recipe, ["sequence_length=32"])]
     assert os.environ["ACCELERATE_USE_CPU"] == "true" and "CUDA_VISIBLE_DEVICES" not in os.environ
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,1,2")
-    assert isinstance(run("train", recipe, "training.use_cpu=false", "processes=1").exception, Replaced)
+    changes = ["training.use_cpu=false", "processes=1"]
+    assert isinstance(run("train", recipe, *changes).exception, Replaced)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5" and "ACCELERATE_USE_CPU" not in os.environ
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert run("train", recipe, *changes).exit_code == 0
+    assert started[1:] == [(recipe, changes)]
 
 
-def test_under_torchrun_the_command_becomes_the_module(
-    tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+def test_under_torchrun_the_command_does_its_work(
+    tmp_path: Path, started: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "3")
-    assert isinstance(run("train", "any.yaml", "processes=2").exception, Replaced)
-    assert isinstance(run("profile", "any.yaml", "any.json", "processes=2").exception, Replaced)
-    assert started == [
-        ["-m", "linear_llama3.trainer", "any.yaml", "processes=2"],
-        ["-m", "linear_llama3.trainer.adaptive.profiling", "any.yaml", "any.json", "processes=2"],
-    ]
+    run("train", "any.yaml", "processes=2")
+    run("profile", "any.yaml", "any.json", "processes=2")
+    assert started == [(Path("any.yaml"), ["processes=2"]), (Path("any.yaml"), Path("any.json"), ["processes=2"])]
 
 
 def test_variables_of_another_launch_are_removed(
-    tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, started: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A launch of one process counts as none, so the recipe sets the number. Half a launch of eight is an error."""
     launches: list[int] = []
 
-    def launch(module: str, arguments: list[str], processes: int, *, gpu: bool) -> None:
+    def launch(processes: int, *, gpu: bool) -> None:
         launches.append(processes)
         raise Replaced
 
-    monkeypatch.setattr(cli, "launch", launch)
+    monkeypatch.setattr(launching, "launch", launch)
     for processes in (1, 2):
         for name in launched.TORCH_LAUNCH:
             monkeypatch.setenv(name, "1")
-        assert isinstance(run("train", recipe_with(tmp_path), f"processes={processes}").exception, Replaced)
+        run("train", recipe_with(tmp_path), f"processes={processes}")
         assert not os.environ.keys() & set(launched.TORCH_LAUNCH), "accelerate would join what is not there"
     assert launches == [2] and len(started) == 1
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -155,25 +162,26 @@ def test_variables_of_another_launch_are_removed(
     assert launches == [2] and len(started) == 1
 
 
-def test_accelerate_receives_processes_and_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate_receives_processes_and_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal becomes an exit code."""
-    told: list[Any] = []
+    given: list[Any] = []
 
     def launch_command(arguments: Any) -> None:
-        told.append(arguments)
+        given.append(arguments)
         raise SignalException("stopped", signal.SIGTERM)
 
     monkeypatch.setattr(accelerate_launch, "launch_command", launch_command)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setattr(sys, "argv", ["linear-llama3", "train", "recipe.yaml", "sequence_length=32"])
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     recipe = recipe_with(tmp_path, training={}, processes=3)
     assert run("train", recipe, "sequence_length=32").exit_code == 128 + signal.SIGTERM
     assert run("train", recipe, "processes=2", "training.use_cpu=true").exit_code == 128 + signal.SIGTERM
-    gpu, cpu = told
+    gpu, cpu = given
     assert (gpu.num_processes, gpu.num_machines, gpu.main_process_port, gpu.gpu_ids) == (3, 1, 0, "all")
-    assert gpu.module and gpu.training_script == "linear_llama3.trainer"
-    assert gpu.training_script_args == [str(recipe), "sequence_length=32"]
+    assert gpu.module and gpu.training_script == "linear_llama3.cli"
+    assert gpu.training_script_args == ["train", "recipe.yaml", "sequence_length=32"]
     assert gpu.num_cpu_threads_per_process is None and gpu.shutdown_timeout == 300
     assert (cpu.num_processes, cpu.num_cpu_threads_per_process) == (2, 3)
 
@@ -216,7 +224,7 @@ def test_the_end_of_a_process_is_described(
 
     monkeypatch.setattr(accelerate_launch, "launch_command", launch_command)
     with pytest.raises(SystemExit) as ended:
-        cli.launch("module", [], 2, gpu=False)
+        launching.launch(2, gpu=False)
     assert ended.value.code == expected[0]
     assert re.search(f"^error: process 1 of 2 {expected[1]}", capsys.readouterr().err, re.MULTILINE)
 
@@ -245,7 +253,7 @@ def test_mistakes_are_found_before_a_launch(
 ) -> None:
     recipe_with(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "launch", lambda *_, **__: pytest.fail("launched"))
+    monkeypatch.setattr(launching, "launch", lambda *_, **__: pytest.fail("launched"))
     assert re.search(message, str(run("train", *arguments).exception))
 
 
@@ -259,7 +267,7 @@ def test_mistakes_are_found_before_a_launch(
     ],
 )
 def test_a_profile_that_could_not_be_written_is_not_measured(
-    output: str, message: str, tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    output: str, message: str, tmp_path: Path, started: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.json").mkdir()
@@ -267,7 +275,7 @@ def test_a_profile_that_could_not_be_written_is_not_measured(
     recipe = recipe_with(tmp_path)
     assert message in str(run("profile", recipe, output).exception) and not started
     with pytest.raises(SystemExit, match=re.escape(message)):
-        profiling.main(recipe, Path(output))
+        measure(recipe, Path(output))
 
 
 @pytest.mark.parametrize("name", ["train", "profile", "plan", "evaluate", "needle", "generate", "chat", "serve"])

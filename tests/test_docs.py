@@ -149,7 +149,7 @@ def test_planner_block_plans_what_its_comment_says() -> None:
     (block,) = [block for block in PYTHON if "load_profile" in block.code]
     values: dict[str, Any] = {}
     exec(block.code, values)
-    assert [str(batch) for batch in values["step"].micro_batches] == ["<8, 4 x 2>"]
+    assert [str(batch) for batch in values["step"].micro_batches] == ["<8 x 2>"]
 
 
 # Recipes

@@ -60,8 +60,8 @@ def check_python(words: list[str]) -> None:
         if words[1] == "pytest":
             assert all((ROOT / word).exists() for word in words[2:] if not word.startswith("-"))
             return
-        if words[1].startswith("linear_llama3.commands"):
-            check_cli([words[1].rsplit(".", 1)[1].replace("evaluation", "evaluate"), *words[2:]])
+        if words[1] == "linear_llama3.cli":
+            check_cli(words[2:])
             return
         check_options(module_file(words[1]), words[2:])
     else:

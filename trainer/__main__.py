@@ -6,24 +6,24 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, default_data_collator, set_seed
 
 from ..modeling.hub import CARD_NAME
+from .arguments import LinearLlama3TrainingArguments
 from .checkpoints import manifest
 from .checkpoints.manifest import ResumeError
-from .command_line import Changes, RecipeFile, run
+from .command_line import Changes, RecipeFile, run, user_errors
 from .data.documents import load_documents
 from .data.files import DataError
 from .data.packing import collate_documents
 from .data.tokenization import describe_missing_stop
 from .data.training_rows import training_rows, without_share
 from .failures import on_every_rank
-from .launched import fail, join_on_cpus
+from .launched import join_on_cpus
 from .parallelism import describe_grid, local_tokens
 from .recipes.build import build_model, load_tokenizer
-from .recipes.preflight import NothingLeft, check_output_dir, check_trackers
+from .recipes.preflight import check_machine
 from .recipes.recipe import Recipe, load_recipe
 from .recipes.report import PLOT_NAME, plot_loss, write_model_card
 from .trainer import LinearLlama3Trainer
@@ -35,21 +35,19 @@ def main(recipe_file: RecipeFile, changes: Changes = None) -> None:
     """Train a recipe in one of the processes of a launch."""
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("linear_llama3").setLevel(logging.INFO)  # shows the choices of "auto" and their reasons
-    try:
+    with user_errors():  # later errors keep their traceback
         join_on_cpus()
-        recipe = load_recipe(recipe_file, changes or [])
-        trainer = build_trainer(recipe)
-    except (ValueError, ImportError) as error:  # mistakes of the user; later errors keep their traceback
-        fail(error)
-    except NothingLeft as finished:
-        if PartialState().is_main_process:
+        recipe = load_recipe(recipe_file, changes)
+        args = recipe.training_arguments()
+        finished = on_every_rank(partial(check_machine, recipe.training))[0]
+        trainer = build_trainer(recipe, args) if finished is None else None
+    if trainer is None:
+        if args.process_index == 0:
             print(finished, flush=True)
         return
     describe(trainer, recipe)
-    try:
+    with user_errors((ResumeError, DataError)):  # data that a stream reaches only now
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    except (ResumeError, DataError) as error:  # data that a stream reaches only now
-        fail(error)
     if trainer.is_world_process_zero():
         write_report(trainer, recipe)  # before the save, which may upload the folder
     save(trainer)
@@ -58,16 +56,8 @@ def main(recipe_file: RecipeFile, changes: Changes = None) -> None:
         print(f"checkpoint: {folder}\nmodel card: {folder / CARD_NAME}\nplot: {folder / PLOT_NAME}")
 
 
-def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
-    """Build the trainer, with everything that the recipe names.
-
-    Raises:
-        ValueError: the recipe asks for something impossible.
-        NothingLeft: the run has already finished.
-    """
-    args = recipe.training_arguments()
-    if (finished := on_every_rank(partial(_finished, recipe))[0]) is not None:
-        raise NothingLeft(finished)
+def build_trainer(recipe: Recipe, args: LinearLlama3TrainingArguments) -> LinearLlama3Trainer:
+    """Build the trainer, with everything that the recipe names; ValueError if it asks for something impossible."""
     set_seed(args.seed)
     tokenizer = load_tokenizer(recipe)
     with args.main_process_first(desc="preparing the data"):  # the others read its cache
@@ -92,23 +82,13 @@ def build_trainer(recipe: Recipe) -> LinearLlama3Trainer:
     return trainer
 
 
-def _finished(recipe: Recipe) -> str | None:
-    """Check this machine's trackers and output folder; return a message if the run has finished, else None."""
-    check_trackers(recipe.training)
-    try:
-        check_output_dir(recipe.training)
-    except NothingLeft as finished:
-        return str(finished)
-    return None
-
-
 def make_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Return the rows to train on, and the rows to validate on (None if the recipe has no section `validation`)."""
     rows, validation = training_rows(recipe.data, tokenizer, recipe.sequence_length), recipe.validation
     if validation is None:
         return rows, None
     if validation.share is not None:
-        return without_share(rows, validation.share, recipe.training.get("seed", 42))  # Trainer's default
+        return without_share(rows, validation.share, recipe.setting("seed"))
     try:
         return rows, training_rows(validation.data(recipe.data), tokenizer, recipe.sequence_length)
     except DataError as error:
@@ -142,11 +122,7 @@ def describe(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
     parameters = f"{total / 1e6:.1f}M parameters" + (f", {trained / 1e6:.2f}M trained" if trained < total else "")
     number = "a stream of" if isinstance(rows, IterableDataset) else len(rows)
     print(f"{parameters}, {number} rows of {'up to ' if recipe.data.packing == 'none' else ''}{length} tokens")
-    if trainer.adaptive_groups is not None:
-        print(f"{_grid(trainer)}, planned for every step of {trainer.get_total_train_batch_size(trainer.args)} rows")
-        return
-    ranks, layout = (1, "contiguous") if context is None else (context.world_size, context.layout)
-    print(describe_grid(trainer.args.world_size, ranks, local_tokens(length, ranks, layout)))
+    print(_grid(trainer, length))
     if context is not None:
         print(
             f"linear layers {context.config.linear}, softmax layers {context.config.softmax}, layout {context.layout}"
@@ -169,7 +145,7 @@ def write_report(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
     if trainer.adaptive_groups is not None:
         tokens = state.num_input_tokens_seen // max(state.global_step, 1)
     facts = {
-        "processes": _grid(trainer),
+        "processes": _grid(trainer, recipe.sequence_length).splitlines()[0],
         "optimizer steps": state.global_step,
         "tokens a step": f"{tokens:,}",
         "tokens": f"{state.num_input_tokens_seen:,}",
@@ -183,12 +159,17 @@ def write_report(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
     write_model_card(folder, model, recipe, state.log_history, facts)
 
 
-def _grid(trainer: LinearLlama3Trainer) -> str:
+def _grid(trainer: LinearLlama3Trainer, length: int) -> str:
+    processes, context = trainer.args.world_size, trainer.sequence_parallel_context
     if trainer.adaptive_groups is not None:
-        degrees = ", ".join(map(str, sorted(trainer.adaptive_groups.costs.by_degree)))
-        return f"adaptive groups of {degrees} of {trainer.args.world_size} processes"
-    ranks = 1 if trainer.sequence_parallel_context is None else trainer.sequence_parallel_context.world_size
-    return f"{trainer.args.world_size // ranks} data-parallel x {ranks} sequence-parallel processes"
+        degrees, rows = (
+            sorted(trainer.adaptive_groups.costs.by_degree),
+            trainer.get_total_train_batch_size(trainer.args),
+        )
+        groups = f"adaptive groups of {', '.join(map(str, degrees))} of {processes} processes"
+        return f"{groups}, planned for every step of {rows} rows"
+    ranks, layout = (1, "contiguous") if context is None else (context.world_size, context.layout)
+    return describe_grid(processes, ranks, local_tokens(length, ranks, layout))
 
 
 if __name__ == "__main__":

@@ -8,21 +8,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.state import PartialState
-from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from ..ops.cross_entropy import IGNORE_INDEX
 from ..sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
 from .launched import check_launch, launched_processes
-from .parallelism import (
-    PeerCheck,
-    install_cp_mesh,
-    keep_precision,
-    resolve_parallelism,
-    uses_fsdp,
-    without_parallelism_env,
-)
+from .parallelism import PeerCheck, install_cp_mesh, keep_precision, resolve_parallelism, visible_parallelism
 from .rows import ReplicaScheduler, gather_rows
 
 
@@ -66,28 +57,20 @@ class SequenceParallelAccelerator(Accelerator):
         parallelism_config: ParallelismConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        # accelerate builds the process group below, with the caller's kwargs_handlers
-        if PartialState._shared_state:
-            check_launch(PartialState().num_processes)
         parallelism = resolve_parallelism(parallelism_config, sequence_parallel_size, launched_processes())
-        cpu = kwargs.get("cpu", False) or parse_flag_from_env("ACCELERATE_USE_CPU")
         if parallelism is None:
             super().__init__(*args, parallelism_config=parallelism_config, **kwargs)
         else:
-            visible = parallelism if uses_fsdp(kwargs.get("fsdp_plugin"), cpu=cpu) else None
-            with without_parallelism_env():
+            cpu, plugin = kwargs.get("cpu", False), kwargs.get("fsdp_plugin")
+            with visible_parallelism(parallelism, plugin, cpu=cpu) as visible:  # builds the process group
                 super().__init__(*args, parallelism_config=visible, **kwargs)
         check_launch(self.num_processes)
         keep_precision(self)
         self._causal = True
-        self.restart_peer_check()
+        self.check_peers = PeerCheck()
         if parallelism is not None:
             config = sequence_parallel_config or SequenceParallelConfig()
             self.sequence_parallel_context = SequenceParallelContext(install_cp_mesh(self, parallelism), config)
-
-    def restart_peer_check(self) -> None:
-        """Compare the batches of the ranks of a sequence again from the next one on, as at the start of a run."""
-        self._check_peers = PeerCheck()
 
     def _prepare_cp(self, *args: Any) -> Any:
         """Return what is prepared unchanged: accelerate would shard softmax attention, and refuse linear attention."""
@@ -126,7 +109,7 @@ class SequenceParallelAccelerator(Accelerator):
         context = self.sequence_parallel_context
         if context is None:
             return batch
-        self._check_peers(context, batch)
+        self.check_peers(context, batch)
         return context.shard_batch(batch)
 
     def num_items(self, *batches: dict[str, Any]) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from ..sequence_parallel import SequenceParallelConfig
 
@@ -15,68 +16,55 @@ ADAPTIVE = "adaptive"  # value of sequence_parallel_size
 class LinearLlama3TrainingArguments(TrainingArguments):
     """TrainingArguments with further fields. accelerate's own `cp` setting overrides `sequence_parallel_size`."""
 
-    sequence_parallel_size: int | str = field(
+    sequence_parallel_size: int | str = HfArg(
         default="auto",
-        metadata={
-            "help": "Processes that share every sequence; 'auto' takes all processes of the launch, 'adaptive' plans "
-            "groups for every step."
-        },
+        help="Processes that share every sequence; 'auto' takes all processes of the launch, 'adaptive' plans groups "
+        "for every step.",
     )
-    planner_profile: str | None = field(
+    planner_profile: str | None = HfArg(
         default=None,
-        metadata={"help": "With 'adaptive': name or JSON file of the profile by which groups are planned."},
+        help="With 'adaptive': name or JSON file of the profile by which groups are planned.",
     )
-    linear_strategy: str = field(
+    linear_strategy: str = HfArg(
         default="lasp2",
-        metadata={"help": "How linear layers exchange states: lasp1, lasp2, all_scan, all_to_all, auto."},
+        help="How linear layers exchange states: lasp1, lasp2, all_scan, all_to_all, auto.",
     )
-    softmax_strategy: str = field(
+    softmax_strategy: str = HfArg(
         default="lasp2h",
-        metadata={"help": "How softmax layers exchange keys and values: lasp2h, ring, token_ring, rsa, ulysses, auto."},
+        help="How softmax layers exchange keys and values: lasp2h, ring, token_ring, rsa, ulysses, auto.",
     )
-    sequence_layout: str = field(
-        default="auto", metadata={"help": "Tokens that a rank holds: contiguous, zigzag, auto."}
-    )
-    chunked_loss: bool = field(
+    sequence_layout: str = HfArg(default="auto", help="Tokens that a rank holds: contiguous, zigzag, auto.")
+    chunked_loss: bool = HfArg(
         default=True,
-        metadata={
-            "help": "Compute the loss of language models without the logits of all tokens, unless something reads "
-            "them: compute_metrics, compute_loss_func, label smoothing."
-        },
+        help="Compute the loss of language models without the logits of all tokens, unless something reads them: "
+        "compute_metrics, compute_loss_func, label smoothing.",
     )
-    sequence_tiling: bool = field(
+    sequence_tiling: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Compute norms, MLPs and output projections in tiles of the sequence, and again in backward."
-        },
+        help="Compute norms, MLPs and output projections in tiles of the sequence, and again in backward.",
     )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "False: every parameter has a gradient, also on a rank without labels."}
+    ddp_find_unused_parameters: bool | None = HfArg(
+        default=False,
+        help="False: every parameter has a gradient, also on a rank without labels.",
     )
-    include_num_input_tokens_seen: str | bool = field(
-        default="all", metadata={"help": "Count tokens, and log tokens per second."}
-    )
-
-    resume_from_checkpoint: str | bool | None = field(
+    include_num_input_tokens_seen: str | bool = HfArg(default="all", help="Count tokens, and log tokens per second.")
+    resume_from_checkpoint: str | bool | None = HfArg(
         default=None,
-        metadata={
-            "help": "True: the newest complete checkpoint of output_dir. 'latest': the same, or a new run if there is "
-            "none. Or a checkpoint's folder."
-        },
+        help="True: the newest complete checkpoint of output_dir. 'latest': the same, or a new run if there is none. "
+        "Or a checkpoint's folder.",
     )
-    overwrite_output_dir: bool = field(
+    overwrite_output_dir: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Recipes only: allow the run to replace the model and the checkpoints in output_dir. Without it a "
-            "folder that holds another run is refused. The Trainer classes do not read this field."
-        },
+        help="Recipes only: allow the run to replace the model and the checkpoints in output_dir. Without it a "
+        "folder that holds another run is refused. The Trainer classes do not read this field.",
     )
-    enable_jit_checkpoint: bool = field(
+    enable_jit_checkpoint: bool = HfArg(
         default=True,
-        metadata={"help": "On SIGTERM save at the end of the step and exit (unless save_strategy is 'no')."},
+        help="On SIGTERM save at the end of the step and exit (unless save_strategy is 'no').",
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Continue with a loss that is not finite; False stops the run."}
+    logging_nan_inf_filter: bool = HfArg(
+        default=False,
+        help="Continue with a loss that is not finite; False stops the run.",
     )
 
     def __post_init__(self) -> None:

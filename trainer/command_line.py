@@ -1,4 +1,4 @@
-"""Command lines of the modules that a launch runs in every process, such as `python -m linear_llama3.trainer`."""
+"""Parts of the command lines: arguments that commands share, errors of users in one line, and the end of a process."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Changes = Annotated[
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn a ValueError (a user's mistake) or an ImportError into one line `error: ...` with exit code 1."""
+def user_errors(kinds: tuple[type[Exception], ...] = (ValueError, ImportError)) -> Iterator[None]:
+    """Turn a user's mistake into one line `error: ...` with exit code 1."""
     try:
         yield
-    except (ValueError, ImportError) as error:
+    except kinds as error:
         fail(error)
 
 

@@ -40,14 +40,14 @@ def annotate_errors(trainer: Any) -> Iterator[None]:
         if is_collective(error):
             raise TrainingFailure(_describe_lost_rank(trainer, error, store)) from error
         if should_reduce_batch_size(error) or isinstance(error, torch.OutOfMemoryError):
-            text = f"{step_and_rank(trainer)}: out of memory. {_less_memory(trainer)} {how_to_resume(trainer)}"
+            text = explain(trainer, f"out of memory. {_less_memory(trainer)}")
             store.post(text)
             raise torch.OutOfMemoryError(text) from error
         if isinstance(error, (TrainingFailure, manifest.ResumeError)):
             store.post(str(error))
             raise
         store.post(f"{step_and_rank(trainer)}: {type(error).__name__}: {error}")
-        logger.error("%s: the run cannot continue. %s", step_and_rank(trainer), how_to_resume(trainer))
+        logger.error(explain(trainer, "the run cannot continue."))
         raise
 
 
@@ -59,10 +59,8 @@ def annotate_read_errors(trainer: Any) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, (ValueError, TrainingFailure)) or is_collective(error):
             raise
-        raise TrainingFailure(
-            f"{step_and_rank(trainer)}: the data could not be read: {type(error).__name__}: {error}. Check that it can "
-            f"be reached from this machine and that these rows are complete. {how_to_resume(trainer)}"
-        ) from error
+        text = f"the data could not be read: {type(error).__name__}: {error}. Check that it can be reached from this "
+        raise TrainingFailure(explain(trainer, text + "machine and that these rows are complete.")) from error
 
 
 def on_every_rank(make: Callable[[], T]) -> list[T]:
@@ -100,16 +98,14 @@ class FailureStore:
     _runs = itertools.count()  # the same in all processes
 
     def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size, run = rank, world_size, next(self._runs)
-        self.causes_key, self.alive_key = f"linear_llama3/causes/{run}", f"linear_llama3/alive/{run}"
+        run = next(self._runs)
+        self.rank, self.keys = rank, [f"linear_llama3/failures/{run}/{other}" for other in range(world_size)]
 
     def post(self, cause: str = "") -> None:
         """Tell the other ranks that this one is alive, and the cause of its failure if it is known."""
-        if self.world_size > 1:
+        if len(self.keys) > 1:
             with contextlib.suppress(RuntimeError):  # the store may have ended with its process
-                store: Any = dist.distributed_c10d._get_default_store()
-                store.append(self.causes_key, f"{cause}\n" if cause else "")
-                store.append(self.alive_key, f"{self.rank} ")
+                dist.distributed_c10d._get_default_store().set(self.keys[self.rank], cause)
 
     def collect(self, *, seconds: float = 3.0) -> tuple[list[int], str]:
         """Return the ranks that post nothing within some time, and the causes that others have posted.
@@ -117,15 +113,13 @@ class FailureStore:
         Raises:
             RuntimeError: the store has ended with its process (rank 0's, or torchrun's).
         """
-        alive, causes, deadline = {self.rank}, "", time.monotonic() + seconds
         store: Any = dist.distributed_c10d._get_default_store()
-        while len(alive) < self.world_size and time.monotonic() < deadline:
+        deadline = time.monotonic() + seconds
+        while not store.check(self.keys) and time.monotonic() < deadline:
             time.sleep(0.1)
-            if store.check([self.alive_key]):
-                alive |= {int(rank) for rank in store.get(self.alive_key).split()}
-        if store.check([self.causes_key]):
-            causes = store.get(self.causes_key).decode().strip()
-        return sorted(set(range(self.world_size)) - alive), causes
+        posted = {rank: store.get(key).decode() for rank, key in enumerate(self.keys) if store.check([key])}
+        silent = [rank for rank in range(len(self.keys)) if rank not in posted and rank != self.rank]
+        return silent, "\n".join(filter(None, posted.values()))
 
 
 @contextlib.contextmanager
@@ -136,28 +130,24 @@ def annotate_write_errors(trainer: Any, folder: Path) -> Iterator[None]:
     except Exception as error:
         if is_collective(error):
             raise
-        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
-        raise TrainingFailure(
-            f"step {trainer.state.global_step}, {rank(trainer)}: {folder} could not be written: {error} "
-            f"({free / 2**30:.2f} GiB are free there). Free space, or keep fewer checkpoints with save_total_limit. "
-            f"{how_to_resume(trainer)}"
-        ) from error
+        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 2**30
+        text = f"{folder} could not be written: {error} ({free:.2f} GiB are free there). Free space, or keep fewer "
+        raise TrainingFailure(explain(trainer, text + "checkpoints with save_total_limit.", saving=True)) from error
 
 
-def step_and_rank(trainer: Any) -> str:
-    """Return the step that a process is in, and its rank, for messages."""
-    return f"step {trainer.state.global_step + 1}, {rank(trainer)}"
+def step_and_rank(trainer: Any, *, saving: bool = False) -> str:
+    """Return the step that a process is in, or saves, and its rank, for messages."""
+    args = trainer.args
+    return f"step {trainer.state.global_step + (not saving)}, rank {args.process_index} of {args.world_size}"
 
 
-def rank(trainer: Any) -> str:
-    return f"rank {trainer.args.process_index} of {trainer.args.world_size}"
-
-
-def how_to_resume(trainer: Any) -> str:
+def explain(trainer: Any, text: str, *, saving: bool = False) -> str:
+    """Return the message of a failure: step and rank, the text, and the checkpoint to resume from."""
     newest = manifest.newest(Path(trainer.args.output_dir))
+    resume = f"{newest} is complete: resume_from_checkpoint=True continues from it."
     if newest is None:
-        return "There is no complete checkpoint to resume from."
-    return f"{newest} is complete: resume_from_checkpoint=True continues from it."
+        resume = "There is no complete checkpoint to resume from."
+    return f"{step_and_rank(trainer, saving=saving)}: {text} {resume}"
 
 
 def is_collective(error: Exception) -> bool:
@@ -171,17 +161,15 @@ def _describe_lost_rank(trainer: Any, error: Exception, store: FailureStore) -> 
         silent, causes = store.collect()
     except RuntimeError:
         text = "another rank has ended, and with rank 0 the store of failure messages; that rank's own output says why."
-        return f"{step_and_rank(trainer)}: {text} {how_to_resume(trainer)}"
+        return explain(trainer, text)
     if causes:
         return f"{step_and_rank(trainer)}: another rank has failed: {causes}"  # which says how to resume
     ranks = f"rank {', '.join(map(str, silent))}" if silent else "another rank"
     if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-        limit = f"ddp_timeout = {trainer.args.ddp_timeout} s"
-        text = f"{ranks} did not answer within {limit}. It hangs, or needs longer: raise ddp_timeout."
-    else:
-        text = f"{ranks} exited without an error message (killed? check the host's memory): "
-        text += "`linear-llama3 train RECIPE.yaml --dry-run` computes the memory that a rank needs."
-    return f"{step_and_rank(trainer)}: {text} {how_to_resume(trainer)}"
+        text = f"did not answer within ddp_timeout = {trainer.args.ddp_timeout} s. It hangs, or needs longer: raise "
+        return explain(trainer, f"{ranks} {text}ddp_timeout.")
+    text = "exited without an error message (killed? check the host's memory): `linear-llama3 train RECIPE.yaml "
+    return explain(trainer, f"{ranks} {text}--dry-run` computes the memory that a rank needs.")
 
 
 def _less_memory(trainer: Any) -> str:

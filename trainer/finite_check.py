@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .failures import TrainingFailure, how_to_resume, step_and_rank
+from .failures import TrainingFailure, explain
 
 
 class FiniteCheck:
@@ -49,19 +49,17 @@ class FiniteCheck:
             return
         everywhere = len(without) == self.trainer.args.world_size
         ranks = "" if everywhere else f" of rank {', '.join(map(str, without))}"
-        raise TrainingFailure(
-            f"{step_and_rank(self.trainer)}: the loss is a mean over targets, got none in this step's rows{ranks}: all "
-            "labels are -100. Remove such rows from the data (their answers may be beyond sequence_length), or use "
-            f"more rows per step. {how_to_resume(self.trainer)}"
+        text = (
+            f"the loss is a mean over targets, got none in this step's rows{ranks}: all labels are -100. Remove such "
         )
+        text += "rows from the data (their answers may be beyond sequence_length), or use more rows per step."
+        raise TrainingFailure(explain(self.trainer, text))
 
     def check_logged(self, loss: float) -> None:
         if self.active and not math.isfinite(loss):
             raise self._failure(f"the logged loss is {loss}")
 
     def _failure(self, what: str) -> TrainingFailure:
-        trainer = self.trainer
-        return TrainingFailure(
-            f"{step_and_rank(trainer)}: {what}. Check these rows, lower learning_rate or max_grad_norm, or warm up "
-            f"longer; logging_nan_inf_filter=True continues regardless. {how_to_resume(trainer)}"
-        )
+        text = f"{what}. Check these rows, lower learning_rate or max_grad_norm, or warm up longer; "
+        text += "logging_nan_inf_filter=True continues regardless."
+        return TrainingFailure(explain(self.trainer, text))

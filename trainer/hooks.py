@@ -1,6 +1,10 @@
-"""Checks of what training overrides or reads in transformers, accelerate and TRL, and of what users override in it."""
+"""Hooks of transformers, accelerate and TRL: checks of what training relies on, and of what users override in it."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import GradientState, PartialState
@@ -81,6 +85,19 @@ def check_overrides(trainer: type) -> None:
                 "correct for a part, for example if it returns what super() returns, or train with "
                 "sequence_parallel_size=1"
             )
+
+
+@contextlib.contextmanager
+def temporarily(owner: Any, **values: Any) -> Iterator[None]:
+    """Give attributes of `owner` other values while a hook runs."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 _PACKAGE = __name__.partition(".")[0]

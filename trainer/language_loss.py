@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.utils import logging
 
 from ..modeling import LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM
 from ..ops.cross_entropy import IGNORE_INDEX
@@ -23,13 +22,11 @@ from .accelerator import bare_model
 from .data.order import without_labels
 from .sharding import SequenceParallelMixin
 
-logger = logging.get_logger(__name__)
-
 
 class LanguageLossMixin(SequenceParallelMixin):
     """Loss and evaluation of this package's language models; other models and losses keep Trainer's."""
 
-    _sums: Tensor | None = None  # [2], float64: losses and targets of the sequences of this process in an evaluation
+    _sums: tuple[Tensor, ...] = ()  # [2] each, float64: losses and targets of a batch of this process in an evaluation
 
     def compute_loss(
         self,
@@ -45,17 +42,15 @@ class LanguageLossMixin(SequenceParallelMixin):
 
     def _without_logits(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return the inputs with `skip_logits` if the model computes its own loss and nothing else reads its logits."""
-        language_model = isinstance(
-            bare_model(self.accelerator, self.model), (LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM)
-        )
-        if not (getattr(self.args, "chunked_loss", True) and language_model):
-            return inputs
-        if self.label_smoother is not None or self.compute_loss_func is not None:
-            logger.warning_once(
-                "label smoothing and compute_loss_func read the logits of all tokens: chunked_loss is off"
-            )
-            return inputs
-        return inputs if inputs.get("labels") is None else {**inputs, "skip_logits": True}
+        chunked = getattr(self.args, "chunked_loss", True)
+        if chunked and self._is_own_loss(inputs, LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM):
+            return {**inputs, "skip_logits": True}
+        return inputs
+
+    def _is_own_loss(self, inputs: dict[str, Any], *models: type) -> bool:
+        """Return True if there are labels, and a model of one of these classes computes the loss."""
+        own = self.label_smoother is None and self.compute_loss_func is None and inputs.get("labels") is not None
+        return own and isinstance(bare_model(self.accelerator, self.model), models)
 
     def evaluation_loop(
         self,
@@ -70,10 +65,10 @@ class LanguageLossMixin(SequenceParallelMixin):
         Raises:
             ValueError: no row has a target.
         """
-        self._sums = None
+        self._sums = ()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        sums, self._sums = self._sums, None
-        if sums is not None:
+        if self._sums:
+            sums = torch.stack(self._sums).sum(0)
             loss, targets = (all_reduce(sums, dist.group.WORLD).wait() if dist.is_initialized() else sums).tolist()
             if not targets:
                 raise ValueError("an evaluation needs a row with a target, got none; give rows of two tokens or more")
@@ -92,15 +87,16 @@ class LanguageLossMixin(SequenceParallelMixin):
         """Predict like the base class, and update the sums for `evaluation_loop`."""
         if prediction_loss_only:
             inputs = self._without_logits(inputs)
-        if not self._is_own_loss(inputs):
+        own = type(self).compute_loss.__module__.startswith("linear_llama3.")
+        if not (own and self._is_own_loss(inputs, LinearLlama3ForCausalLM)):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        repeated = self._repeated_rows(len(inputs["labels"]))
         if not prediction_loss_only:  # logits of complete sequences, on all their ranks
             loss, outputs, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            counted = without_labels({"labels": labels}, self._repeated_rows(len(labels)))["labels"]
-            self._add(_sums_of(outputs[0] if isinstance(outputs, tuple) else outputs, counted))
+            counted = without_labels({"labels": labels}, repeated)["labels"]
+            self._sums += (_sums_of(outputs[0] if isinstance(outputs, tuple) else outputs, counted),)
             return loss, outputs, labels
-        inputs = self._prepare_inputs(inputs)
-        inputs = without_labels(inputs, self._repeated_rows(len(inputs["labels"])))
+        inputs = without_labels(self._prepare_inputs(inputs), repeated)
         context = self.sequence_parallel_context
         with torch.no_grad(), self.compute_loss_context_manager():
             if context is None:
@@ -110,31 +106,17 @@ class LanguageLossMixin(SequenceParallelMixin):
             targets = (local["shift_labels"] != IGNORE_INDEX).sum()
             loss = model(**local, num_items_in_batch=1).loss.sum()  # summed over this process's targets
         sums = torch.stack([loss.double(), targets.double()])
-        if (
-            context is not None and context.group is not None
-        ):  # Trainer expects the same loss on all ranks of a sequence
+        if context is not None and context.group is not None:  # Trainer expects one loss for all ranks of a sequence
             sums = all_reduce(sums, context.group).wait()
-        self._add(sums)
+        self._sums += (sums,)
         return sums[0] / sums[1].clamp(min=1), None, None
-
-    def _add(self, sums: Tensor) -> None:
-        self._sums = sums if self._sums is None else self._sums + sums
-
-    def _is_own_loss(self, inputs: dict[str, Any]) -> bool:
-        return (
-            isinstance(bare_model(self.accelerator, self.model), LinearLlama3ForCausalLM)
-            and inputs.get("labels") is not None
-            and self.label_smoother is None
-            and self.compute_loss_func is None
-            and type(self).compute_loss.__module__.startswith("linear_llama3.")
-        )
 
     def _repeated_rows(self, rows: int) -> int:
         """Return the number of rows at the end of a batch that accelerate has repeated to fill it."""
-        state, context = self.accelerator.gradient_state, self.sequence_parallel_context
+        state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return 0
-        before = self.args.process_index // (1 if context is None else context.world_size) * rows
+        before = self.args.process_index // self._ranks * rows
         return rows - min(max(state.remainder - before, 0), rows)
 
 

@@ -29,10 +29,11 @@ class EmbeddingNoise:
         """Set the noise for the next batch, whose complete rows have `length` tokens."""
         self.length = length
         if embedding is not self.embedding:
-            self.remove()
+            self.close()
             self.embedding, self._handle = embedding, embedding.register_forward_hook(self)
 
-    def remove(self) -> None:
+    def close(self) -> None:
+        """Remove the hook."""
         if self.embedding is not None:
             self._handle.remove()
             self.embedding = None

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
-from torch.distributed import DeviceMesh, ProcessGroup
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..sequence_parallel import LAYOUTS, SequenceParallelContext
@@ -83,13 +83,8 @@ def local_tokens(length: int, ranks: int, layout: str) -> int:
 
 def describe_grid(processes: int, ranks: int, tokens: int) -> str:
     """Describe the grid for the terminal: the processes that share a sequence, and the tokens on each of them."""
-    lines = [
-        f"{processes // ranks} data-parallel x {ranks} sequence-parallel processes, {tokens:,} tokens of every row each"
-    ]
-    for first in range(0, processes, ranks):
-        members = f"rank {first}" if ranks == 1 else f"ranks {first} to {first + ranks - 1}"
-        lines.append(f"  rows of replica {first // ranks}: {members}")
-    return "\n".join(lines)
+    replicas = processes // ranks
+    return f"{replicas} data-parallel x {ranks} sequence-parallel processes, {tokens:,} tokens of every row each"
 
 
 def check_dtypes(model: nn.Module, mixed_precision: str) -> None:
@@ -106,17 +101,21 @@ def check_dtypes(model: nn.Module, mixed_precision: str) -> None:
         )
 
 
-def uses_fsdp(plugin: object, *, cpu: bool) -> bool:
-    """Return True for FSDP by a plugin or by `accelerate launch --use_fsdp`; accelerate ignores both on CPUs."""
-    return not cpu and (plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true")
-
-
 @contextlib.contextmanager
-def without_parallelism_env() -> Iterator[None]:
-    """Keep accelerate from building a parallelism config from the environment while it creates an Accelerator."""
+def visible_parallelism(
+    parallelism: ParallelismConfig, fsdp: object, *, cpu: bool
+) -> Iterator[ParallelismConfig | None]:
+    """Yield what accelerate may know of the grid while it creates an Accelerator: nothing, except under FSDP2.
+
+    Inside, accelerate reads no parallelism config from the environment.
+
+    Args:
+        fsdp: a plugin, or None; `accelerate launch --use_fsdp` counts as well. accelerate ignores both on CPUs.
+    """
     flag = os.environ.pop(_FLAG, None)
+    uses_fsdp = fsdp is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     try:
-        yield
+        yield parallelism if uses_fsdp and not (cpu or parse_flag_from_env("ACCELERATE_USE_CPU")) else None
     finally:
         if flag is not None:
             os.environ[_FLAG] = flag
@@ -144,7 +143,7 @@ def install_cp_mesh(accelerator: Accelerator, parallelism: ParallelismConfig) ->
             f"{parallelism.cp_size} after {state.parallelism_config.cp_size}"
         )
     if accelerator.is_main_process:
-        warn_across_nodes(sequence_groups(state.device_mesh))
+        warn_across_nodes(accelerator.num_processes, parallelism.cp_size)
     return state.device_mesh["cp"].get_group()
 
 
@@ -171,22 +170,17 @@ def keep_precision(accelerator: Accelerator) -> None:
         )
 
 
-def sequence_groups(mesh: DeviceMesh) -> list[list[int]]:
-    """Return the global ranks of every sequence-parallel group."""
-    axis = (mesh.mesh_dim_names or ()).index("cp")
-    return mesh.mesh.movedim(axis, -1).reshape(-1, mesh.shape[axis]).tolist()
-
-
-def warn_across_nodes(groups: list[list[int]]) -> None:
-    """Warn of groups that cross nodes, if the launcher sets LOCAL_WORLD_SIZE (torchrun and accelerate do)."""
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # the ranks of a node are consecutive
-    across = [group for group in groups if per_node and len({rank // per_node for rank in group}) > 1]
+def warn_across_nodes(processes: int, degree: int) -> None:
+    """Warn of sequence-parallel groups that cross nodes, if the launcher sets LOCAL_WORLD_SIZE (torchrun does)."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # the ranks of a node are consecutive, as those of a group
+    groups = [range(first, first + degree) for first in range(0, processes, degree)]
+    across = [group for group in groups if per_node and group[0] // per_node != group[-1] // per_node]
     if across:
         logger.warning(
             "%d of %d sequence-parallel groups cross nodes of %d processes, the first with the ranks %s: softmax "
             "layers then exchange keys and values over the slower links between nodes; where memory allows, choose a "
             "degree that divides %d",
-            len(across), len(groups), per_node, across[0], per_node,
+            len(across), len(groups), per_node, list(across[0]), per_node,
         )  # fmt: skip
 
 
@@ -226,8 +220,3 @@ def check_peers(context: SequenceParallelContext, batch: Mapping[str, Any]) -> N
             f"{context.world_size}, hashes of input_ids {[f'{h % 2**64:016x}' for h in hashes]}; for an iterable "
             "dataset set accelerator_config={'dispatch_batches': False}, and seed all samplers alike"
         )
-
-
-def is_sharded_by(model: nn.Module, context: SequenceParallelContext) -> bool:
-    """Return True if `context` is enabled on `model`."""
-    return any(getattr(module, "sequence_parallel_context", None) is context for module in model.modules())

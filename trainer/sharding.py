@@ -22,19 +22,10 @@ from ..sequence_parallel import SequenceParallelContext, enable_sequence_paralle
 from ..sequence_parallel.collectives import all_reduce
 from .accelerator import SequenceParallelAccelerator
 from .arguments import sequence_parallel_config
-from .hooks import check_overrides, check_trainer
+from .hooks import check_overrides, check_trainer, temporarily
 from .launched import check_launch
 from .noise import EmbeddingNoise
-from .parallelism import (
-    check_dtypes,
-    check_engine,
-    is_sharded_by,
-    keep_precision,
-    resolve_parallelism,
-    set_timeout,
-    uses_fsdp,
-    without_parallelism_env,
-)
+from .parallelism import PeerCheck, check_dtypes, keep_precision, resolve_parallelism, set_timeout, visible_parallelism
 
 logger = logging.get_logger(__name__)
 
@@ -68,11 +59,9 @@ class SequenceParallelMixin(Trainer):
         else:
             self._check_arguments(args)
             check_overrides(type(self))
-            args.parallelism_config = parallelism if uses_fsdp(args.fsdp_plugin_args, cpu=args.use_cpu) else None
-            with without_parallelism_env():
+            with visible_parallelism(parallelism, args.fsdp_plugin_args, cpu=args.use_cpu) as args.parallelism_config:
                 super().create_accelerator_and_postprocess()
             args.parallelism_config = parallelism
-            check_engine(self.accelerator)
             self.accelerator = SequenceParallelAccelerator(
                 **{**self._accelerator_arguments, "parallelism_config": parallelism, "cpu": args.use_cpu},
                 sequence_parallel_config=sequence_parallel_config(args),
@@ -112,14 +101,18 @@ class SequenceParallelMixin(Trainer):
             )
 
     @property
+    def _ranks(self) -> int:
+        """Number of ranks that share a sequence."""
+        return 1 if self.sequence_parallel_context is None else self.sequence_parallel_context.world_size
+
+    @property
     def _shards_sequences(self) -> bool:
         """True if a process holds parts of sequences."""
         return self.sequence_parallel_context is not None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train like Trainer. The ranks of a sequence compare their first batch, also after a resume."""
-        if isinstance(self.accelerator, SequenceParallelAccelerator):
-            self.accelerator.restart_peer_check()
+        self.accelerator.check_peers = PeerCheck()
         if self.is_fsdp_enabled:
             check_dtypes(self.model, self.accelerator.mixed_precision)
         elif self.args.world_size > 1:
@@ -128,12 +121,9 @@ class SequenceParallelMixin(Trainer):
         alpha = self.neftune_noise_alpha
         if alpha is None or not self._shards_sequences:
             return super().train(*args, **kwargs)
-        self._noise, self.neftune_noise_alpha = EmbeddingNoise(alpha, self.args.process_index), None
-        try:
+        noise = EmbeddingNoise(alpha, self.args.process_index)
+        with contextlib.closing(noise), temporarily(self, _noise=noise, neftune_noise_alpha=None):
             return super().train(*args, **kwargs)
-        finally:
-            self._noise.remove()
-            self._noise, self.neftune_noise_alpha = None, alpha
 
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Return this rank's part of the batch (Trainer's hook)."""
@@ -146,7 +136,7 @@ class SequenceParallelMixin(Trainer):
                     f"{name} is not possible under sequence parallelism: it would see one shard and labels without "
                     "their neighbors; let the model compute the loss"
                 )
-        if not is_sharded_by(model, context):
+        if not any(getattr(module, "sequence_parallel_context", None) is context for module in model.modules()):
             enable_sequence_parallel(model, context)
         self._awaits_sharding = False
         self.prepare_noise(model, inputs)
@@ -168,35 +158,28 @@ class SequenceParallelMixin(Trainer):
         Returns:
             An integer tensor or a Python number, which mixed precision does not round, or None.
         """
-        state, context = self.accelerator.state, self.sequence_parallel_context
-        if context is None:
+        if self.sequence_parallel_context is None:
             count = super()._get_num_items_in_batch(batch_samples, device)
             return count.round().long() if isinstance(count, torch.Tensor) else count
-        parallelism, state.parallelism_config = state.parallelism_config, None
-        try:
+        with temporarily(self.accelerator.state, parallelism_config=None):
             count = super()._get_num_items_in_batch(batch_samples, device)
-        finally:
-            state.parallelism_config = parallelism
         if count is None:
             return None
         if self.args.average_tokens_across_devices:
-            return (count / context.world_size).round().long()  # a sum over all processes, so a multiple
-        return count.item() / context.world_size
+            return (count / self._ranks).round().long()  # a sum over all processes, so a multiple
+        return count.item() / self._ranks
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Count the tokens of a sequence once, although all of its ranks hold the batch (Trainer's hook)."""
         before = self.state.num_input_tokens_seen
         super()._track_num_input_tokens(inputs)
-        if self.sequence_parallel_context is not None:
-            seen = self.state.num_input_tokens_seen - before
-            self.state.num_input_tokens_seen = before + seen // self.sequence_parallel_context.world_size
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self._ranks
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """Return this process's share of a batch's training FLOPs, as flops.py counts them (Trainer's hook)."""
-        context = self.sequence_parallel_context
         ours = any(isinstance(module, LinearLlama3PreTrainedModel) for module in self.model.modules())
         flops = batch_flops(self.model, inputs).training if ours else super().floating_point_ops(inputs)
-        return flops / (1 if context is None else context.world_size)
+        return flops / self._ranks
 
     def compute_loss(
         self,
@@ -213,7 +196,7 @@ class SequenceParallelMixin(Trainer):
         loss = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         if tokens is not None and self.sequence_parallel_context is not None and model.training:
             counted = self.accelerator.gather(self._batch_tokens.to(self.args.device)).sum().item()
-            self._total_train_tokens = tokens + counted // self.sequence_parallel_context.world_size
+            self._total_train_tokens = tokens + counted // self._ranks
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
 

@@ -3,15 +3,14 @@
 One process, or all processes of a launch with every row sharded over them, give the same numbers:
 
     linear-llama3 evaluate MODEL book.txt --length 32768 --output runs/evaluation
-    torchrun --nproc_per_node 8 -m linear_llama3.commands.evaluation MODEL book.txt --length 1048576
+    torchrun --nproc_per_node 8 -m linear_llama3.cli evaluate MODEL book.txt --length 1048576
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,8 +27,9 @@ from ..ops.cross_entropy import IGNORE_INDEX
 from ..ops.precision import working_dtype
 from ..sequence_parallel import SequenceParallelContext, enable_sequence_parallel
 from ..sequence_parallel.collectives import all_reduce
-from ..trainer.command_line import run, user_errors
-from ..trainer.launched import join_on_cpus
+from ..trainer.command_line import user_errors
+from ..trainer.launched import join_on_cpus, launched_processes
+from .launching import Processes, place, start
 
 PIECE = 2048  # tokens whose logits exist at once
 BUCKETS = 63  # powers of two in an int64
@@ -47,6 +47,7 @@ class TokenScores:
     documents: int  # number of documents in the batch, on all ranks together
 
 
+@torch.no_grad()
 def score_tokens(model: nn.Module, batch: Mapping[str, Any]) -> TokenScores:
     """Score the targets of a batch with a causal model.
 
@@ -73,14 +74,19 @@ def score_tokens(model: nn.Module, batch: Mapping[str, Any]) -> TokenScores:
     chosen = targets != IGNORE_INDEX
     document, documents = _documents(local, context)
     seen = local["position_ids"][chosen] + 1
-    with _evaluating(model):
+    loss, correct, training = [], [], model.training
+    model.eval()
+    try:
         hidden = model.model(**local, use_cache=False).last_hidden_state[chosen]
-        pieces = zip(hidden.split(PIECE), targets[chosen].split(PIECE), strict=True)
-        scores = [_score(model.lm_head(tokens), target) for tokens, target in pieces]
-    loss, correct = (torch.cat(parts) for parts in zip(*scores, strict=True))
+        for tokens, target in zip(hidden.split(PIECE), targets[chosen].split(PIECE), strict=True):
+            logits = model.lm_head(tokens)
+            loss.append(F.cross_entropy(logits.to(working_dtype(logits)), target, reduction="none"))
+            correct.append(logits.argmax(-1) == target)
+    finally:
+        model.train(training)
     return TokenScores(
-        loss=loss,
-        correct=correct,
+        loss=torch.cat(loss),
+        correct=torch.cat(correct),
         context=seen,
         document=document.expand(chosen.shape)[chosen],
         documents=documents,
@@ -108,22 +114,6 @@ def _documents(local: Mapping[str, Any], context: SequenceParallelContext) -> tu
         return torch.arange(rows, device=positions.device)[:, None], rows
     places = context.positions(tokens, positions.device)
     return torch.bucketize(places, edges[1:-1], right=True)[None], len(edges) - 1
-
-
-def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = logits.to(working_dtype(logits))
-    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def sum_over_ranks(model: nn.Module, x: Tensor) -> Tensor:
@@ -206,10 +196,15 @@ def check_inputs(model: str, output: Path) -> None:
         raise ValueError(f"--output must be a folder that can be written to, got {output}: {error.strerror}") from error
 
 
-def load_for_evaluation(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase, bool]:
-    """Return model and tokenizer, with rows sharded over the launch, and True on the process that writes results."""
+def load_on_processes(name: str, processes: int | None) -> tuple[nn.Module, PreTrainedTokenizerBase, bool]:
+    """Return model and tokenizer, with rows sharded over the launch, and True on the process that writes results.
+
+    A process that no launcher has started is the only one, or starts `processes` with its own command line.
+    """
     from ..trainer.accelerator import SequenceParallelAccelerator
 
+    if launched_processes() == 1:
+        start(*place(processes))
     join_on_cpus()
     accelerator = SequenceParallelAccelerator()
     model, tokenizer = known_model(load_model(name, accelerator.device)), load_tokenizer(name)
@@ -222,14 +217,6 @@ def plus_minus(value: float, error: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
-def check_evaluation(model: str, files: list[str], output: Path, **_: Any) -> None:
-    """Raise ValueError for invalid arguments of `evaluate`."""
-    from ..trainer.data.files import expand
-
-    check_inputs(model, output)
-    expand(files, "FILE...")
-
-
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a LinearLlama3 or Llama model.")],
     files: Annotated[
@@ -238,6 +225,7 @@ def evaluate(
     length: Annotated[int, typer.Option(min=2, help="Tokens per row; longer documents are cut into rows.")] = 8192,
     rows: Annotated[int, typer.Option(min=1, help="Maximum number of rows to read.")] = 16,
     output: Annotated[Path, typer.Option(help=f"Folder for {NAME}.json and {NAME}.png.")] = Path("."),
+    processes: Processes = None,
 ) -> None:
     """Measure a model's mean loss and perplexity on text, with standard errors, and the loss by tokens of context.
 
@@ -246,11 +234,13 @@ def evaluate(
     with user_errors():
         from accelerate import PartialState
 
+        from ..trainer.data.files import expand
         from ..trainer.data.training_rows import training_rows
         from ..trainer.recipes.recipe import DataRecipe
 
-        check_evaluation(model, files, output)
-        loaded, tokenizer, writes = load_for_evaluation(model)
+        check_inputs(model, output)
+        expand(files, "FILE...")
+        loaded, tokenizer, writes = load_on_processes(model, processes)
         with PartialState().main_process_first():  # the others read its cache
             found = training_rows(DataRecipe(files=files), tokenizer, length).with_format("torch")
     found, device = found.select(range(min(rows, len(found)))), next(loaded.parameters()).device
@@ -265,7 +255,3 @@ def evaluate(
     loss = plus_minus(result["loss"], result["standard_error"], 4)
     perplexity = plus_minus(result["perplexity"], result["perplexity_standard_error"], 2)
     print(f"loss {loss}, perplexity {perplexity} ({result['tokens']:,} tokens of {result['documents']:,} documents)")
-
-
-if __name__ == "__main__":
-    run(evaluate)

@@ -5,7 +5,7 @@ has the highest logit after the preceding ones, as in greedy generation. lm_eval
 on one process: here every haystack is sharded over all processes of the launch.
 
     linear-llama3 needle MODEL --length 4096 --length 131072 --output runs/evaluation
-    torchrun --nproc_per_node 8 -m linear_llama3.commands.needle MODEL --length 4096 --length 131072
+    torchrun --nproc_per_node 8 -m linear_llama3.cli needle MODEL --length 4096 --length 131072
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -25,8 +25,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..modeling.loading import load_config, load_tokenizer
 from ..ops.cross_entropy import IGNORE_INDEX
-from ..trainer.command_line import run, user_errors
-from .evaluation import check_inputs, load_for_evaluation, plus_minus, score_tokens, sum_over_ranks
+from ..trainer.command_line import user_errors
+from .evaluation import check_inputs, load_on_processes, plus_minus, score_tokens, sum_over_ranks
+from .launching import Processes
 
 NAME = "needle"
 LENGTHS = (1024, 2048, 4096, 8192)
@@ -170,16 +171,6 @@ def plot_needle(cells: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def check_needle(model: str, output: Path, length: list[int], tokens: bool, **_: Any) -> None:
-    """Raise ValueError for invalid arguments of `needle`."""
-    check_inputs(model, output)
-    generator(model, tokens=tokens)(min(length), 0.0, random.Random(0))  # raises without room for needle and question
-
-
-def generator(model: str, *, tokens: bool) -> Generator:
-    return token_haystack(load_config(model).vocab_size) if tokens else text_haystack(load_tokenizer(model))
-
-
 def needle(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a LinearLlama3 or Llama model.")],
     length: Annotated[
@@ -192,15 +183,17 @@ def needle(
     tokens: Annotated[bool, typer.Option("--tokens", help="Use random tokens instead of English text.")] = False,
     seed: Annotated[int, typer.Option(help="Seed for the haystacks.")] = 0,
     output: Annotated[Path, typer.Option(help=f"Folder for {NAME}.json and {NAME}.png.")] = Path("."),
+    processes: Processes = None,
 ) -> None:
     """Measure how often a model finds a fact in a long text, for each length of the text and depth of the fact.
 
     The standard error of this share is that of a binomial proportion.
     """
     with user_errors():
-        check_needle(model, output, length, tokens)
-        loaded, _, writes = load_for_evaluation(model)
-    haystacks = generator(model, tokens=tokens)
+        check_inputs(model, output)
+        haystacks = token_haystack(load_config(model).vocab_size) if tokens else text_haystack(load_tokenizer(model))
+        haystacks(min(length), 0.0, random.Random(0))  # raises without room for needle and question
+        loaded, _, writes = load_on_processes(model, processes)
     cells = needle_accuracy(loaded, haystacks, lengths=length, depths=depth, samples=samples, seed=seed)
     if not writes:
         return
@@ -209,7 +202,3 @@ def needle(
     for cell in cells:
         found = plus_minus(100 * cell["accuracy"], 100 * cell["standard_error"], 0)
         print(f"{cell['length']:>9,} tokens, depth {cell['depth']:4.0%}: {found} % found, loss {cell['loss']:.3f}")
-
-
-if __name__ == "__main__":
-    run(needle)

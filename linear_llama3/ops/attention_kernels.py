@@ -54,7 +54,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[T
 
 
 def attend_backward(
-    q: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, tile: Tile, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute dq, dk, dv of the tile, from the out and lse over all keys."""
     q, k, v, out, d_out = (_dense(x) for x in (q, k, v, out, d_out))

@@ -6,16 +6,15 @@ k `[B, H, n, C, D_k]`, v `[B, H, n, C, D_v]`; states `[B, H, (n,) D_k, D_v]`; de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .chunks import Block, Chunks, chunks_of
+from .chunks import Block, chunk_size, cut_into_blocks
 from .intra_chunk import Decay, cumulated_decay, scores, scores_backward
-from .local_passes import Documents, Gradients, LocalDocuments
+from .local_passes import Documents, Gradients
 from .precision import working_dtype
 
 States = dict[int | None, Tensor]  # document -> state `[B, H, D_k, D_v]`; zero where there is none
@@ -25,15 +24,22 @@ class Inputs:
     """The inputs of all tokens, to be read block by block in the working precision."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, documents: LocalDocuments,
-        scale: float = 1.0, d_out: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, boundaries: tuple[int, ...], scale: float,
+        d_out: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.scale, self.d_out = q, k, v, scale, d_out
         self.dtype = working_dtype(q)
         self.groups = q.shape[2] // k.shape[2]
-        self.chunks: Chunks = chunks_of(q, k, documents.boundaries)
+        size = chunk_size(boundaries, key_dim=q.shape[-1], groups=self.groups)
+        width = max(q.shape[0] * q.shape[2:].numel(), 1)
+        self._cut = partial(cut_into_blocks, device=q.device, size=size, width=width)
+        self.boundaries, self.blocks = boundaries, self._cut(boundaries)
         self.log_decay = k.new_zeros(k.shape[2], dtype=self.dtype) if log_decay is None else log_decay
         self._full_chunk: Decay | None = None
+
+    def blocks_of(self, document: int | None) -> list[Block]:
+        """The blocks of one document alone; none for None."""
+        return [] if document is None else self._cut(self.boundaries[document : document + 2])
 
     def decay(self, block: Block) -> Decay:
         """The decay of a block's chunks; a constant one is the same for all chunks without empty slots."""
@@ -107,25 +113,41 @@ class BlockInputs:
     def intra_chunk(self) -> Tensor:
         return scores(self.q, self.k, self.decay) @ self.v
 
-    def intra_chunk_backward(self, decay_learns: bool) -> BlockGradients:
+    def intra_chunk_backward(self, decay_learns: bool) -> Gradients:
+        """The gradients inside the chunks, in a block's shapes; that of the decay is the flow of `intra_chunk.py`."""
         s = scores(self.q, self.k, self.decay)
         d_v = s.mT @ self.d_out
         d_scores = self.d_out @ self.v.mT
-        d_q, d_k, d_decay = scores_backward(self.q, self.k, self.decay, s, d_scores, decay_learns=decay_learns)
-        return BlockGradients(d_q, d_k, d_v, d_decay)
+        d_q, d_k, flow = scores_backward(self.q, self.k, self.decay, s, d_scores, decay_learns=decay_learns)
+        return Gradients(d_q, d_k, d_v, flow)
 
-    def scan_states(self, state: Tensor, initial: States) -> tuple[Tensor, Tensor, States]:
-        """The state before every chunk, the one after the last, and those after the documents that end here."""
-        block, updates = self.block, self.k_decayed.mT @ self.v
-        return _scan_chunks(updates, self.decay.total, state, range(block.size), block.first, block.last, initial)
+    def scan(self, state: Tensor, given: States, *, reverse: bool = False) -> tuple[Tensor, Tensor, States]:
+        """Scan S <- e^A S + U from chunk to chunk, from a `given` state or zero where a document opens.
 
-    def scan_gradients(self, d_state: Tensor, leaving: States) -> tuple[Tensor, Tensor, States]:
-        """The gradient of the state after every chunk, of the one before the first, and of initial states."""
-        block, updates = self.block, self.q_decayed.mT @ self.d_out
-        order = range(block.size)[::-1]
-        return _scan_chunks(updates, self.decay.total, d_state, order, block.last, block.first, leaving)
+        Returns the state before every chunk `[B, H, n, D_k, D_v]`, the one after the last, and those after the
+        documents that end here. In reverse, the same of gradients: those of the states after every chunk, of the one
+        before the first, and of initial states.
+        """
+        block = self.block
+        if reverse:
+            updates, order = self.q_decayed.mT @ self.d_out, range(block.size)[::-1]
+            opens, closes = block.last, block.first
+        else:
+            updates, order = self.k_decayed.mT @ self.v, range(block.size)
+            opens, closes = block.first, block.last
+        received = torch.empty_like(updates)
+        closed: States = {}
+        places, added, kept = (x.unbind(2) for x in (received, updates, self.decay.total.expand_as(updates)))
+        for c in order:
+            if (document := opens[c]) is not None:
+                state = given.get(document, torch.zeros_like(state))
+            places[c].copy_(state)
+            state = torch.addcmul(added[c], kept[c], state)
+            if (document := closes[c]) is not None:
+                closed[document] = state
+        return received, state, closed
 
-    def add_inter_chunk(self, d: BlockGradients, before: Tensor, d_after: Tensor) -> None:
+    def add_inter_chunk(self, d: Gradients, before: Tensor, d_after: Tensor) -> None:
         """Add to `d` what flows through the states before and after the chunks."""
         d_q = (self.d_out @ before.mT).mul_(self.decay.from_start)
         d_k = (self.v @ d_after.mT).mul_(self.decay.to_end)
@@ -136,48 +158,6 @@ class BlockInputs:
         d.q.add_(d_q)
         d.k.add_(d_k)
         add_product(d.v, self.k_decayed, d_after)
-
-
-class BlockGradients:
-    """The gradients of one block's inputs; that of the decay is intra-chunk only until `add_inter_chunk`."""
-
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
-        self.q, self.k, self.v, self.log_decay = q, k, v, log_decay
-
-    def put(self, block: Block, d: Gradients, inputs: Inputs) -> None:
-        """Write them to the block's tokens in `d`."""
-        block.put(self.q.mul_(inputs.scale), d.q, inputs.groups)
-        block.put(self.k, d.k)
-        block.put(self.v, d.v)
-        if d.log_decay is not None and self.log_decay is not None:
-            block.put(self.log_decay, d.log_decay)
-
-
-def _scan_chunks(
-    updates: Tensor,
-    decays: Tensor,
-    state: Tensor,
-    order: Sequence[int],
-    opens: Sequence[int | None],
-    closes: Sequence[int | None],
-    initial: States,
-) -> tuple[Tensor, Tensor, States]:
-    """Scan X <- e^A X + U from chunk to chunk, starting from `initial` or zero where a document opens.
-
-    Returns what every chunk receives `[B, H, n, D_k, D_v]`, what the last one passes on, and what leaves each document
-    that closes.
-    """
-    received = torch.empty_like(updates)
-    closed: States = {}
-    places, added, kept = (x.unbind(2) for x in (received, updates, decays.expand_as(updates)))
-    for c in order:
-        if (document := opens[c]) is not None:
-            state = initial.get(document, torch.zeros_like(state))
-        places[c].copy_(state)
-        state = torch.addcmul(added[c], kept[c], state)
-        if (document := closes[c]) is not None:
-            closed[document] = state
-    return received, state, closed
 
 
 def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -16,96 +16,49 @@ This file holds the loops over blocks; `block_products.py` has the products insi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .block_products import BlockGradients, BlockInputs, Inputs, add_product
-from .local_passes import Gradients, LocalDocuments, Output, per_document
-from .precision import without_autocast
-
-
-def chunked_linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    *,
-    scale: float,
-    boundaries: tuple[int, ...],
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Compute `recurrent_linear_attention`, with the same arguments and results."""
-    return _Chunked.apply(q, k, v, log_decay, initial_state, LocalDocuments.complete(boundaries), scale)
-
-
-class _Chunked(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None,
-        documents: LocalDocuments, scale: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        entering = per_document(initial_state, batch=k.shape[0])
-        out, final_states, residuals = ChunkedForward(k, v, log_decay, documents).output(q, scale, entering)
-        ctx.save_for_backward(q, k, v, log_decay, *residuals)
-        ctx.documents, ctx.scale = documents, scale
-        ctx.initial_dtype = None if initial_state is None else initial_state.dtype
-        ctx.set_materialize_grads(False)
-        assert final_states is not None, "always computed"
-        return out, final_states
-
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, *residuals = ctx.saved_tensors
-        decay_learns, initial_learns = ctx.needs_input_grad[3:5]
-        local = ChunkedBackward(
-            q, k, v, log_decay, ctx.documents, residuals, d_out, ctx.scale, decay_learns=decay_learns
-        )
-        d = local.gradients(per_document(d_final, batch=k.shape[0]), initial_state=initial_learns)
-        d_initial = None if d.initial_state is None else d.initial_state.to(ctx.initial_dtype)
-        return d.q, d.k, d.v, d.log_decay, d_initial, None, None
+from .block_products import BlockInputs, Inputs, States, add_product
+from .local_passes import Documents, Gradients, LocalDocuments, Output, Residuals
 
 
 class ChunkedForward:
     """The forward pass of one device's tokens; see `local_passes.py`."""
 
-    def __init__(self, k: Tensor, v: Tensor, log_decay: Tensor | None, documents: LocalDocuments) -> None:
-        self.k, self.v, self.log_decay, self.documents = k, v, log_decay, documents
+    def __init__(
+        self, k: Tensor, v: Tensor, log_decay: Tensor | None, documents: LocalDocuments, *, out_dtype: torch.dtype
+    ) -> None:
+        self.k, self.v, self.log_decay, self.documents, self.out_dtype = k, v, log_decay, documents, out_dtype
 
     def summary(self) -> Tensor:
-        inputs = Inputs(self.k, self.k, self.v, self.log_decay, self.documents)
-        return torch.stack([self._document_state(inputs, document) for document in self.documents.closing])
-
-    def _document_state(self, inputs: Inputs, document: int | None) -> Tensor:
-        state = inputs.zero_state()
-        for block in inputs.chunks.document(document).blocks if document is not None else ():
-            _, state, _ = BlockInputs(inputs, block).scan_states(state, {})
-        return state
+        return _accumulated(self._inputs(self.k, 1.0), self.documents.closing)
 
     def intra_chunk(self, q: Tensor, scale: float) -> list[Tensor]:
-        inputs = Inputs(q, self.k, self.v, self.log_decay, self.documents, scale)
-        return [BlockInputs(inputs, block).intra_chunk() for block in inputs.chunks.blocks]
+        inputs = self._inputs(q, scale)
+        return [BlockInputs(inputs, block).intra_chunk() for block in inputs.blocks]
 
-    def output(self, q: Tensor, scale: float, entering: Tensor | None, intra: list[Tensor] | None = None) -> Output:
-        inputs = Inputs(q, self.k, self.v, self.log_decay, self.documents, scale)
-        blocks, initial = inputs.chunks.blocks, inputs.by_document(entering, self.documents.opening)
-        out = torch.empty(*q.shape[:3], self.v.shape[-1], dtype=inputs.dtype, device=q.device)
-        state, final_states = inputs.zero_state(), {}
-        edges = state.new_empty(len(blocks), *state.shape)  # the states at the left edges of the blocks
-        for i, block in enumerate(blocks):
+    def output(
+        self, q: Tensor, scale: float, entering: Tensor | None, intra: list[Tensor] | None = None, *,
+        final_states: bool = False,
+    ) -> Output:  # fmt: skip
+        inputs = self._inputs(q, scale)
+        initial = inputs.by_document(entering, self.documents.opening)
+        out = q.new_empty(*q.shape[:3], self.v.shape[-1], dtype=self.out_dtype)
+        state = inputs.zero_state()
+        final: States = {}
+        edges = state.new_empty(len(state), len(inputs.blocks), *state.shape[1:])  # the states before the blocks
+        for i, block in enumerate(inputs.blocks):
             x = BlockInputs(inputs, block)
-            edges[i] = state
-            before, state, ended = x.scan_states(state, initial)
+            edges[:, i] = state
+            before, state, ended = x.scan(state, initial)
             block_out = x.intra_chunk() if intra is None else intra[i]
             block.put(add_product(block_out, x.q_decayed, before), out, inputs.groups)
-            final_states.update(ended)
-        final = torch.cat([final_states[n] for n in range(inputs.chunks.documents)] or [state])
-        return Output(out, final, (entering, edges))
+            final |= ended
+        return Output(out, _by_row(final) if final_states else None, (entering, edges))
+
+    def _inputs(self, q: Tensor, scale: float) -> Inputs:
+        return Inputs(q, self.k, self.v, self.log_decay, self.documents.boundaries, scale)
 
 
 class ChunkedBackward:
@@ -113,47 +66,59 @@ class ChunkedBackward:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, documents: LocalDocuments,
-        residuals: Sequence[Tensor | None], d_out: Tensor | None, scale: float, *, decay_learns: bool,
+        residuals: Residuals, d_out: Tensor, scale: float, *, decay_learns: bool,
     ) -> None:  # fmt: skip
-        if d_out is None:
-            d_out = q.new_zeros(()).expand(*q.shape[:3], v.shape[-1])
-        self.inputs = Inputs(q, k, v, log_decay, documents, scale, d_out)
+        self.inputs = Inputs(q, k, v, log_decay, documents.boundaries, scale, d_out)
         self.documents, self.decay_learns = documents, decay_learns
         self.entering, self.edges = residuals
 
     def summary(self) -> Tensor:
-        return torch.stack([self._document_gradient(document) for document in self.documents.opening])
+        return _accumulated(self.inputs, self.documents.opening, reverse=True)
 
-    def _document_gradient(self, document: int | None) -> Tensor:
-        d_state = self.inputs.zero_state()
-        for block in self.inputs.chunks.document(document).blocks[::-1] if document is not None else ():
-            _, d_state, _ = BlockInputs(self.inputs, block).scan_gradients(d_state, {})
-        return d_state
-
-    def intra_chunk(self) -> list[BlockGradients]:
-        blocks = self.inputs.chunks.blocks
+    def intra_chunk(self) -> list[Gradients]:
+        blocks = self.inputs.blocks
         return [BlockInputs(self.inputs, block).intra_chunk_backward(self.decay_learns) for block in blocks]
 
     def gradients(
-        self, d_leaving: Tensor | None, intra: list[BlockGradients] | None = None, *, initial_state: bool = False
+        self, d_leaving: Tensor | None, intra: list[Gradients] | None = None, *, initial_state: bool = False
     ) -> Gradients:
-        inputs, blocks = self.inputs, self.inputs.chunks.blocks
+        inputs, blocks = self.inputs, self.inputs.blocks
         assert self.edges is not None, "saved by the forward pass"
         initial = inputs.by_document(self.entering, self.documents.opening)
         leaving = inputs.by_document(d_leaving, self.documents.closing)
-        d_q, d_k, d_v = (torch.empty_like(x) for x in (inputs.q, inputs.k, inputs.v))
-        d = Gradients(d_q, d_k, d_v, inputs.empty_decays() if self.decay_learns else None, None)
-        d_state, d_initial = inputs.zero_state(), {}
+        d_q, d_k, d_v = (
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (inputs.q, inputs.k, inputs.v)
+        )
+        d_decay = inputs.empty_decays() if self.decay_learns else None
+        d_state = inputs.zero_state()
+        d_initial: States = {}
         for i in reversed(range(len(blocks))):
-            x = BlockInputs(inputs, blocks[i])
-            before, _, _ = x.scan_states(self.edges[i], initial)
-            d_after, d_state, began = x.scan_gradients(d_state, leaving)
-            block_d = x.intra_chunk_backward(self.decay_learns) if intra is None else intra[i]
-            x.add_inter_chunk(block_d, before, d_after)
-            block_d.put(blocks[i], d, inputs)
-            d_initial.update(began)
-        if d.log_decay is not None:
-            d.log_decay = inputs.like_decays(d.log_decay)
-        if initial_state:
-            d.initial_state = torch.cat([d_initial[n] for n in range(inputs.chunks.documents)])
-        return d
+            x, block = BlockInputs(inputs, blocks[i]), blocks[i]
+            before, _, _ = x.scan(self.edges[:, i], initial)
+            d_after, d_state, began = x.scan(d_state, leaving, reverse=True)
+            d = x.intra_chunk_backward(self.decay_learns) if intra is None else intra[i]
+            x.add_inter_chunk(d, before, d_after)
+            block.put(d.q.mul_(inputs.scale), d_q, inputs.groups)
+            block.put(d.k, d_k)
+            block.put(d.v, d_v)
+            if d_decay is not None and d.log_decay is not None:
+                block.put(d.log_decay, d_decay)
+            d_initial |= began
+        d_decay = None if d_decay is None else inputs.like_decays(d_decay)
+        return Gradients(d_q, d_k, d_v, d_decay, _by_row(d_initial) if initial_state else None)
+
+
+def _accumulated(inputs: Inputs, documents: Documents, *, reverse: bool = False) -> Tensor:
+    """The states `[n, B, H, D_k, D_v]` that these documents accumulate from zero; in reverse, the gradients."""
+    states = []
+    for document in documents:
+        state = inputs.zero_state()
+        for block in inputs.blocks_of(document)[:: -1 if reverse else 1]:
+            _, state, _ = BlockInputs(inputs, block).scan(state, {}, reverse=reverse)
+        states.append(state)
+    return torch.stack(states)
+
+
+def _by_row(states: States) -> Tensor:
+    """The states of all documents, `[B or N, H, D_k, D_v]`."""
+    return torch.cat([states[n] for n in range(len(states))])

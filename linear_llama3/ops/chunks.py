@@ -5,7 +5,7 @@ Names: B batch, T tokens, H kv heads, G query heads per kv head, n chunks of C t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -56,52 +56,30 @@ def chunk_size(boundaries: tuple[int, ...], *, key_dim: int, groups: int) -> int
     return 32 if mean < 32 or key_dim < 128 * groups else 64
 
 
-class Chunks:
-    """The blocks of a stream whose documents are the intervals between `boundaries`; `width` numbers are a token."""
-
-    def __init__(self, boundaries: tuple[int, ...], device: torch.device, *, size: int, width: int) -> None:
-        self.boundaries, self.device, self.size, self.width = boundaries, device, size, width
-        self.documents = len(boundaries) - 1
-        cached = CACHED_NUMBERS // width if device.type == "cpu" else MOST_TOKENS
-        self.per_block = min(MOST_TOKENS, max(FEWEST_TOKENS, cached)) // size
-        self.blocks = list(self._blocks())
-
-    def document(self, n: int) -> Chunks:
-        """The chunks of one document alone."""
-        return Chunks(self.boundaries[n : n + 2], self.device, size=self.size, width=self.width)
-
-    def _blocks(self) -> Iterator[Block]:
-        starts, stops, documents = [], [], []
-        for n, (a, b) in enumerate(zip(self.boundaries, self.boundaries[1:], strict=False)):
-            edges = list(range(a, b, self.size))
-            starts += edges
-            stops += [*edges[1:], b]
-            documents += [n] * len(edges)
-        first = [i == 0 or documents[i] != documents[i - 1] for i in range(len(documents))]
-        for i in range(0, len(starts), self.per_block):
-            j = min(i + self.per_block, len(starts))
-            slots, filled = self._slots(starts[i:j], stops[i:j])
-            yield Block(
-                size=j - i,
-                chunk_size=self.size,
-                start=starts[i],
-                stop=stops[j - 1],
-                slots=slots,
-                filled=filled,
-                first=tuple(documents[c] if first[c] else None for c in range(i, j)),
-                last=tuple(documents[c] if c + 1 == len(first) or first[c + 1] else None for c in range(i, j)),
-            )
-
-    def _slots(self, starts: list[int], stops: list[int]) -> tuple[Tensor | None, Tensor | None]:
-        if all(b - a == self.size for a, b in zip(starts, stops, strict=True)):
-            return None, None
-        slots = torch.tensor(starts).unsqueeze(1) + torch.arange(self.size)
-        filled = slots < torch.tensor(stops).unsqueeze(1)
-        slots = torch.where(filled, slots, torch.tensor(starts).unsqueeze(1))
-        return slots.flatten().to(self.device), filled.flatten().to(self.device)
+def cut_into_blocks(boundaries: tuple[int, ...], device: torch.device, *, size: int, width: int) -> list[Block]:
+    """Cut documents, the intervals between `boundaries`, into chunks of `size` tokens of `width` numbers each."""
+    cached = CACHED_NUMBERS // width if device.type == "cpu" else MOST_TOKENS
+    per_block = min(MOST_TOKENS, max(FEWEST_TOKENS, cached)) // size
+    edges = list(enumerate(itertools.pairwise(boundaries)))
+    chunks = [(n, a, min(a + size, stop)) for n, (start, stop) in edges for a in range(start, stop, size)]
+    return [_block(chunks[i : i + per_block], boundaries, device, size) for i in range(0, len(chunks), per_block)]
 
 
-def chunks_of(q: Tensor, k: Tensor, boundaries: tuple[int, ...]) -> Chunks:
-    """The chunks for queries `[B, T, H_q, D_k]` and keys `[B, T, H_kv, D_k]`."""
-    size = chunk_size(boundaries, key_dim=q.shape[-1], groups=q.shape[2] // k.shape[2])
-    return Chunks(boundaries, q.device, size=size, width=max(q.shape[0] * q.shape[2:].numel(), 1))
+def _block(chunks: list[tuple[int, int, int]], boundaries: tuple[int, ...], device: torch.device, size: int) -> Block:
+    """`chunks`: document, start and stop of each."""
+    slots = filled = None
+    if any(b - a < size for _, a, b in chunks):
+        starts, stops = (torch.tensor([chunk[i] for chunk in chunks]).unsqueeze(1) for i in (1, 2))
+        slots = starts + torch.arange(size)
+        filled = (slots < stops).flatten().to(device)
+        slots = slots.minimum(stops - 1).flatten().to(device)
+    return Block(
+        size=len(chunks),
+        chunk_size=size,
+        start=chunks[0][1],
+        stop=chunks[-1][2],
+        slots=slots,
+        filled=filled,
+        first=tuple(n if a == boundaries[n] else None for n, a, _ in chunks),
+        last=tuple(n if b == boundaries[n + 1] else None for n, _, b in chunks),
+    )

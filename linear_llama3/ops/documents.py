@@ -27,12 +27,10 @@ def document_boundaries(cu_seqlens: Tensor | None, *, batch: int, tokens: int) -
 
 
 def check_cu_seqlens(cu_seqlens: Tensor) -> None:
-    if not isinstance(cu_seqlens, Tensor):
-        raise ValueError(f"cu_seqlens must be a 1-D integer tensor [N + 1], got a {type(cu_seqlens).__name__}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
-        raise ValueError(
-            f"cu_seqlens must be a 1-D integer tensor [N + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-        )
+    tensor = isinstance(cu_seqlens, Tensor)
+    if not tensor or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
+        got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}" if tensor else f"a {type(cu_seqlens).__name__}"
+        raise ValueError(f"cu_seqlens must be a 1-D integer tensor [N + 1], got {got}")
 
 
 def read_cu_seqlens(cu_seqlens: Tensor) -> tuple[int, ...]:
@@ -88,7 +86,14 @@ def document_edges(
     explicit = bool(given)
     if (seq_idx := inputs.get("seq_idx")) is not None:
         given["seq_idx"] = _edges_of(_check_numbers(seq_idx, **sizes).diff() != 0, **sizes)
-    edges = _agreed(given)
+    first = next(iter(given), "")
+    edges = given.get(first)
+    for name, others in given.items():
+        if others.tolist() != given[first].tolist():
+            raise ValueError(
+                f"{first} and {name} must describe the same documents, got edges {given[first].tolist()} and "
+                f"{others.tolist()}; give one of them"
+            )
     if (position_ids := inputs.get("position_ids")) is not None:
         steps = position_ids.diff().expand(batch, -1)
         if attention_mask is not None:
@@ -97,7 +102,7 @@ def document_edges(
         if edges is None:
             edges = _edges_of(steps != 1, **sizes)
         else:
-            _check_positions(steps, next(iter(given)), edges)
+            _check_positions(steps, first, edges)
     if edges is None or (not explicit and len(edges) == batch + 1):
         return None
     if attention_mask is not None and not attention_mask.all():
@@ -113,20 +118,6 @@ def _edges_of(starts: Tensor, *, batch: int, length: int) -> Tensor:
     """Return edges int32 `[N + 1]`; `starts` bool `[B, T - 1]` marks the tokens 1, 2, ... that start a document."""
     edges = F.pad(starts, (1, 0), value=True).flatten().nonzero().flatten().to(torch.int32)
     return torch.cat([edges, edges.new_tensor([batch * length])])
-
-
-def _agreed(given: dict[str, Tensor]) -> Tensor | None:
-    """Return the edges on which all descriptions agree, None without a description; raise ValueError if they differ."""
-    if not given:
-        return None
-    (name, edges), *rest = given.items()
-    for other, others in rest:
-        if edges.tolist() != others.tolist():
-            raise ValueError(
-                f"{name} and {other} must describe the same documents, got edges {edges.tolist()} and "
-                f"{others.tolist()}; give one of them"
-            )
-    return edges
 
 
 def _check_positions(steps: Tensor, name: str, edges: Tensor) -> None:

@@ -16,13 +16,13 @@ from torch import Tensor
 from .precision import working_dtype
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class FeatureMap:
     """A map, how many features it makes of D channels, what it learns, and whether weights are at least 0."""
 
     function: Callable[..., Tensor]  # (x [..., H, D], **parameters) -> [..., H, size(D)]
-    size: Callable[[int], int]
-    parameters: Callable[[int, int], dict[str, Tensor]]  # (H, D) -> initial values
+    size: Callable[[int], int] = lambda dim: dim
+    parameters: Callable[[int, int], dict[str, Tensor]] = lambda heads, dim: {}  # (H, D) -> initial values
     non_negative: bool = True  # phi(q) . phi(k) >= 0: their sum can be divided by
 
     def __call__(self, x: Tensor, **parameters: Tensor) -> Tensor:
@@ -66,32 +66,18 @@ def hedgehog(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1).to(x.dtype)
 
 
-def _same(dim: int) -> int:
-    return dim
-
-
-def _nothing(heads: int, dim: int) -> dict[str, Tensor]:
-    return {}
-
-
-def _fixed(
-    function: Callable[[Tensor], Tensor], size: Callable[[int], int] = _same, *, non_negative: bool = True
-) -> FeatureMap:
-    return FeatureMap(function=function, size=size, parameters=_nothing, non_negative=non_negative)
-
-
 FEATURE_MAPS: dict[str, FeatureMap] = {
-    "identity": _fixed(identity, non_negative=False),
-    "silu": _fixed(F.silu, non_negative=False),  # of Lightning Attention (MiniMax-01, arXiv:2501.08313)
-    "elu_plus_one": _fixed(elu_plus_one),
-    "taylor": _fixed(taylor, size=lambda dim: 1 + dim + dim * (dim + 1) // 2),
+    "identity": FeatureMap(identity, non_negative=False),
+    "silu": FeatureMap(F.silu, non_negative=False),  # of Lightning Attention (MiniMax-01, arXiv:2501.08313)
+    "elu_plus_one": FeatureMap(elu_plus_one),
+    "taylor": FeatureMap(taylor, size=lambda dim: 1 + dim + dim * (dim + 1) // 2),
     "rebased": FeatureMap(
-        function=rebased,
+        rebased,
         size=lambda dim: dim * (dim + 1) // 2,
         parameters=lambda heads, dim: {"weight": torch.ones(dim), "bias": torch.zeros(dim)},
     ),
     "hedgehog": FeatureMap(
-        function=hedgehog,
+        hedgehog,
         size=lambda dim: 2 * dim,
         parameters=lambda heads, dim: {"weight": torch.eye(dim).repeat(heads, 1, 1)},
     ),

@@ -94,8 +94,7 @@ def _flow(products: Tensor) -> Tensor:
 def _channel_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
     s = q.new_zeros(*q.shape[:-1], k.shape[-2])
     _own_token(s).copy_((q.unflatten(-2, (k.shape[-2], -1)) * k.unsqueeze(-2)).sum(-1))
-    for half in _halves(k):
-        late, early = _relative_to_edge(q, k, b, half)
+    for half, late, early in _levels(q, k, b):
         _between_halves(s, half).copy_(_second(q, k, half) * late @ (_first(k, half) * early).mT)
     return s
 
@@ -104,8 +103,7 @@ def _channel_scores_backward(
     q: Tensor, k: Tensor, b: Tensor, ds: Tensor, *, decay_learns: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     dq, dk = torch.zeros_like(q), torch.zeros_like(k)
-    for half in _halves(k):
-        late, early = _relative_to_edge(q, k, b, half)
+    for half, late, early in _levels(q, k, b):
         part = _between_halves(ds, half)
         _second(dq, k, half).add_(part @ (_first(k, half) * early) * late)
         _first(dk, half).add_(part.mT @ (_second(q, k, half) * late) * early)
@@ -116,10 +114,14 @@ def _channel_scores_backward(
     return dq, dk.add_((own * q.unflatten(*by_token)).sum(-2)), flow
 
 
-def _halves(k: Tensor) -> Iterator[int]:
+def _levels(q: Tensor, k: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The size of the halves, and their decays relative to the edge: of the later queries and of the earlier keys."""
     half = k.shape[-2] // 2
     while half:
-        yield half
+        early = _first(b, half)
+        edge = early[..., -1:, :]
+        late = _repeat_rows(_second(b, b, half) - edge, q.shape[-2] // k.shape[-2])
+        yield half, late.to(q.dtype).exp2_(), (edge - early).to(q.dtype).exp2_()
         half //= 2
 
 
@@ -130,13 +132,6 @@ def _first(k: Tensor, half: int) -> Tensor:
 
 def _second(q: Tensor, k: Tensor, half: int) -> Tensor:
     return q.unflatten(-2, (-1, 2, half * (q.shape[-2] // k.shape[-2])))[..., 1, :, :]
-
-
-def _relative_to_edge(q: Tensor, k: Tensor, b: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    early = _first(b, half)
-    edge = early[..., -1:, :]
-    late = _repeat_rows(_second(b, b, half) - edge, q.shape[-2] // k.shape[-2])
-    return late.to(q.dtype).exp2_(), (edge - early).to(q.dtype).exp2_()
 
 
 def _between_halves(s: Tensor, half: int) -> Tensor:

@@ -19,9 +19,8 @@ from torch.nn import functional as F
 
 from .backends import choose_backend
 from .bidirectional import bidirectional_linear_attention
+from .causal_op import causal_linear_attention
 from .checks import check_arguments, check_initial_state
-from .chunked import chunked_linear_attention
-from .chunked_op import compiled_linear_attention
 from .documents import check_cu_seqlens, document_boundaries, drop_empty, read_cu_seqlens
 from .precision import without_autocast, working_dtype
 from .recurrent import recurrent_linear_attention
@@ -69,49 +68,49 @@ def linear_attention(
     check_arguments(q, k, v, log_decay=log_decay, causal=causal, backend=backend)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens)
-        options = {"log_decay": log_decay, "scale": scale, "normalize": normalize, "causal": causal, "backend": backend}
-        if not torch.compiler.is_compiling() and len(drop_empty(edges := read_cu_seqlens(cu_seqlens))) < len(edges):
-            check_initial_state(initial_state, q, v, len(edges) - 1, normalize=normalize)
-            return _without_empty(q, k, v, edges, initial_state, cu_seqlens, output_final_state, options)
     documents = None if cu_seqlens is None else len(cu_seqlens) - 1
     check_initial_state(initial_state, q, v, documents, normalize=normalize)
+    if cu_seqlens is not None and not torch.compiler.is_compiling():
+        edges = read_cu_seqlens(cu_seqlens)
+        if len(drop_empty(edges)) < len(edges):
+            return _without_empty(
+                q, k, v, edges, initial_state, log_decay=log_decay, scale=scale, normalize=normalize, causal=causal,
+                output_final_state=output_final_state, cu_seqlens=cu_seqlens, backend=backend,
+            )  # fmt: skip
     backend = choose_backend(backend, k, causal=causal)
     log_decay = upcast_constant_decay(log_decay, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     values = with_ones_column(v) if normalize else v
 
-    if backend == "triton":
-        from .triton.op import triton_linear_attention
+    if causal and backend != "recurrent":
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = causal_linear_attention
+        if backend == "triton":
+            from .triton.op import triton_linear_attention
 
-        out, state = triton_linear_attention(
+            attend = triton_linear_attention
+        out, state = attend(
             q, k, values, log_decay, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state,
             output_final_state=output_final_state, dtype=working_dtype(q) if normalize else v.dtype,
         )  # fmt: skip
     else:
         boundaries = document_boundaries(cu_seqlens, batch=q.shape[0], tokens=q.shape[1])
-        attend: Callable[..., tuple[Tensor, Tensor]]
-        if not causal:
-            attend = bidirectional_linear_attention
-        else:
-            decaying = recurrent_linear_attention
-            if backend == "chunked":
-                decaying = compiled_linear_attention if torch.compiler.is_compiling() else chunked_linear_attention
-            attend = functools.partial(decaying, log_decay=log_decay)
+        attend = bidirectional_linear_attention
+        if causal:
+            attend = functools.partial(recurrent_linear_attention, log_decay=log_decay)
         out, state = attend(q, k, values, scale=scale, boundaries=boundaries, initial_state=initial_state)
     out = divide_by_normalizer(out) if normalize else out
     return out.to(v.dtype), state if output_final_state else None
 
 
 def _without_empty(
-    q: Tensor, k: Tensor, v: Tensor, edges: tuple[int, ...], initial_state: Tensor | None, cu_seqlens: Tensor,
-    output_final_state: bool, options: dict[str, Any],
+    q: Tensor, k: Tensor, v: Tensor, edges: tuple[int, ...], initial_state: Tensor | None, *, cu_seqlens: Tensor,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Run `linear_attention` on the documents that have tokens; empty ones keep their initial state."""
     kept = torch.tensor([n for n, (a, b) in enumerate(itertools.pairwise(edges)) if a != b], device=q.device)
     out, state = linear_attention(
-        q, k, v, cu_seqlens=torch.cat([cu_seqlens[kept.to(cu_seqlens.device)], cu_seqlens[-1:]]),
-        initial_state=None if initial_state is None else initial_state[kept], output_final_state=output_final_state,
-        **options,
+        q, k, v, cu_seqlens=cu_seqlens.unique_consecutive(),
+        initial_state=None if initial_state is None else initial_state[kept], **options,
     )  # fmt: skip
     if state is None:
         return out, None

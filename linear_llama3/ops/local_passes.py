@@ -13,9 +13,11 @@ Two implementations: `chunked.py` in PyTorch and `triton/passes.py` for NVIDIA G
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 Documents = tuple[int | None, ...]
@@ -41,12 +43,17 @@ def per_document(states: Tensor | None, *, batch: int) -> Tensor | None:
     return None if states is None else states.unflatten(0, (-1, batch))
 
 
+Residuals = Sequence[Tensor | None]
+"""What the backward pass needs in addition to the inputs: the states that entered, and `[B, n, H_kv, D_k, D_v]` those
+at the left edges of blocks or segments. An implementation leaves out what it does not need."""
+
+
 class Output(NamedTuple):
     """The result of a forward pass."""
 
     out: Tensor  # [B, T, H_q, D_v]
-    final_states: Tensor | None  # [B or N, H_kv, D_k, D_v], after every document
-    residuals: tuple[Tensor | None, ...]  # what the backward pass needs in addition to the inputs
+    final_states: Tensor | None  # [B or N, H_kv, D_k, D_v], after every document, if asked for
+    residuals: Residuals
 
 
 @dataclass(slots=True)
@@ -57,11 +64,15 @@ class Gradients:
     k: Tensor
     v: Tensor
     log_decay: Tensor | None
-    initial_state: Tensor | None  # [B or N, H_kv, D_k, D_v] in the working precision
+    initial_state: Tensor | None = None  # [B or N, H_kv, D_k, D_v] in the working precision
 
 
 class ForwardPass(Protocol):
-    """Made of k, v, log_decay and the documents, before there are queries."""
+    """Made before there are queries."""
+
+    def __init__(
+        self, k: Tensor, v: Tensor, log_decay: Tensor | None, documents: LocalDocuments, *, out_dtype: torch.dtype
+    ) -> None: ...
 
     def summary(self) -> Tensor:
         """States `[closing, B, H_kv, D_k, D_v]`, from zero."""
@@ -69,12 +80,17 @@ class ForwardPass(Protocol):
     def intra_chunk(self, q: Tensor, scale: float) -> Any:
         """Whatever needs no state of earlier tokens, for `output`."""
 
-    def output(self, q: Tensor, scale: float, entering: Tensor | None, intra: Any = None) -> Output:
+    def output(
+        self, q: Tensor, scale: float, entering: Tensor | None, intra: Any = None, *, final_states: bool = False
+    ) -> Output:
         """The outputs of queries `[B, T, H_q, D_k]`; `entering` `[opening, B, H_kv, D_k, D_v]`, None for zeros."""
 
 
 class BackwardPass(Protocol):
-    """Made of the inputs, their documents, the residuals and d_out."""
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, documents: LocalDocuments,
+        residuals: Residuals, d_out: Tensor, scale: float, *, decay_learns: bool,
+    ) -> None: ...  # fmt: skip
 
     def summary(self) -> Tensor:
         """Gradients `[opening, B, H_kv, D_k, D_v]` of the states that enter, from this device's outputs alone."""

@@ -33,15 +33,13 @@ def recurrent_linear_attention(
     batch, _, kv_heads, key_dim = k.shape
     q, k, v = q.to(work) * scale, k.to(work), v.to(work)
     q = q.unflatten(2, (kv_heads, -1))  # [B, T, H_kv, G, D_k]: G query heads read one state
-    factor = None if log_decay is None else log_decay.to(work).exp()
-    if factor is not None and factor.dim() == 1:
-        factor = factor.expand(k.shape[:3])
-    if factor is not None and factor.dim() == 3:
-        factor = factor.unsqueeze(-1)
+    decay = None if log_decay is None else log_decay.to(work).exp()
+    if decay is not None and decay.dim() < 4:
+        decay = decay.expand(k.shape[:3]).unsqueeze(-1)  # [B, T, H_kv, 1 or D_k]
 
     # unbind: the gradient of x[:, t] is as large as x, for every t
     queries, keys, values = q.unbind(1), k.unsqueeze(-1).unbind(1), v.unsqueeze(-2).unbind(1)
-    factors = None if factor is None else factor.unsqueeze(-1).unbind(1)
+    decays = None if decay is None else decay.unsqueeze(-1).unbind(1)
     outs, finals = [], []
     for n, (start, stop) in enumerate(itertools.pairwise(boundaries)):
         if initial_state is None:
@@ -49,8 +47,8 @@ def recurrent_linear_attention(
         else:
             state = initial_state.to(work).unflatten(0, (-1, batch))[n]
         for t in range(start, stop):
-            if factors is not None:
-                state = factors[t] * state
+            if decays is not None:
+                state = decays[t] * state
             state = state + keys[t] * values[t]
             outs.append((queries[t] @ state).flatten(1, 2))
         finals.append(state)

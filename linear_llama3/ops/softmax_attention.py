@@ -62,10 +62,8 @@ class BlockAttention:
 
     def add(self, k: Tensor, v: Tensor, spans: Sequence[Span]) -> None:
         """Attend to the keys and values at `spans` as well."""
-        dtype = operand_dtype(self.q, v)
-        q, k, v = self.q.to(dtype), k.to(dtype).transpose(1, 2), v.to(dtype).transpose(1, 2)
-        for tile, rows, columns in _tiles(self, spans, q, v):
-            out, lse = attend(q[:, :, rows], k[:, :, columns], v[:, :, columns], tile, self.scale)
+        for tile, rows, _, operands in _tiles(self, k, v, spans):
+            out, lse = attend(*operands, tile, self.scale)
             _merge(self.out[:, :, rows], self.lse[:, :, rows], out, lse)
 
     def merge(self, out: Tensor, lse: Tensor, rows: slice) -> None:
@@ -99,14 +97,10 @@ class BlockAttentionBackward:
 
     def add(self, k: Tensor, v: Tensor, spans: Sequence[Span], d_k: Tensor, d_v: Tensor) -> None:
         """Add to the gradients of these keys and values, `d_k` and `d_v` shaped like them, in working precision."""
-        dtype = operand_dtype(self.q, v)
-        q, k, v = self.q.to(dtype), k.to(dtype).transpose(1, 2), v.to(dtype).transpose(1, 2)
         d_k, d_v = d_k.transpose(1, 2), d_v.transpose(1, 2)
-        for tile, rows, columns in _tiles(self, spans, q, v):
-            query, out, lse, d_out = (x[:, :, rows] for x in (q, self.out, self.lse, self.d_out))
-            d_query, d_key, d_value = attend_backward(
-                query, out, lse, d_out, k[:, :, columns], v[:, :, columns], tile, self.scale
-            )
+        for tile, rows, columns, operands in _tiles(self, k, v, spans):
+            out, lse, d_out = (x[:, :, rows] for x in (self.out, self.lse, self.d_out))
+            d_query, d_key, d_value = attend_backward(*operands, out, lse, d_out, tile, self.scale)
             self.d_q[:, :, rows] += d_query
             d_k[:, :, columns] += d_key
             d_v[:, :, columns] += d_value
@@ -129,12 +123,15 @@ def output_with_delta(d_out: Tensor, delta: Tensor) -> Tensor:
 
 
 def _tiles(
-    block: BlockAttention | BlockAttentionBackward, keys: Sequence[Span], q: Tensor, v: Tensor
-) -> Iterator[tuple[Tile, slice, slice]]:
-    """The tiles of the block with keys at these spans, with their rows and columns."""
-    for full, row, column in block.visibility.tiles_of_blocks(block.spans, keys):
+    block: BlockAttention | BlockAttentionBackward, k: Tensor, v: Tensor, spans: Sequence[Span]
+) -> Iterator[tuple[Tile, slice, slice, tuple[Tensor, Tensor, Tensor]]]:
+    """The tiles of the block with keys at these spans: their rows and columns, and their q, k and v `[B, H, n, D]`."""
+    dtype = operand_dtype(block.q, v)
+    q, k, v = block.q.to(dtype), k.to(dtype).transpose(1, 2), v.to(dtype).transpose(1, 2)
+    for full, row, column in block.visibility.tiles_of_blocks(block.spans, spans):
         for tile in split_for_kernel(full, q, v):
-            yield tile, *tile.slices(row, column)
+            rows, columns = tile.slices(row, column)
+            yield tile, rows, columns, (q[:, :, rows], k[:, :, columns], v[:, :, columns])
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:

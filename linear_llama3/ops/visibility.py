@@ -72,21 +72,12 @@ class Visibility:
     window: int | None = None
 
     def tiles(self, queries: Span, keys: Span) -> Iterator[Tile]:
-        first = max(min(queries[0], keys[0]), 0)
-        for n in range(max(bisect_right(self.documents, first) - 1, 0), len(self.documents) - 1):
+        (q0, q1), (k0, k1) = queries, keys
+        for n in range(self._document(max(q0, k0)), len(self.documents) - 1):
             start, stop = self.documents[n : n + 2]
-            q0, q1 = max(start, queries[0]), min(stop, queries[1])
-            k0, k1 = max(start, keys[0]), min(stop, keys[1])
-            if start >= queries[1] or start >= keys[1]:
+            if start >= min(q1, k1):
                 return
-            if q0 >= q1 or k0 >= k1:
-                continue
-            if not self.causal:
-                yield Tile(q_start=q0, q_stop=q1, k_start=k0, k_stop=k1)
-            elif self.window is not None:
-                yield from self._bands(q0, q1, k0, k1, self.window)
-            else:
-                yield from self._causal(q0, q1, k0, k1)
+            yield from self._in_document(max(q0, start), min(q1, stop), max(k0, start), min(k1, stop))
 
     def tiles_of_blocks(self, queries: Sequence[Span], keys: Sequence[Span]) -> Iterator[tuple[Tile, int, int]]:
         """The tiles of two blocks, each of the tokens of some spans, one span after another.
@@ -100,15 +91,7 @@ class Visibility:
 
     def sees(self, queries: Span, keys: Span) -> bool:
         """True if any of these queries sees any of these keys."""
-        (q0, q1), (k0, k1) = queries, keys
-        if q0 >= q1 or k0 >= k1:
-            return False
-        if q1 <= k0:  # all keys are later: the nearest pair is (q1 - 1, k0)
-            return not self.causal and self._document(q1 - 1) == self._document(k0)
-        if k1 <= q0:
-            near = self.window is None or q0 - (k1 - 1) < self.window
-            return near and self._document(q0) == self._document(k1 - 1)
-        return True  # a token sees itself
+        return next(self.tiles(queries, keys), None) is not None
 
     def first_key(self, query: int) -> int:
         """The earliest key that `query` sees."""
@@ -122,23 +105,27 @@ class Visibility:
     def _document(self, position: int) -> int:
         return bisect_right(self.documents, position) - 1
 
-    @staticmethod
-    def _causal(q0: int, q1: int, k0: int, k1: int) -> Iterator[Tile]:
-        if k0 < q0:  # keys before all queries
-            yield Tile(q_start=q0, q_stop=q1, k_start=k0, k_stop=min(k1, q0))
-        a, b = max(q0, k0), min(q1, k1)
-        if a < b:
-            yield Tile(q_start=a, q_stop=b, k_start=a, k_stop=b, causal=True)
-            if b < q1:  # queries after all keys
-                yield Tile(q_start=b, q_stop=q1, k_start=a, k_stop=b)
-
-    @staticmethod
-    def _bands(q0: int, q1: int, k0: int, k1: int, window: int) -> Iterator[Tile]:
-        for a in range(q0, q1, WINDOW_TILE):
-            b = min(a + WINDOW_TILE, q1)
-            first, last = max(k0, a - window + 1), min(k1, b)
-            if first < last:
-                yield Tile(q_start=a, q_stop=b, k_start=first, k_stop=last, window=window)
+    def _in_document(self, q0: int, q1: int, k0: int, k1: int) -> Iterator[Tile]:
+        if self.causal:
+            q0 = max(q0, k0)  # earlier queries see none of the keys,
+            if self.window is not None:
+                q1 = min(q1, k1 - 1 + self.window)  # and neither do those behind the window of the last key
+        if q0 >= q1 or k0 >= k1:
+            return
+        if self.window is not None:
+            for a in range(q0, q1, WINDOW_TILE):
+                b = min(a + WINDOW_TILE, q1)
+                first = max(k0, a - self.window + 1)
+                yield Tile(q_start=a, q_stop=b, k_start=first, k_stop=min(k1, b), window=self.window)
+            return
+        edge = q0 if self.causal else k1  # all queries see the keys before it
+        if k0 < edge:
+            yield Tile(q_start=q0, q_stop=q1, k_start=k0, k_stop=min(k1, edge))
+        if edge < k1:
+            end = min(q1, k1)
+            yield Tile(q_start=q0, q_stop=end, k_start=q0, k_stop=end, causal=True)
+            if end < q1:
+                yield Tile(q_start=end, q_stop=q1, k_start=q0, k_stop=end)
 
 
 def _with_shift(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:

@@ -57,11 +57,15 @@ def normalize_batch(batch: Mapping[str, Any], *, causal: bool, padded: Callable[
     sequences = {names[0]: tokens, **_targets(batch), "position_ids": positions.expand(rows, length)}
     if edges is not None and rows > 1:
         sequences = {name: x.flatten(0, 1).unsqueeze(0) for name, x in sequences.items()}
-    total = sequences["position_ids"].shape[1]
+    positions = sequences["position_ids"]
+    total = positions.shape[1]
     padding = padded(total) - total
-    sequences["position_ids"] = _extend_positions(sequences["position_ids"], padding, edges is not None)
-    if edges is not None and padding:  # padding forms a separate document
+    tail = torch.arange(padding, device=positions.device).expand(len(positions), -1)
+    if edges is None:  # positions continue in the padding
+        tail = positions[:, -1:] + 1 + tail
+    elif padding:  # the padding forms a separate document
         edges = torch.cat([edges, edges.new_tensor([total + padding])])
+    sequences["position_ids"] = torch.cat([positions, tail], dim=1)
     return CompleteBatch(sequences, edges, uncut)
 
 
@@ -98,10 +102,7 @@ def _check_shapes(name: str, tokens: Tensor, rest: Mapping[str, Any]) -> None:
 
 def _check_padding(mask: Tensor | None) -> None:
     """Raise ValueError for padding before a token: causal attention ignores padding only on the right."""
-    if mask is None:
-        return
-    mask = mask.bool()
-    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+    if mask is not None and (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
         raise ValueError(
             "sequence parallelism accepts padding on the right only, got an attention_mask with padding before a "
             "token; set tokenizer.padding_side = 'right' or pack the documents"
@@ -124,9 +125,3 @@ def _check_uncut(rest: Mapping[str, Any], rows: int, length: int) -> None:
                 "shard_batch cuts no other tensors [B, T, ...] than tokens, labels, positions and masks, got "
                 f"{name!r} of shape {tuple(x.shape)}; take it out of the batch, and cut it with shard where needed"
             )
-
-
-def _extend_positions(positions: Tensor, padding: int, packed: bool) -> Tensor:
-    """Positions of the padding: they continue or, where documents are packed, restart at 0."""
-    start = torch.zeros_like(positions[:, -1:]) if packed else positions[:, -1:] + 1
-    return torch.cat([positions, start + torch.arange(padding, device=positions.device)], dim=1)

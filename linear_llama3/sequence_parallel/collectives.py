@@ -87,45 +87,36 @@ def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Pending:
     return Pending(result, dist.all_to_all_single(result, x, group=group, async_op=True), x)
 
 
-Collective = Callable[[Tensor, dist.ProcessGroup], Pending]
-
-
 def self_adjoint(
-    collective: Collective,
+    function: Callable[[Tensor], Tensor],
     x: Tensor,
-    group: dist.ProcessGroup,
     *,
     cache: MutableMapping[str, Any] | None = None,
     key: str = "received",
 ) -> Tensor:
-    """Apply all_reduce or all_to_all to `x`, differentiably: these linear maps are their own gradients.
+    """Apply a linear map that is its own gradient, such as an all-reduce or an all-to-all, differentiably.
 
     If `cache` holds a result under `key`, nothing is sent; otherwise the result is stored there.
     """
-    return _SelfAdjoint.apply(x, collective, group, cache, key)
+    return _SelfAdjoint.apply(x, function, cache, key)
 
 
 class _SelfAdjoint(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        collective: Collective,
-        group: dist.ProcessGroup,
-        cache: MutableMapping[str, Any] | None,
-        key: str,
+        ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], cache: MutableMapping[str, Any] | None, key: str
     ) -> Tensor:
-        ctx.collective, ctx.group = collective, group
+        ctx.function = function
         if cache is None:
-            return collective(x, group).wait()
+            return function(x)
         if key not in cache:
-            cache[key] = collective(x, group).wait()
+            cache[key] = function(x)
         return cache[key].detach()  # autograd makes what is returned part of its graph
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.collective(grad, ctx.group).wait(), None, None, None, None
+        return ctx.function(grad), None, None, None
 
 
 @lru_cache(maxsize=64)  # one call per group

@@ -14,7 +14,7 @@ from ..ops.cross_entropy import IGNORE_INDEX
 from .batch import normalize_batch
 from .collectives import check_group, group_rank, world_size
 from .layout import check_length, get_layout, shard
-from .linear.attention import PendingLinearAttention, get_linear_strategy, linear_attention, start_linear_attention
+from .linear.attention import PendingLinearAttention, get_linear_strategy, start_linear_attention
 from .softmax.attention import get_softmax_strategy, softmax_attention
 
 
@@ -89,9 +89,9 @@ class SequenceParallelContext:
 
     def positions(self, tokens: int, device: torch.device | None = None) -> Tensor:
         """Global positions `[C]` of this rank's `tokens` local ones, padding included."""
-        ranks, total = self.world_size, tokens * self.world_size
-        check_length(tokens, ranks, self._resolved_layout(), total)
-        spans = get_layout(self._resolved_layout(), ranks).spans(self.rank, ranks, total, total)
+        ranks, total, layout = self.world_size, tokens * self.world_size, self._resolved_layout()
+        check_length(tokens, ranks, layout, total)
+        spans = get_layout(layout, ranks).spans(self.rank, ranks, total, total)
         return torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])
 
     @property
@@ -107,11 +107,6 @@ class SequenceParallelContext:
         return start_linear_attention(
             k, v, group=self.group, strategy=self.config.linear, layout=self._resolved_layout(), **options
         )
-
-    def linear_attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """`sequence_parallel.linear_attention` with this context's group, strategy and layout."""
-        layout = self._resolved_layout()
-        return linear_attention(q, k, v, group=self.group, strategy=self.config.linear, layout=layout, **options)
 
     def softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """`sequence_parallel.softmax_attention` with this context's group, strategy and layout."""
@@ -139,16 +134,16 @@ class SequenceParallelContext:
             ValueError: there is padding to the left of a token, descriptions of documents contradict each other, or
                 shapes do not match.
         """
-        rule, ranks = get_layout(self._resolved_layout(), self.world_size), self.world_size
+        layout, ranks = self._resolved_layout(), self.world_size
+        rule = get_layout(layout, ranks)
         complete = normalize_batch(batch, causal=self.causal, padded=lambda length: rule.padded(length, ranks))
-        local = {name: self._cut(name, x) for name, x in complete.sequences.items()}
+        local = dict(complete.uncut)
+        for name, x in complete.sequences.items():
+            padding = IGNORE_INDEX if name in ("labels", "shift_labels") else 0
+            local[name] = shard(x, group=self.group, layout=layout, padding=padding).contiguous()
         if complete.edges is not None:
             local["cu_seq_lens_q"] = local["cu_seq_lens_k"] = complete.edges
-        return {**complete.uncut, **local}
-
-    def _cut(self, name: str, x: Tensor) -> Tensor:
-        padding = IGNORE_INDEX if name in ("labels", "shift_labels") else 0
-        return shard(x, group=self.group, dim=1, layout=self._resolved_layout(), padding=padding).contiguous()
+        return local
 
 
 def _no_context() -> None:

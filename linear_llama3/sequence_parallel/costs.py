@@ -21,7 +21,7 @@ The planner of adaptive groups (`planner/`) uses the same formulas with the meas
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import sqrt
@@ -45,6 +45,10 @@ class LinkSpeed(NamedTuple):
 
     latency: float  # seconds
     bandwidth: float  # bytes a second
+
+    def seconds(self, messages: float, size: float) -> float:
+        """The time of messages one after another, of `size` bytes in total."""
+        return messages * self.latency + size / self.bandwidth
 
 
 LINKS = {
@@ -79,16 +83,12 @@ class Sizes:
         return "gpus of one node" if self.nodes == 1 else "nodes with gpus"
 
 
-def sizes_of(
-    q: Tensor,
-    v: Tensor,
-    shard: SequenceShard,
-    group: dist.ProcessGroup,
-    *,
-    decays: bool = False,
-    recomputed: bool = False,
-) -> Sizes:
-    """Sizes for the cost model from q `[B, n, H_q, D_k]` and v `[B, n, H_kv, D_v]`; the same on every rank."""
+def sizes_of(q: Tensor, v: Tensor, shard: SequenceShard, group: dist.ProcessGroup, **flags: bool) -> Sizes:
+    """Sizes for the cost model from q `[B, n, H_q, D_k]` and v `[B, n, H_kv, D_v]`; the same on every rank.
+
+    Args:
+        flags: `decays` or `recomputed`.
+    """
     return Sizes(
         batch=q.shape[0],
         tokens=shard.local,
@@ -100,9 +100,8 @@ def sizes_of(
         ranks=shard.ranks,
         nodes=number_of_nodes(group, q.device),
         chunks_per_rank=shard.layout.chunks_per_rank,
-        decays=decays,
-        recomputed=recomputed,
         gpu=q.device.type != "cpu",
+        **flags,
     )
 
 
@@ -126,28 +125,25 @@ def linear_costs(sizes: Sizes, link: LinkSpeed | None = None) -> dict[str, Cost]
     Args:
         link: between the ranks; default: that of `LINKS` which the sizes name.
     """
-    s, ranks, links = sizes, sizes.ranks, sizes.chunks_per_rank
-    latency, bandwidth = link or LINKS[s.link]
+    s, ranks, links, link = sizes, sizes.ranks, sizes.chunks_per_rank, link or LINKS[sizes.link]
     bare = s.batch * s.kv_heads * s.key_dim * s.value_dim * FLOAT32
     state = bare + s.batch * s.kv_heads * s.key_dim * FLOAT32 * s.decays
     hops = links * (ranks - 1)  # between ranks: what folds from chunk to chunk on a rank is free
     blocks = number_of_blocks(bare, rows=s.key_dim, hops=links * ranks - 1)
-    both_ways = (state + bare) * links * (ranks - 1) / ranks
-    return {
-        "lasp1": _same_both_ways(hops * bare / ranks, hops * (latency + bare / bandwidth)),
-        "lasp2": _same_both_ways((ranks - 1) * links * state, latency + (ranks - 1) * links * state / bandwidth),
-        "all_scan": _same_both_ways(hops * bare / ranks, (hops - 1 + blocks) * (latency + bare / blocks / bandwidth)),
-        "all_to_all": _same_both_ways(both_ways, 2 * latency + both_ways / bandwidth),
+    block_hops = hops - 1 + blocks
+    both_ways = (state + bare) * hops / ranks
+    one_pass = {
+        "lasp1": (hops * bare / ranks, link.seconds(hops, hops * bare)),
+        "lasp2": (hops * state, link.seconds(1, hops * state)),
+        "all_scan": (hops * bare / ranks, link.seconds(block_hops, block_hops * bare / blocks)),
+        "all_to_all": (both_ways, link.seconds(2, both_ways)),
     }
+    return {name: Cost(sent, sent, seconds, seconds) for name, (sent, seconds) in one_pass.items()}
 
 
 def number_of_blocks(size: int, *, rows: int, hops: int) -> int:
     """K of All-Scan (`linear/all_scan.py`) for a state of `size` bytes with D_k = `rows`."""
     return max(1, min(rows, round(sqrt((hops - 1) * size / LATENCY_BYTES))))
-
-
-def _same_both_ways(sent: float, seconds: float) -> Cost:
-    return Cost(sent, sent, seconds, seconds)
 
 
 def softmax_costs(sizes: Sizes, link: LinkSpeed | None = None) -> dict[str, Cost]:
@@ -156,33 +152,18 @@ def softmax_costs(sizes: Sizes, link: LinkSpeed | None = None) -> dict[str, Cost
     Args:
         link: as of `linear_costs`.
     """
-    s, ranks = sizes, sizes.ranks
-    latency, bandwidth = link = link or LINKS[s.link]
-    rows, hops = s.batch * s.tokens, ranks - 1
-    keys_values = rows * s.kv_heads * (s.key_dim + s.value_dim)  # elements of a rank's K and V
+    s, ranks, hops, link = sizes, sizes.ranks, sizes.ranks - 1, link or LINKS[sizes.link]
+    rows = s.batch * s.tokens
+    keys_values = hops * rows * s.kv_heads * (s.key_dim + s.value_dim)  # numbers that a rank sends of its K and V
+    once, gradients, again = keys_values * s.element, keys_values * FLOAT32, int(s.recomputed)
     # Of the rows that go round a complete ring, the causal mask leaves half or, on the zigzag layout, three quarters;
     # but on the contiguous one the rank before the last forwards all of them.
     mean, busiest = (0.5, 1.0) if s.chunks_per_rank == 1 else (0.75, 0.75)
-    again = hops * keys_values * s.element * s.recomputed
+    ring_link = LinkSpeed(link.latency, link.bandwidth * mean / busiest)
     costs = {
-        "lasp2h": _cost(
-            hops * keys_values * s.element,
-            again + hops * keys_values * FLOAT32,
-            messages=(1, 1 + s.recomputed),
-            link=link,
-        ),
-        "rsa": _cost(
-            hops * keys_values * s.element,
-            again + hops * keys_values * (s.element + FLOAT32),
-            messages=(2 * hops, 2 * hops * (1 + s.recomputed) + 1),
-            link=link,
-        ),
-        "ring": _cost(
-            mean * hops * keys_values * s.element,
-            mean * hops * keys_values * (s.element + FLOAT32),
-            messages=(ranks, ranks),
-            link=LinkSpeed(latency, bandwidth * mean / busiest),
-        ),
+        "lasp2h": _cost(link, (1, once), (1 + again, again * once + gradients)),
+        "rsa": _cost(link, (2 * hops, once), (2 * hops * (1 + again) + 1, (1 + again) * once + gradients)),
+        "ring": _cost(ring_link, (ranks, mean * once), (ranks, mean * (once + gradients))),
     }
     # TokenRing: queries one way, results the other
     query, result = rows * s.q_heads * s.key_dim, rows * s.q_heads * (s.value_dim + 1) * FLOAT32
@@ -190,38 +171,35 @@ def softmax_costs(sizes: Sizes, link: LinkSpeed | None = None) -> dict[str, Cost
     costs["token_ring"] = Cost(
         mean * hops * (query * s.element + result),
         mean * hops * (bundle + query * FLOAT32),
-        ranks * latency + busiest * hops * max(query * s.element, result) / bandwidth,
-        ranks * latency + busiest * hops * max(bundle, query * FLOAT32) / bandwidth,
+        link.seconds(ranks, busiest * hops * max(query * s.element, result)),
+        link.seconds(ranks, busiest * hops * max(bundle, query * FLOAT32)),
     )
     if s.q_heads % ranks == 0 and (s.kv_heads % ranks == 0 or ranks % s.kv_heads == 0):
-        heads = max(s.kv_heads, ranks)
-        features = s.q_heads * (s.key_dim + s.value_dim) + heads * (s.key_dim + s.value_dim)
-        moved = hops / ranks * rows * features * s.element
-        costs["ulysses"] = _cost(moved, moved, messages=(2, 2), link=link)
+        heads = s.q_heads + max(s.kv_heads, ranks)
+        moved = hops / ranks * rows * heads * (s.key_dim + s.value_dim) * s.element
+        costs["ulysses"] = _cost(link, (2, moved), (2, moved))
     return costs
 
 
-def _cost(forward: float, backward: float, *, messages: tuple[int, int], link: LinkSpeed) -> Cost:
-    """messages: one after another, in the forward and in the backward pass."""
-    (latency, bandwidth), (before, after) = link, messages
-    return Cost(forward, backward, before * latency + forward / bandwidth, after * latency + backward / bandwidth)
-
-
-def choose_linear(sizes: Sizes, *, log: bool) -> str:
-    """The strategy that `strategy="auto"` stands for in a linear layer."""
-    return _choose("linear", sizes, log)
-
-
-def choose_softmax(sizes: Sizes, *, log: bool) -> str:
-    """The strategy that `strategy="auto"` stands for in a softmax layer."""
-    return _choose("softmax", sizes, log)
+def _cost(link: LinkSpeed, forward: tuple[int, float], backward: tuple[int, float]) -> Cost:
+    """The cost of two passes, each (messages one after another, bytes)."""
+    return Cost(forward[1], backward[1], link.seconds(*forward), link.seconds(*backward))
 
 
 @lru_cache(maxsize=256)  # and so one line in the log for every new choice
-def _choose(kind: str, sizes: Sizes, log: bool) -> str:
-    model: Mapping[str, Callable[[Sizes], dict[str, Cost]]] = {"linear": linear_costs, "softmax": softmax_costs}
-    costs = model[kind](sizes)
-    left_out = _unsuitable(sizes, costs) if kind == "softmax" else {}
+def choose_linear(sizes: Sizes, *, log: bool) -> str:
+    """The strategy that `strategy="auto"` stands for in a linear layer."""
+    return _cheapest("linear", sizes, linear_costs(sizes), {}, log)
+
+
+@lru_cache(maxsize=256)
+def choose_softmax(sizes: Sizes, *, log: bool) -> str:
+    """The strategy that `strategy="auto"` stands for in a softmax layer."""
+    costs = softmax_costs(sizes)
+    return _cheapest("softmax", sizes, costs, _unsuitable(sizes, costs), log)
+
+
+def _cheapest(kind: str, sizes: Sizes, costs: Mapping[str, Cost], left_out: Mapping[str, str], log: bool) -> str:
     best = min((name for name in costs if name not in left_out), key=lambda name: costs[name].seconds)
     if log:
         estimates = ", ".join(f"{name} {1e3 * cost.seconds:.3g} ms" for name, cost in costs.items())

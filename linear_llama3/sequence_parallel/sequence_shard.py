@@ -16,26 +16,11 @@ from .layout import Layout, check_length, get_layout
 
 
 class LocalChunk(NamedTuple):
-    """A chunk of the layout on this rank: the documents [first, stop) of the rank's local ones."""
+    """A chunk of the layout on this rank, by the rank's local documents in it."""
 
-    first: int
-    stop: int  # equal to `first` where the chunk holds no token
-    continues_previous: bool  # its first document began in an earlier chunk
-
-    @property
-    def opening(self) -> int | None:
-        """The document that continues from an earlier chunk."""
-        return self.first if self.continues_previous else None
-
-    @property
-    def closing(self) -> int | None:
-        """The last document, which may continue in a later chunk."""
-        return self.stop - 1 if self.stop > self.first else None
-
-    @property
-    def passes_states_through(self) -> bool:
-        """True if no document starts here, so that a state that enters also leaves."""
-        return self.stop - self.first <= self.continues_previous
+    opening: int | None  # the document that continues from an earlier chunk
+    closing: int | None  # the last document, which may continue in a later chunk; None without tokens
+    passes_states_through: bool  # no document starts here, so that a state that enters also leaves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +59,12 @@ class SequenceShard:
     def chunks(self) -> tuple[LocalChunk, ...]:
         """This rank's chunks, in the order in which it holds them."""
         chunks, first = [], 0
-        for span in self.spans:
-            stop = first + len(self._cuts(span)) - 1
-            chunks.append(LocalChunk(first, stop, span[0] < span[1] and span[0] not in self.documents))
-            first = stop
+        for start, stop in self.spans:
+            pieces = len(self._cuts((start, stop))) - 1
+            continues = start < stop and start not in self.documents
+            opening, closing = first if continues else None, first + pieces - 1 if pieces else None
+            chunks.append(LocalChunk(opening, closing, passes_states_through=pieces <= continues))
+            first += pieces
         return tuple(chunks)
 
     @property

@@ -1,8 +1,12 @@
-"""Random inputs of attention and the comparison of a run with its definition."""
+"""Random inputs of attention and the comparison of a run with its definition.
+
+Tensors by name are `dict[str, Any]` where tests pass them on as keywords.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +36,7 @@ class Case:
     value_dim: int = 3
     dtype: torch.dtype = torch.float64
 
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Any]:
         """q, k, v, log_decay and initial_state where there are, the upstream gradient `w`; always the same."""
         generator = torch.Generator().manual_seed(self.tokens)
 
@@ -56,14 +60,19 @@ class Case:
         return None if self.documents is None else torch.tensor(self.documents, dtype=torch.int32)
 
 
-def leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def leaves(inputs: dict[str, Tensor]) -> dict[str, Any]:
     """The inputs that have a gradient."""
     return {name: x.clone().requires_grad_() for name, x in inputs.items() if name != "w"}
 
 
+def on_all_ranks(layout: str = "contiguous") -> dict[str, Any]:
+    """Keywords of a call on all ranks."""
+    return {"group": dist.group.WORLD, "layout": layout}
+
+
 def shards(
     inputs: dict[str, Tensor], *, group: dist.ProcessGroup | None = None, layout: str = "contiguous"
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """This rank's part of all inputs that have tokens; padding holds nan, that of the upstream gradient `w` zeros.
 
     group: default: all ranks.

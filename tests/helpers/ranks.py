@@ -41,7 +41,7 @@ def strided_group() -> Any:
 def preloaded_context() -> Any:
     """Makes processes that have torch imported already, forks of one that does nothing else."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "transformers", "accelerate"])
+    context.set_forkserver_preload(["torch.distributed", "linear_llama3.trainer", "datasets"])
     return context
 
 

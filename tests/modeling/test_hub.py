@@ -152,7 +152,7 @@ def test_a_saved_model_has_a_valid_card(tmp_path: Path) -> None:
     assert "# my-model\n" in card.text and 'AutoModelForCausalLM.from_pretrained("my-model")' in card.text
     assert f"| parameters | {sum(p.numel() for p in model.parameters()):,} |" in card.text
     assert (
-        "in 2 of 4 layers\n(LNLN;" in card.text
+        "in 2 of 4 layers\n(2 x LN;" in card.text
         and "| 2 x 8 x 8 float32 |" in card.text
         and "Not recorded." in card.text
     )

@@ -19,7 +19,7 @@ from linear_llama3.sequence_parallel import (
     enable_sequence_parallel,
     unshard,
 )
-from linear_llama3.sequence_parallel.traffic import Traffic
+from scripts.traffic import Traffic
 from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed
 from tests.helpers.sharded import Result, assert_sharded_equals

@@ -70,3 +70,13 @@ def test_one_token_is_traced() -> None:
     variables = inputs("channel", 1)
     for name, got in run(compiled, variables).items():
         torch.testing.assert_close(got, run(linear_attention, variables, backend="recurrent")[name], msg=name)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_shapes_without_storage(gate: str) -> None:
+    """On torch's meta device, forward and backward."""
+    variables: dict[str, Any] = {name: x.to("meta").requires_grad_() for name, x in inputs(gate, 1100).items()}
+    out, state = linear_attention(**variables, output_final_state=True)
+    assert out.shape == (2, 1100, 4, 6) and state is not None and state.shape == (2, 2, 8, 6)
+    gradients = torch.autograd.grad((out.sum() + state.sum()), list(variables.values()))
+    assert [x.shape for x in gradients] == [x.shape for x in variables.values()]

@@ -121,6 +121,7 @@ def test_the_graph_can_be_kept_and_hooks_see_complete_gradients() -> None:
     layer.weight.register_hook(lambda gradient: seen.append(gradient.clone()))
     loss = chunked_cross_entropy(x, y, layer, vocab_size=VOCAB)
     loss.backward(retain_graph=True)
+    assert layer.weight.grad is not None
     once = layer.weight.grad.clone()
     loss.backward()
     torch.testing.assert_close(layer.weight.grad, 2 * once, rtol=0, atol=0)

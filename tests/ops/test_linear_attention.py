@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from linear_llama3.ops import linear_attention
 from tests.helpers.attention_cases import GATES, Case, leaves, relative_error
@@ -153,6 +156,25 @@ def test_only_some_inputs_learn(gate: str, backend: str) -> None:
             assert relative_error(a, b) < 1e-5, learning
 
 
+@slow_unless(lambda backend, gate: gate == "scalar", backend=("chunked", "triton"), gate=GATES)
+def test_gradients_of_the_final_state_alone(gate: str, backend: str) -> None:
+    """Nothing flows through the outputs; with gradient checkpointing, which allows one look at saved tensors."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("kernels are compiled there: test_triton_gpu.py")
+    variables = leaves({n: x.float() for n, x in Case(tokens=70, gate=gate, initial_state=True).inputs().items()})
+
+    def gradients(backend: str) -> tuple[Tensor, ...]:
+        attend = functools.partial(linear_attention, output_final_state=True, backend=backend)
+        _, state = checkpoint(attend, **variables, use_reentrant=False)
+        learned = [x for name, x in variables.items() if name != "q"]
+        return torch.autograd.grad(state.square().sum(), learned)
+
+    for got, expected in zip(gradients(backend), gradients("recurrent"), strict=True):
+        assert relative_error(got, expected) < 1e-5
+
+
 def test_autocast_does_not_round_the_inside() -> None:
     inputs = {n: x.float() for n, x in Case(tokens=200, gate="scalar", strength=0.01).inputs().items() if n != "w"}
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -223,7 +245,7 @@ def test_documents_without_tokens(backend: str, with_state: bool, normalize: boo
     learnt = [x for x in (q, k, v, log_decay, initial) if x is not None]
     outs, states = [], []
     for n, (start, stop) in enumerate(itertools.pairwise(edges)):
-        state = torch.zeros(1, 2, 3, 3 + normalize).double() if initial is None else initial[n : n + 1]
+        state: Tensor | None = torch.zeros(1, 2, 3, 3 + normalize).double() if initial is None else initial[n : n + 1]
         if start < stop:
             part = [x[:, start:stop] for x in (q, k, v)]
             out, state = linear_attention(
@@ -231,17 +253,17 @@ def test_documents_without_tokens(backend: str, with_state: bool, normalize: boo
                 output_final_state=True, backend="recurrent",
             )  # fmt: skip
             outs.append(out)
+        assert state is not None
         states.append(state)
     expected = torch.cat(outs, 1), torch.cat(states)
-    got = linear_attention(
+    out, state = linear_attention(
         q, k, v, log_decay=log_decay, normalize=normalize, initial_state=initial, output_final_state=True,
         cu_seqlens=torch.tensor(edges), backend=backend,
     )  # fmt: skip
+    assert state is not None
+    got = out, state
     weights = [torch.randn_like(x) for x in expected]
-    gradients = []
-    for results in (got, expected):
-        loss = sum((x * weight).sum() for x, weight in zip(results, weights, strict=True))
-        gradients.append(torch.autograd.grad(loss, learnt))
+    gradients = [torch.autograd.grad(results, learnt, weights) for results in (got, expected)]
     for found, definition in zip([*got, *gradients[0]], [*expected, *gradients[1]], strict=True):
         torch.testing.assert_close(found, definition, rtol=1e-10, atol=1e-10)
     assert linear_attention(q, k, v, cu_seqlens=torch.tensor(edges), backend=backend)[1] is None
@@ -259,7 +281,7 @@ def test_causal() -> None:
     assert not torch.allclose(before[:, 60:], after[:, 60:])
 
 
-def arguments(**changes: object) -> dict[str, object]:
+def arguments(**changes: Any) -> dict[str, Any]:
     x = torch.ones(1, 4, 2, 3)
     return {"q": x, "k": x, "v": x} | changes
 
@@ -290,6 +312,6 @@ def arguments(**changes: object) -> dict[str, object]:
         ({"backend": "cuda"}, "backend must be 'auto' or one of .*got 'cuda'"),
     ],
 )
-def test_refusals(changes: dict[str, object], message: str) -> None:
+def test_refusals(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        linear_attention(**arguments(**changes))  # type: ignore[arg-type]
+        linear_attention(**arguments(**changes))

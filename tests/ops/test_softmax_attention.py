@@ -95,11 +95,11 @@ def test_fused_and_plain_kernels_agree(tile: Tile, monkeypatch: pytest.MonkeyPat
     q, k, v, d_out = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     out, lse = kernels.attend(q, k, v, tile, 0.3)
     seen = torch.where(lse == -torch.inf, torch.inf, lse)
-    gradients = kernels.attend_backward(q, out, seen, d_out, k, v, tile, 0.3)
+    gradients = kernels.attend_backward(q, k, v, out, seen, d_out, tile, 0.3)
     monkeypatch.setattr(kernels, "_flash_on_cpu", lambda q, v: False)
     for got, expected in zip(kernels.attend(q, k, v, tile, 0.3), (out, lse), strict=True):
         assert torch.allclose(got, expected, atol=1e-12)
-    for got, expected in zip(kernels.attend_backward(q, out, seen, d_out, k, v, tile, 0.3), gradients, strict=True):
+    for got, expected in zip(kernels.attend_backward(q, k, v, out, seen, d_out, tile, 0.3), gradients, strict=True):
         assert torch.allclose(got, expected, atol=1e-12)
 
 
@@ -121,7 +121,7 @@ def test_cuda_operators_take_what_they_are_given(monkeypatch: pytest.MonkeyPatch
     k, v = (torch.empty(2, 6, 2, 64, device="meta", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
     out, lse = kernels.attend(q, k, v, tile, 0.3)
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
-    gradients = kernels.attend_backward(q, out.float(), lse, d_out.float(), k, v, tile, 0.3)
+    gradients = kernels.attend_backward(q, k, v, out.float(), lse, d_out.float(), tile, 0.3)
     assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
 
 

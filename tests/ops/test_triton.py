@@ -13,20 +13,21 @@ import sys
 import weakref
 from collections.abc import Iterator
 from itertools import pairwise, product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from linear_llama3.ops import linear_attention
-from linear_llama3.ops.local_passes import LocalDocuments
 from tests.helpers.attention_cases import GATES, Case, relative_error
 from tests.helpers.marks import slow_unless
 from tests.ops.test_linear_attention import documents_of, run
 
 pytest.importorskip("triton")
 
-from linear_llama3.ops.triton import launch, op, passes, segments  # noqa: F401  (op registers itself)
+from linear_llama3.ops.triton import launch, segments
+from linear_llama3.ops.triton.merge import CONTINUE, NOTHING, ZERO, MergeStep, merge_steps
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="with a GPU the kernels are compiled")
 
@@ -197,7 +198,7 @@ def test_decoding_continues_a_prefill(gate: str, groups: int) -> None:
     inputs = {name: x for name, x in case.inputs().items() if name != "w"}
     complete, end = linear_attention(**inputs, output_final_state=True, backend="triton")
 
-    def part(start: int, stop: int) -> dict[str, Tensor]:
+    def part(start: int, stop: int) -> dict[str, Any]:
         return {name: x if x.dim() == 1 else x[:, start:stop] for name, x in inputs.items()}
 
     _, state = linear_attention(**part(0, 66), output_final_state=True, backend="triton")
@@ -213,17 +214,24 @@ def test_merge_is_the_fold() -> None:
     """Against the recurrence written out, with restarts, pieces left out, and rows longer than V (the message of
     another device, whose last column is the decay)."""
     message = torch.randn(4, 2, 3, 5, 8)
-    states, factors, initial = message[..., :-1], message[..., -1].sigmoid(), torch.randn(2, 2, 3, 5, 7)
-    steps = [(0, 0, -1), (2, 1, -2), (1, -1, -2), (-1, 2, -2), (3, 3, 1), (-1, 4, -2)]
+    states, decays, initial = message[..., :-1], message[..., -1].sigmoid(), torch.randn(2, 2, 3, 5, 7)
+    steps = [
+        MergeStep(fold=0, store=0, start=ZERO),
+        MergeStep(fold=2, store=1),
+        MergeStep(fold=1),
+        MergeStep(store=2),
+        MergeStep(fold=3, store=3, start=1),
+        MergeStep(store=4),
+    ]
     expected, x = {}, torch.zeros(2, 3, 5, 7)
-    for source, target, start in steps:
-        if start != -2:
-            x = initial[start] if start >= 0 else torch.zeros_like(x)
-        if target >= 0:
-            expected[target] = x
-        if source >= 0:
-            x = factors[source].unsqueeze(-1) * x + states[source]
-    got = launch.merge(states, factors, torch.tensor(steps, dtype=torch.int32), 5, initial)
+    for fold, store, start in steps:
+        if start != CONTINUE:
+            x = initial[start] if start != ZERO else torch.zeros_like(x)
+        if store != NOTHING:
+            expected[store] = x
+        if fold != NOTHING:
+            x = decays[fold].unsqueeze(-1) * x + states[fold]
+    got = launch.merge(states, decays, merge_steps(steps, states.device), 5, initial)
     assert got.shape == (2, 5, 3, 5, 7)
     for target, state in expected.items():
         assert torch.equal(got[:, target], state), target
@@ -233,16 +241,15 @@ def test_what_is_forgotten_may_be_anything() -> None:
     """0 * nan is nan, but a document that is over has nothing to say."""
     states = torch.full((2, 1, 1, 2, 2), torch.nan)
     states[1] = 1.0
-    factors = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1).expand(2, 1, 1, 2)
-    steps = torch.tensor([(0, -1, -1), (1, -1, -2), (-1, 0, -2)], dtype=torch.int32)
-    assert torch.equal(launch.merge(states, factors, steps, 1)[:, 0], torch.ones(1, 1, 2, 2))
+    decays = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1).expand(2, 1, 1, 2)
+    steps = merge_steps([MergeStep(fold=0, start=ZERO), MergeStep(fold=1), MergeStep(store=0)], states.device)
+    assert torch.equal(launch.merge(states, decays, steps, 1)[:, 0], torch.ones(1, 1, 2, 2))
 
 
 def test_decay_sums_restart_in_every_chunk() -> None:
     log_decay = -torch.rand(2, 150, 3)
     k, v = torch.randn(2, 150, 3, 16), torch.randn(2, 150, 3, 16)
-    launcher = launch.Launcher(k, v, log_decay)
-    passes.cut_into_segments(launcher, LocalDocuments.complete((0, 70, 150)))
+    launcher = launch.Launcher(k, v, log_decay, (0, 70, 150))
     edges = [*range(0, 70, launcher.chunk), *range(70, 150, launcher.chunk), 150]
     for start, stop in pairwise(edges):
         expected = log_decay[:, start:stop].double().cumsum(1) / math.log(2)
@@ -260,7 +267,7 @@ def test_compiles_without_a_break(gate: str, packed: bool, initial: bool) -> Non
     )  # fmt: skip
     variables = {name: x.requires_grad_() for name, x in case.inputs().items() if name != "w"}
 
-    def both(q: Tensor, **rest: Tensor) -> tuple[Tensor, Tensor]:
+    def both(q: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
         out, state = linear_attention(
             q * 2, **rest, cu_seqlens=case.cu_seqlens(), output_final_state=True, backend="triton"
         )
@@ -292,7 +299,7 @@ def test_the_op_is_registered_as_torch_expects(transposed: bool, documents: tupl
         inputs = {n: x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in inputs.items()}
     names = ("q", "k", "v", "log_decay", "initial_state")
     tensors = [inputs[name].requires_grad_() if name in inputs else None for name in names]
-    arguments = (*tensors, case.cu_seqlens(), 0.3, True, torch.float32)
+    arguments = (*tensors, case.cu_seqlens(), 0.3, True, torch.float32, "triton")
     registered = torch.ops.linear_llama3.linear_attention.default
     torch.library.opcheck(registered, arguments)
     assert torch.Tag.cudagraph_unsafe in registered.tags
@@ -300,7 +307,7 @@ def test_the_op_is_registered_as_torch_expects(transposed: bool, documents: tupl
 
 def test_one_token_of_one_document() -> None:
     inputs = {name: x for name, x in Case(tokens=1, batch=3, dtype=torch.float32).inputs().items() if name != "w"}
-    with pytest.raises(ValueError, match="cu_seqlens of one token must be"):
+    with pytest.raises(ValueError, match="cu_seqlens packs documents in a batch of 1, got a batch of 3"):
         linear_attention(**inputs, cu_seqlens=torch.tensor([0, 1]), backend="triton")
 
 
@@ -332,8 +339,8 @@ def test_tables_go_with_their_segments() -> None:
         ({"batch": 4096, "heads": 16, "key_dim": 2, "value_dim": 2}, "takes B \\* H_kv up to 65535, got 4096 \\* 16"),
     ],
 )
-def test_what_it_cannot_serve_is_refused(changes: dict[str, object], message: str) -> None:
-    case = Case(tokens=4, **{"dtype": torch.float32, **changes})  # type: ignore[arg-type]
+def test_what_it_cannot_serve_is_refused(changes: dict[str, Any], message: str) -> None:
+    case = Case(tokens=4, **{"dtype": torch.float32, **changes})
     with pytest.raises(ValueError, match=message):
         run(case, "triton")
 

@@ -10,9 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ RUNS = [(name, torch.bfloat16) for name in CASES]
 RUNS += [(name, x) for name in ("D64_grouped", "D128", "D256", "packed") for x in (torch.float16, torch.float32)]
 
 
-def made(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+def made(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     """On the device; gates and states in float32 at least, as models make them."""
     wide = {"log_decay": torch.promote_types(dtype, torch.float32)}
     wide["initial_state"] = wide["log_decay"]
@@ -134,10 +135,10 @@ def test_compiles_in_one_graph(name: str, gate: str) -> None:
     inputs, cu_seqlens = made(case, HALF), edges(case)
     w = inputs.pop("w")
 
-    def attend(variables: dict[str, Tensor]) -> Tensor:
+    def attend(variables: dict[str, Any]) -> Tensor:
         return linear_attention(**variables, cu_seqlens=cu_seqlens, backend="triton")[0]
 
-    def out_and_gradients(function) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    def out_and_gradients(function: Callable[[dict[str, Any]], Tensor]) -> list[Tensor]:
         variables = leaves(inputs)
         out = function(variables)
         return [out, *torch.autograd.grad(out, list(variables.values()), w)]

@@ -12,14 +12,15 @@ import pytest
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[2]
 SHARED_KIB = {"sm_80": 99, "sm_90": 227}  # of a block; 163 on an A100, 99 on consumer GPUs of its generation
 PRODUCTS = ("state_scan", "output", "backward")
 
 
 def report(*options: str) -> list[dict[str, str]]:
     """The rows of the table, by column. It runs in a separate process, since this one interprets the kernels."""
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).parents[2] / "scripts/kernel_report.py"), *options]
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "scripts/kernel_report.py"), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     cells = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in done.stdout.splitlines()]

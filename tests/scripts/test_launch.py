@@ -182,8 +182,8 @@ class Dies(TrainerCallback):
             open(died, "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
 
-def build(recipe, build_trainer=program.build_trainer):
-    trainer = build_trainer(recipe)
+def build(recipe, args, build_trainer=program.build_trainer):
+    trainer = build_trainer(recipe, args)
     trainer.add_callback(Dies())
     return trainer
 

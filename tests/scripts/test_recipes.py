@@ -102,7 +102,8 @@ def training_targets(folder: str) -> list[str]:
     os.chdir(folder)
     reset_accelerate()
     datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
-    trainer = build_trainer(load_recipe("scripts/recipes/sft.yaml", [*SMALL, "training.output_dir=runs/learnt"]))
+    recipe = load_recipe("scripts/recipes/sft.yaml", [*SMALL, "training.output_dir=runs/learnt"])
+    trainer = build_trainer(recipe, recipe.training_arguments())
     tokenizer, found = trainer.processing_class, []
     for row in trainer.train_dataset:
         stretch: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from linear_llama3.sequence_parallel import (
     softmax_attention,
 )
 from linear_llama3.sequence_parallel.costs import GATHERED_LIMIT, Sizes, choose_linear, choose_softmax, linear_costs
-from tests.helpers.attention_cases import Case
+from tests.helpers.attention_cases import Case, on_all_ranks
 from tests.helpers.ranks import run_distributed
 from tests.helpers.tiny import tiny_model, tokens
 
@@ -37,7 +38,7 @@ LLAMA_8B = Sizes(
         ({"ranks": 2, "batch": 64, "nodes": 2, "chunks_per_rank": 1}, "lasp1"),
     ],
 )
-def test_linear_layers(change: dict[str, int], expected: str) -> None:
+def test_linear_layers(change: dict[str, Any], expected: str) -> None:
     sizes = replace(LLAMA_8B, **change)
     costs = linear_costs(sizes)
     assert choose_linear(sizes, log=False) == expected
@@ -54,7 +55,7 @@ def test_linear_layers(change: dict[str, int], expected: str) -> None:
         ({"ranks": 3, "kv_heads": 32, "nodes": 3}, "lasp2h"),
     ],
 )
-def test_softmax_layers(change: dict[str, int], expected: str) -> None:
+def test_softmax_layers(change: dict[str, Any], expected: str) -> None:
     assert choose_softmax(replace(LLAMA_8B, **change), log=False) == expected
 
 
@@ -70,8 +71,8 @@ def test_the_choice_and_its_reasons_are_logged(caplog: pytest.LogCaptureFixture)
 
 
 def auto_runs() -> tuple[float, float]:
-    case, where = Case(tokens=21, gate="scalar", groups=2), {"group": dist.group.WORLD, "layout": "zigzag"}
-    local = {n: shard(x, **where) for n, x in case.inputs().items() if n != "w"}
+    case, where = Case(tokens=21, gate="scalar", groups=2), on_all_ranks("zigzag")
+    local: dict[str, Any] = {n: shard(x, **where) for n, x in case.inputs().items() if n != "w"}
     gate = local.pop("log_decay")
     linear = [linear_attention(**local, log_decay=gate, length=21, strategy=s, **where) for s in ("auto", "all_to_all")]
     softmax = [softmax_attention(**local, length=21, strategy=s, **where) for s in ("auto", "lasp2h")]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from linear_llama3.sequence_parallel import (
@@ -39,7 +40,7 @@ def there_and_back() -> list[str]:
             problems.append(f"{length}: not the sequence")
         weights = torch.arange(complete.numel()).view(complete.shape).double() + 1
         (joined * weights).sum().backward()  # the same loss on every rank
-        if not torch.equal(local.grad, shard(weights, group=dist.group.WORLD, dim=dim)):
+        if local.grad is None or not torch.equal(local.grad, shard(weights, group=dist.group.WORLD, dim=dim)):
             problems.append(f"{length}: gradient")
     return problems
 
@@ -169,8 +170,8 @@ X = torch.ones(1, 4, 2, 3)
 def use_groups() -> list[list[str]]:
     """The errors of each use on the last rank: for a group without it, a mesh, and a name."""
     mixed = partial(linformer_attention, X, X, X, torch.ones(2, 4), torch.ones(2, 4))
-    attention = [partial(op, X, X, X) for op in (linear_attention, softmax_attention)]
-    uses = [SequenceParallelContext, partial(shard, X), partial(unshard, X, length=4), mixed, *attention]
+    uses: list[Callable[..., object]] = [SequenceParallelContext, partial(shard, X), partial(unshard, X, length=4)]
+    uses += [mixed, *(partial(op, X, X, X) for op in (linear_attention, softmax_attention))]
     groups = [dist.new_group([0, 1]), init_device_mesh("cpu", (3,)), "cp"]
     return [[refusal(use, group) for use in uses] for group in groups] if dist.get_rank() == 2 else []
 
@@ -200,10 +201,10 @@ def test_groups_that_are_refused() -> None:
         ({"layout": "mail"}, "got 'mail'"),
     ],
 )
-def test_calls_that_are_refused(options: dict[str, object], message: str) -> None:
+def test_calls_that_are_refused(options: dict[str, Any], message: str) -> None:
     for attention in (linear_attention, softmax_attention):
         with pytest.raises(ValueError, match=message):
-            attention(X, X, X, group=None, **options)  # type: ignore[operator]
+            attention(X, X, X, group=None, **options)
 
 
 def test_sliding_window_needs_a_direction() -> None:
@@ -239,7 +240,7 @@ def test_recurrent_backend_is_for_one_device() -> None:
 
 def without_empty_documents(kind: str, layout: str) -> float:
     """Return the errors of output and gradients against edges without empty documents."""
-    attention = {"linear": linear_attention, "softmax": softmax_attention}[kind]
+    attention: Callable[..., Tensor] = linear_attention if kind == "linear" else softmax_attention
     found = []
     for edges in ([0, 0, 3, 3, 9, 14, 14], [0, 3, 9, 14]):
         torch.manual_seed(0)

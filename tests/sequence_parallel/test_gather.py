@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from linear_llama3.ops import linear_attention as one_device
 from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES, shard, start_linear_attention
 from linear_llama3.sequence_parallel.gather import gather_to_rank, send_final_state
-from linear_llama3.sequence_parallel.traffic import Traffic
+from scripts.traffic import Traffic
 from tests.helpers.attention_cases import GATES, Case, relative_error, shards
 from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed, strided_group
@@ -99,7 +101,7 @@ def gathered(layout: str, length: int, strided: bool) -> list[bool]:
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     complete = torch.arange(2 * 3 * length * 2).reshape(2, 3, length, 2) + 100 * (dist.get_rank() % 2 if strided else 0)
     part = shard(complete, group=group, dim=2, layout=layout, padding=-1)
-    where = {"group": group, "layout": layout}
+    where: dict[str, Any] = {"group": group, "layout": layout}
     last = 0 if layout == "zigzag" else ranks - 1
     right = []
     for dst in range(ranks):
@@ -130,7 +132,8 @@ def test_one_rank_gets_everything(ranks: int, strided: bool, layout: str) -> Non
 
 def test_one_rank_alone_keeps_what_it_has() -> None:
     x = torch.rand(2, 7, 3)
-    assert torch.equal(gather_to_rank(x, group=None, dst=0, length=5), x[:, :5])
+    gathered = gather_to_rank(x, group=None, dst=0, length=5)
+    assert gathered is not None and torch.equal(gathered, x[:, :5])
     assert send_final_state(x, group=None, dst=0, layout="zigzag") is x
 
 
@@ -142,7 +145,7 @@ def test_one_rank_alone_keeps_what_it_has() -> None:
         ({"exchange_cache": {}}, "got an exchange_cache; leave it out"),
     ],
 )
-def test_refused(options: dict[str, object], message: str) -> None:
+def test_refused(options: dict[str, Any], message: str) -> None:
     k = torch.rand(1, 4, 2, 8)
     with pytest.raises(ValueError, match=message):
         start_linear_attention(k, k, group=None, output_final_state=True, **options)

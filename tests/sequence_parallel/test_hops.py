@@ -35,23 +35,25 @@ class Losing:
         self.number, self.count = number, 0
 
     def __enter__(self) -> Losing:
-        self.transfer_wait, self.pending_wait = Transfer.wait, Pending.wait
-        losing = self
+        transfer_wait, pending_wait, losing = Transfer.wait, Pending.wait, self
 
         def wait_for_transfer(transfer: Transfer) -> Any:
             fresh = bool(transfer.works)
-            received = losing.transfer_wait(transfer)
+            received = transfer_wait(transfer)
             for x in received if fresh else ():
                 if x.numel():
                     losing.lose(x)
             return received
 
         def wait_for_collective(pending: Pending) -> Any:
-            result = losing.pending_wait(pending)
+            result = pending_wait(pending)
             losing.lose(result)
             return result
 
-        Transfer.wait, Pending.wait = wait_for_transfer, wait_for_collective  # type: ignore[method-assign]
+        waits = ((Transfer, wait_for_transfer), (Pending, wait_for_collective))
+        self.patches = [patch.object(kind, "wait", wait) for kind, wait in waits]
+        for method in self.patches:
+            method.start()
         return self
 
     def lose(self, x: Any) -> None:
@@ -60,7 +62,8 @@ class Losing:
         self.count += 1
 
     def __exit__(self, *_: object) -> None:
-        Transfer.wait, Pending.wait = self.transfer_wait, self.pending_wait  # type: ignore[method-assign]
+        for method in self.patches:
+            method.stop()
 
 
 @patch.object(costs, "LATENCY_BYTES", 1)  # a block for every row of the state

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from linear_llama3.ops import chunks
 from linear_llama3.ops import linear_attention as one_device
@@ -24,7 +27,7 @@ from linear_llama3.sequence_parallel import (
     softmax_attention,
     start_linear_attention,
 )
-from tests.helpers.attention_cases import GATES, Case, join, leaves, relative_error, shards
+from tests.helpers.attention_cases import GATES, Case, join, leaves, on_all_ranks, relative_error, shards
 from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed, strided_group
 
@@ -173,7 +176,8 @@ def test_strategies_agree_bit_by_bit(world_size: int, layout: str, latency_bytes
 
 def recompute_twice() -> tuple[int, float]:
     """A forward and its recomputation with one exchange_cache, as under gradient checkpointing."""
-    local, cache = leaves(shards(Case(tokens=24, gate="channel").inputs())), {}
+    local = leaves(shards(Case(tokens=24, gate="channel").inputs()))
+    cache: dict[str, Tensor] = {}
     with patch.object(collectives, "_all_gather", wraps=collectives._all_gather) as gather:
         outs = [linear_attention(**local, group=dist.group.WORLD, exchange_cache=cache) for _ in range(2)]
     return gather.call_count, (outs[0] - outs[1]).abs().max().item()
@@ -187,13 +191,16 @@ def test_recomputation_does_not_gather_again() -> None:
 
 def answered_late(strategy: str, layout: str) -> list[float]:
     """Return errors of attentions started before others get their queries, and after one that never gets any."""
-    case, where = Case(tokens=24, gate="channel"), {"group": dist.group.WORLD, "layout": layout}
+    case, where = Case(tokens=24, gate="channel"), on_all_ranks(layout)
     local = shards(case.inputs(), layout=layout)
     del local["w"]  # the weights of the loss
     expected = linear_attention(**local, strategy=strategy, **where)
     q, k, v = (local.pop(name) for name in "qkv")
     softmax = softmax_attention(q, k, v, strategy="ring", **where)
-    start = functools.partial(start_linear_attention, v=v, strategy=strategy, **where, **local)
+
+    def start(k: Tensor) -> Callable[[Tensor], Tensor]:
+        return start_linear_attention(k, v, strategy=strategy, **where, **local)
+
     start(k)  # never gets its queries, as after an error
     first, second = start(k), start(2 * k)
     outs = [(second(q), 2 * expected), (first(q), expected)]
@@ -226,8 +233,8 @@ def order_of_events(strategy: str) -> list[str]:
     """Record a forward and backward pass: the start of the scan, intra-chunk products, waiting."""
     events: list[str] = []
 
-    def recorded(name: str, function):
-        def call(*args, **kwargs):
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             events.append(name)
             return function(*args, **kwargs)
 
@@ -255,7 +262,7 @@ GATED = Case(tokens=300, gate="channel", key_dim=16, value_dim=16, strength=0.1)
 
 
 def low_precision(case: Case, strategy: str, layout: str) -> np.ndarray:
-    where = {"group": dist.group.WORLD, "layout": layout}
+    where = on_all_ranks(layout)
     local = leaves(shards(case.inputs(), **where))
     out = linear_attention(**local, length=case.tokens, strategy=strategy, normalize=case.normalize, **where)
     return out.detach().float().numpy()
@@ -283,7 +290,7 @@ def test_precision(case: Case, bound: float, strategy: str, layout: str) -> None
 
 def saved_elements(strategy: str, layout: str, tokens: int) -> int:
     """Numbers that a forward pass keeps for the backward pass, the inputs left out."""
-    case, where = Case(tokens=tokens, gate="scalar"), {"group": dist.group.WORLD, "layout": layout}
+    case, where = Case(tokens=tokens, gate="scalar"), on_all_ranks(layout)
     local = leaves(shards(case.inputs(), **where))
     kept: dict[int, int] = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.numel()}), lambda x: x):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="gloo shares tens
 
 
 def cases(gate: str) -> list[Case]:
-    sizes = {"gate": gate, "key_dim": 16, "value_dim": 8, "dtype": torch.float32, "strength": 0.1}
+    sizes: dict[str, Any] = {"gate": gate, "key_dim": 16, "value_dim": 8, "dtype": torch.float32, "strength": 0.1}
     return [
         Case(tokens=2, **sizes),  # ranks without a token
         Case(tokens=37, batch=2, groups=2, normalize=True, heads=1, **sizes),

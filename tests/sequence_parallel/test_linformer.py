@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from linear_llama3.sequence_parallel import LAYOUTS, linformer_attention
-from tests.helpers.attention_cases import join, shards
+from tests.helpers.attention_cases import join, on_all_ranks, shards
 from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed
 
@@ -17,15 +18,15 @@ TOKENS, PROJECTED = 37, 4
 Result = list[np.ndarray]
 
 
-def inputs() -> dict[str, Tensor]:
+def inputs() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"q": (2, TOKENS, 4, 5), "k": (2, TOKENS, 2, 5), "v": (2, TOKENS, 2, 3), "w": (2, TOKENS, 4, 3)}
-    shapes |= {"key_projection": (PROJECTED, TOKENS), "value_projection": (PROJECTED, TOKENS)}
+    shapes: dict[str, tuple[int, ...]] = {"q": (2, TOKENS, 4, 5), "k": (2, TOKENS, 2, 5), "v": (2, TOKENS, 2, 3)}
+    shapes |= {"w": (2, TOKENS, 4, 3), "key_projection": (PROJECTED, TOKENS), "value_projection": (PROJECTED, TOKENS)}
     return {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
 
 
 def sharded(layout: str) -> Result:
-    where = {"group": dist.group.WORLD, "layout": layout}
+    where = on_all_ranks(layout)
     local = shards(inputs(), **where)
     w = local.pop("w")
     variables = {n: x.requires_grad_() for n, x in local.items()}

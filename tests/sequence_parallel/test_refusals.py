@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,13 +33,13 @@ def qkv(q_heads: int = 6, kv_heads: int = 3, tokens: int = 4) -> tuple[Tensor, T
     return q, k, k.clone()
 
 
-def model_run(*, training: bool = False, batch: dict[str, Tensor] | None = None, **fields: object) -> None:
+def model_run(*, training: bool = False, batch: dict[str, Tensor] | None = None, **fields: Any) -> None:
     model, context = tiny_model("basic", **fields).train(training), SequenceParallelContext(dist.group.WORLD)
     enable_sequence_parallel(model, context)
     model(**context.shard_batch(batch or {"input_ids": tokens(1, 12)}))
 
 
-def evaluate(**changes: object) -> None:
+def evaluate(**changes: Any) -> None:
     """Run the Trainer's checks."""
     LinearLlama3Trainer._check_arguments(LinearLlama3TrainingArguments("unused", use_cpu=True, **changes))
 
@@ -176,7 +177,7 @@ def just_fits() -> str:
     ],
 )
 def test_what_is_said_of_the_complete_sequence_is_checked(
-    op: Callable[..., Tensor], options: dict[str, object], message: str
+    op: Callable[..., Tensor], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         op(*qkv(), group=None, **options)

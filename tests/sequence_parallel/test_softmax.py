@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from linear_llama3.ops import softmax_attention as ops
 from linear_llama3.sequence_parallel import LAYOUTS, SOFTMAX_STRATEGIES, shard, softmax_attention
-from tests.helpers.attention_cases import join, relative_error, shards
+from tests.helpers.attention_cases import join, on_all_ranks, relative_error, shards
 from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed, strided_group
 
@@ -51,7 +52,7 @@ class Case:
                 inputs[name][:, slice(*self.documents[self.broken : self.broken + 2])] = self.fault
         return inputs
 
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         edges = None if self.documents is None else torch.tensor(self.documents)
         return {"cu_seqlens": edges, "sliding_window": self.window, "causal": self.causal}
 
@@ -95,7 +96,7 @@ def plain_softmax(case: Case) -> tuple[Tensor, list[Tensor]]:
 
 def sharded_run(case: Case, strategy: str, layout: str = "contiguous") -> list[np.ndarray]:
     """This rank's out, dq, dk, dv."""
-    where = {"group": dist.group.WORLD, "layout": layout}
+    where = on_all_ranks(layout)
     inputs = shards(case.inputs(), **where)
     q, k, v = (inputs[name].requires_grad_() for name in "qkv")
     out = softmax_attention(q, k, v, strategy=strategy, length=case.tokens, **where, **case.options())
@@ -193,8 +194,8 @@ def test_zigzag_balances_causal_work() -> None:
 BFLOAT16 = Case(tokens=200, groups=2, heads=8)
 
 
-def half_precision(strategy: str, layout: str) -> np.ndarray:
-    where = {"group": dist.group.WORLD, "layout": layout}
+def half_precision(strategy: str, layout: str) -> list[np.ndarray]:
+    where = on_all_ranks(layout)
     inputs = {n: x.bfloat16().requires_grad_() for n, x in shards(BFLOAT16.inputs(), **where).items()}
     out = softmax_attention(*(inputs[n] for n in "qkv"), length=BFLOAT16.tokens, strategy=strategy, **where)
     gradients = torch.autograd.grad(out, [inputs[n] for n in "qkv"], inputs["w"])
@@ -229,7 +230,8 @@ def test_two_runs_are_bit_equal(strategy: str, layout: str) -> None:
 
 def strided_groups(strategy: str) -> float:
     """Ranks (0, 2) and (1, 3) shard two different sequences."""
-    case, where = Case(tokens=20 + dist.get_rank() % 2, groups=2), {"group": strided_group(), "layout": "zigzag"}
+    case = Case(tokens=20 + dist.get_rank() % 2, groups=2)
+    where: dict[str, Any] = {"group": strided_group(), "layout": "zigzag"}
     local = shards(case.inputs(), **where)
     out = softmax_attention(*(local[n] for n in "qkv"), length=case.tokens, strategy=strategy, **where)
     return (out - shard(plain_softmax(case)[0], **where)).abs().max().item()

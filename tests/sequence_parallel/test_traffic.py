@@ -6,35 +6,36 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from linear_llama3.sequence_parallel import LAYOUTS, LINEAR_STRATEGIES, SOFTMAX_STRATEGIES, shard
 from linear_llama3.sequence_parallel import linear_attention as sharded_linear
 from linear_llama3.sequence_parallel import softmax_attention as sharded_softmax
 from linear_llama3.sequence_parallel.costs import Sizes, linear_costs, softmax_costs
-from linear_llama3.sequence_parallel.traffic import Traffic
+from scripts.traffic import Traffic
+from tests.helpers.attention_cases import on_all_ranks
 from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed
 
 STRATEGIES = [*LINEAR_STRATEGIES, *SOFTMAX_STRATEGIES]
 Counted = tuple[float, float, Counter[str]]
-LINEAR = {"batch": 2, "q_heads": 8, "kv_heads": 4, "key_dim": 6, "value_dim": 5}
-SOFTMAX = {"batch": 2, "q_heads": 16, "kv_heads": 8, "key_dim": 8, "value_dim": 8}
+LINEAR: dict[str, Any] = {"batch": 2, "q_heads": 8, "kv_heads": 4, "key_dim": 6, "value_dim": 5}
+SOFTMAX: dict[str, Any] = {"batch": 2, "q_heads": 16, "kv_heads": 8, "key_dim": 8, "value_dim": 8}
 
 
 def count(strategy: str, layout: str, tokens: int, gate: bool, dtype: torch.dtype) -> Counted:
     """Bytes this rank sends forward and backward, and its messages."""
-    linear, where = strategy in LINEAR_STRATEGIES, {"group": dist.group.WORLD, "layout": layout}
+    linear, where = strategy in LINEAR_STRATEGIES, on_all_ranks(layout)
     s = LINEAR if linear else SOFTMAX
     shapes = {"q": ("q_heads", "key_dim"), "k": ("kv_heads", "key_dim"), "v": ("kv_heads", "value_dim")}
     complete = {n: torch.rand(s["batch"], tokens, *(s[x] for x in shape)) for n, shape in shapes.items()}
     if gate:
         complete["log_decay"] = -torch.rand(s["batch"], tokens, s["kv_heads"])
-    local = {n: shard(x, **where).to(dtype).requires_grad_() for n, x in complete.items()}
+    local: dict[str, Any] = {n: shard(x, **where).to(dtype).requires_grad_() for n, x in complete.items()}
     with Traffic() as forward:
         op = sharded_linear if linear else sharded_softmax
         out = op(**local, strategy=strategy, length=tokens, **where)
@@ -114,7 +115,7 @@ def test_one_rank_sends_nothing(strategy: str) -> None:
 
 def checkpointed(strategy: str, reentrant: bool) -> tuple[Traffic, bool]:
     """Return what this rank sends under gradient checkpointing, and if out and gradients equal those without it."""
-    linear, where = strategy in LINEAR_STRATEGIES, {"group": dist.group.WORLD, "layout": "zigzag"}
+    linear, where = strategy in LINEAR_STRATEGIES, on_all_ranks("zigzag")
     op, sizes = (sharded_linear, LINEAR) if linear else (sharded_softmax, SOFTMAX)
     heads = {"q": ("q_heads", "key_dim"), "k": ("kv_heads", "key_dim"), "v": ("kv_heads", "value_dim")}
     complete = [torch.rand(sizes["batch"], 61, *(sizes[x] for x in shape)) for shape in heads.values()]
@@ -144,8 +145,8 @@ def test_recomputation_repeats_no_exchange(strategy: str, reentrant: bool) -> No
     most = max((sent.messages for sent, _ in results), key=lambda messages: messages.total())
     assert most == MESSAGES[strategy] + repeated
     if repeated:
-        where = {"tokens": 16, "element": 4, "ranks": 4, "chunks_per_rank": 2}
-        theory = softmax_costs(Sizes(**SOFTMAX, **where, recomputed=True))[strategy]
+        sizes = Sizes(**SOFTMAX, tokens=16, element=4, ranks=4, chunks_per_rank=2)
+        theory = softmax_costs(replace(sizes, recomputed=True))[strategy]
         sent = sum(sent.bytes for sent, _ in results) / 4  # RSA sends no padding
         assert sent == pytest.approx(theory.forward + theory.backward, rel=0.04)
-        assert theory.backward_seconds > softmax_costs(Sizes(**SOFTMAX, **where))[strategy].backward_seconds
+        assert theory.backward_seconds > softmax_costs(sizes)[strategy].backward_seconds

@@ -201,14 +201,14 @@ def damaged_parquet() -> bytes:
         (
             "a.parquet",
             b"",
-            r"a\.parquet is not a complete Parquet file: .* 0 bytes; write the file again or take it out",
+            r"a\.parquet cannot be read: .* 0 bytes; write the file again or take it out",
         ),
         (
             "a.parquet",
             parquet()[:-500],
-            r"a\.parquet is not a complete Parquet file: .*; write the file again or take it out",
+            r"a\.parquet cannot be read: .*; write the file again or take it out",
         ),
-        ("a.parquet", damaged_parquet(), r"a\.parquet, row group 0 of 10 is corrupt: .*; write the file again or take"),
+        ("a.parquet", damaged_parquet(), r"a\.parquet cannot be read: .*; write the file again or take it out"),
         ("a.parquet", parquet(0), r"a\.parquet is empty; take it out"),
         ("a.parquet", parquet(3, None), r"a\.parquet, row 0: a document must be text, got None"),
         ("a.txt", b"ab\nc\xff", r"a\.txt, line 2 is not UTF-8: .*data\.arguments\.encoding_errors: replace"),
@@ -261,6 +261,16 @@ def test_the_broken_one_of_many_files(streaming: bool, tmp_path: Path, tokenizer
 def test_data_that_is_not_there(options: dict[str, Any], message: str, streaming: bool) -> None:
     with pytest.raises(DataError, match=message):
         list(load_documents(DataRecipe(**options, streaming=streaming)))
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["stored", "stream"])
+def test_a_document_of_a_dataset_is_named_by_its_number(
+    streaming: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (folder := tmp_path / "corpus").mkdir()
+    (folder / "a.jsonl").write_bytes(GOOD + b'{"text": null}\n')
+    with pytest.raises(DataError, match=f"document 1 of {folder}: a document must be text, got None"):
+        list(training_rows(DataRecipe(dataset=str(folder), streaming=streaming), tokenizer, 8))
 
 
 def test_lists_of_documents(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM, LinearLlama3ForSequenceClassification, cli
+from linear_llama3.commands import evaluation, launching
 from linear_llama3.commands.evaluation import evaluate
 from linear_llama3.commands.needle import needle
 from linear_llama3.trainer import launched
@@ -140,53 +141,36 @@ def test_a_llama_is_not_spread_over_processes(folder: Path, tmp_path: Path) -> N
         assert message.startswith("error: sequence parallelism needs layers with a sequence_parallel_context")
 
 
-def test_what_other_processes_are_given(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch runs the same command, whose own parser reads the command line it gets."""
-    launched: list[tuple[str, list[str], int]] = []
+class Loading(Exception):
+    """The command builds its accelerator, the first step of its work."""
 
-    def launch(module: str, arguments: list[str], processes: int, *, gpu: bool) -> None:
-        launched.append((module, arguments, processes))
+
+def load() -> None:
+    raise Loading
+
+
+def test_several_processes_run_the_same_command_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that finds no launcher starts one; in the processes of a launch it does its work."""
+    launched: list[tuple[int, bool]] = []
+
+    def launch(processes: int, *, gpu: bool) -> None:
+        launched.append((processes, gpu))
         raise SystemExit(0)
 
-    monkeypatch.setattr(cli, "launch", launch)
+    monkeypatch.setattr(launching, "launch", launch)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
     book, out = folder / "1.txt", tmp_path / "out"
     run("evaluate", folder / "linear", book, "--length", 50, "--processes", 2, "--output", out)
-    run(
-        "needle",
-        folder / "linear",
-        "--length",
-        40,
-        "--length",
-        400,
-        "--depth",
-        0,
-        "--tokens",
-        "--processes",
-        3,
-        "--output",
-        out,
-    )
-    (first, evaluated, two), (second, sought, three) = launched
-    assert (first, two) == ("linear_llama3.commands.evaluation", 2)
-    assert evaluated == [
-        "--length",
-        "50",
-        "--rows",
-        "16",
-        "--output",
-        str(out),
-        "--",
-        str(folder / "linear"),
-        str(book),
-    ]
-    assert (second, three) == ("linear_llama3.commands.needle", 3)
-    line = "--length 40 --length 400 --depth 0.0 --samples 8 --tokens --seed 0"
-    assert sought == [*line.split(), "--output", str(out), "--", str(folder / "linear")]
+    run("needle", folder / "linear", "--length", 400, "--tokens", "--processes", 3, "--output", out)
+    assert launched == [(2, False), (3, False)]
     for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():  # torchrun has started this process already
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cli, "place", lambda *args: pytest.fail("checked before a launch"))
-    assert "there must" not in run("evaluate", "none", book, "--processes", 2).output and len(launched) == 2
+    monkeypatch.setattr(evaluation, "place", lambda processes: pytest.fail("placed again"))
+    monkeypatch.setattr("linear_llama3.trainer.accelerator.SequenceParallelAccelerator", load)
+    assert isinstance(run("evaluate", folder / "linear", book, "--processes", 2, "--output", out).exception, Loading)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -102,10 +103,36 @@ def test_a_failure_on_one_process_names_step_and_checkpoint(kind: str, messages:
         assert checkpoints.find_defect(tmp_path / "checkpoint-2") == "its save did not finish"
 
 
+def fail_before_the_save_is_complete(folder: str) -> str:
+    reset_accelerate()
+    complete = checkpoints.finish
+
+    def finish(saved: Path, facts: dict[str, Any]) -> None:
+        if saved.name != "checkpoint-1":
+            raise OSError("no manifest")
+        complete(saved, facts)
+
+    try:
+        with patch.object(checkpoints, "finish", finish):
+            failing("", folder, save_total_limit=1).train()
+    except TrainingFailure as error:
+        return str(error)
+    finally:
+        reset_accelerate()
+    return ""
+
+
+def test_older_checkpoints_stay_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    (error,) = run_distributed(fail_before_the_save_is_complete, 1, str(tmp_path))
+    assert "checkpoint-2 could not be written: no manifest" in error
+    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-1"
+
+
 def describe_lost_rank(cause: str | None, error: str, folder: str) -> str:
     """Return what rank 0 says of a collective without rank 1, which posts a cause or, for None, nothing."""
     rank = dist.get_rank()
     store = FailureStore(rank, 2)
+    dist.barrier()  # both have imported everything
     if rank == 1:
         if cause is not None:
             store.post(cause)

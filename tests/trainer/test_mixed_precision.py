@@ -18,9 +18,9 @@ from transformers import Trainer
 from linear_llama3 import LinearLlama3ForCausalLM
 from linear_llama3.sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
 from linear_llama3.sequence_parallel.collectives import all_reduce
-from linear_llama3.sequence_parallel.traffic import Traffic
 from linear_llama3.trainer import LinearLlama3TrainingArguments, SequenceParallelAccelerator
 from linear_llama3.trainer.parallelism import keep_precision
+from scripts.traffic import Traffic
 from tests.helpers.ranks import run_distributed
 from tests.helpers.training import SequentialTrainer, arguments, reset_accelerate, shard_on_cpus, tiny_config
 

@@ -7,11 +7,10 @@ import os
 import re
 
 import pytest
-from torch.distributed import init_device_mesh
 
 from linear_llama3.sequence_parallel import SequenceParallelConfig
 from linear_llama3.trainer import SequenceParallelAccelerator
-from linear_llama3.trainer.parallelism import sequence_groups, warn_across_nodes
+from linear_llama3.trainer.parallelism import warn_across_nodes
 from tests.helpers.ranks import run_distributed
 from tests.helpers.training import reset_accelerate
 
@@ -58,16 +57,5 @@ def test_groups_across_nodes(degree: int, per_node: int, message: str | None) ->
 
 def test_without_torchruns_environment(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    warn_across_nodes([[0, 1, 2, 3]])
+    warn_across_nodes(4, 4)
     assert not caplog.records
-
-
-def groups_of(names: tuple[str, ...], sizes: tuple[int, ...]) -> list[list[int]]:
-    return sequence_groups(init_device_mesh("cpu", sizes, mesh_dim_names=names))
-
-
-def test_groups_of_a_mesh() -> None:
-    """The axis cp wherever it stands; accelerate puts it innermost."""
-    assert run_distributed(groups_of, RANKS, ("dp_shard", "cp"), (2, 2))[0] == [[0, 1], [2, 3]]
-    assert run_distributed(groups_of, RANKS, ("cp", "dp_shard"), (2, 2))[0] == [[0, 2], [1, 3]]
-    assert run_distributed(groups_of, RANKS, ("cp",), (4,))[0] == [[0, 1, 2, 3]]

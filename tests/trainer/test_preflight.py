@@ -11,7 +11,7 @@ import pytest
 from linear_llama3.trainer import LinearLlama3Trainer, LinearLlama3TrainingArguments
 from linear_llama3.trainer.__main__ import main
 from linear_llama3.trainer.checkpoints import manifest as checkpoints
-from linear_llama3.trainer.recipes.preflight import NothingLeft, check_before_launch, check_output_dir, check_trackers
+from linear_llama3.trainer.recipes.preflight import check_before_launch, check_output_dir, check_trackers
 from linear_llama3.trainer.recipes.recipe import load_recipe
 from tests.helpers.ranks import run_distributed
 from tests.helpers.recipes import MODEL, recipe_with, write_corpus, write_tokenizer
@@ -85,6 +85,12 @@ def write_run(folder: Path, *, model: bool = False, reached: dict[str, Any] | No
 DONE = {"global_step": 4, "epoch": 2.0}
 LATEST = {"resume_from_checkpoint": "latest"}
 FREE: Any = None
+
+
+class Finished(str):
+    """Message about a run that has finished."""
+
+
 MODEL_THERE = "must not hold another run, .* with a model .adapter_model.safetensors.; choose another"
 
 
@@ -105,9 +111,9 @@ MODEL_THERE = "must not hold another run, .* with a model .adapter_model.safeten
         ({"steps": (2,)}, {"resume_from_checkpoint": "FOLDER/checkpoint-2"}, FREE),
         ({"steps": (2,)}, {"resume_from_checkpoint": "OTHER/checkpoint-2"}, "checkpoints up to step 2"),
         ({"steps": (2,), "model": True, "reached": DONE}, {**LATEST, "max_steps": 8}, FREE),
-        ({"steps": (2,), "model": True, "reached": DONE}, {**LATEST, "max_steps": 4}, NothingLeft("step 4 of 4")),
-        ({"model": True, "reached": DONE}, {**LATEST, "max_steps": 4}, NothingLeft("step 4 of 4")),
-        ({"model": True, "reached": DONE}, {**LATEST, "num_train_epochs": 2}, NothingLeft("epoch 2 of 2")),
+        ({"steps": (2,), "model": True, "reached": DONE}, {**LATEST, "max_steps": 4}, Finished("step 4 of 4")),
+        ({"model": True, "reached": DONE}, {**LATEST, "max_steps": 4}, Finished("step 4 of 4")),
+        ({"model": True, "reached": DONE}, {**LATEST, "num_train_epochs": 2}, Finished("epoch 2 of 2")),
         ({"model": True, "reached": DONE}, LATEST, "and no complete checkpoint to resume from; choose"),
         ({"model": True, "reached": DONE}, {**LATEST, "max_steps": 8}, "and no complete checkpoint to resume from"),
         ({"model": True, "reached": DONE}, {"max_steps": 4}, MODEL_THERE),
@@ -123,10 +129,9 @@ def test_folders_that_hold_another_run(
         resume = resume.replace("FOLDER", str(folder)).replace("OTHER", str(tmp_path / "other"))
     given = {**training, "output_dir": str(folder), "resume_from_checkpoint": resume}
     if expected is FREE:
-        check_output_dir(given)
-    elif isinstance(expected, NothingLeft):
-        with pytest.raises(NothingLeft, match=f"nothing is left to train: .* holds this run's model, {expected}"):
-            check_output_dir(given)
+        assert check_output_dir(given) is None
+    elif isinstance(expected, Finished):
+        assert check_output_dir(given) == f"nothing is left to train: {folder} holds this run's model, {expected}"
     else:
         with pytest.raises(ValueError, match=expected):
             check_output_dir(given)

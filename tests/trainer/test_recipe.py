@@ -133,7 +133,7 @@ def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
         ({"data": {"file": "x"}}, "unknown key 'file' in data; did you mean 'files'"),
         ({"data": {}}, "data needs files or dataset, one of them"),
         ({"data": {"files": "a", "dataset": "b"}}, "one of them"),
-        ({"data": ["a"]}, "data in recipe .* must be a mapping"),
+        ({"data": ["a"]}, "data in recipe .* must be a mapping, got"),
         ({"data": None}, "needs data"),
         (
             {"data": {"files": "a", "packing": "tight"}},
@@ -152,7 +152,10 @@ def test_a_launch_changes_a_recipe(tmp_path: Path) -> None:
         ({"lora": {"task_type": "X"}}, "task_type in lora must be one of .*CAUSAL_LM, .*, got 'X'"),
         ({"lora": {"r": "x"}}, "r in lora must be an integer, got 'x'"),
         ({"lora": {"target_modules": "all", "layers_pattern": "h"}}, "lora in the recipe does not make a LoraConfig"),
-        ({"model": {"name_or_path": "x", "dtype": "int8"}}, "dtype in model must be one of float32, bfloat16, float16"),
+        (
+            {"model": {"name_or_path": "x", "dtype": "int8"}},
+            "dtype in model with name_or_path must be one of float32, bfloat16, float16",
+        ),
         ({"sequence_length": "8k"}, "sequence_length in recipe .* must be an integer, got '8k'"),
         ({"sequence_length": 1}, "sequence_length must be at least 2"),
         ({"sequence_parallel": {"linear": "mail"}}, "got 'mail'"),
@@ -287,6 +290,7 @@ def test_a_run_warns_of_a_template_that_never_stops(tmp_path: Path, caplog: pyte
     )
     for template in (own, endless):
         data = {"files": str(tmp_path / "a.jsonl"), "format": "chat", "packing": "none", "chat_template": str(template)}
-        build_trainer(load_recipe(recipe_with(tmp_path, data=data, sequence_length=64)))
+        recipe = load_recipe(recipe_with(tmp_path, data=data, sequence_length=64))
+        build_trainer(recipe, recipe.training_arguments())
     warnings = [record.getMessage() for record in caplog.records if "learn to stop" in record.getMessage()]
     assert len(warnings) == 1 and str(endless) in warnings[0] and "Put _ before {% endgeneration %}" in warnings[0]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from linear_llama3.trainer.data.files import DocumentError
+from linear_llama3.trainer.data.files import DataError
 from linear_llama3.trainer.data.tokenization import describe_missing_stop, tokenize
 from tests.helpers.recipes import write_tokenizer
 
@@ -49,8 +49,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
 
 
 def one(tokenizer: PreTrainedTokenizerBase, **example: Any) -> tuple[list[int], list[int]]:
-    columns = tokenize({name: [value] for name, value in example.items()}, [0], tokenizer=tokenizer)
-    return columns["input_ids"][0], columns["labels"][0]
+    (tokens,) = tokenize([("a.jsonl, line 1", example)], tokenizer)
+    return tokens["input_ids"], tokens["labels"]
 
 
 def spelled(tokenizer: PreTrainedTokenizerBase, text: str, targets: str) -> tuple[list[int], list[int]]:
@@ -62,8 +62,9 @@ def spelled(tokenizer: PreTrainedTokenizerBase, text: str, targets: str) -> tupl
 
 
 def test_texts_end_with_the_end_token(letters: PreTrainedTokenizerBase) -> None:
-    ids = tokenize({"text": ["ab", "", "c_"]}, [0, 1, 2], tokenizer=letters)["input_ids"]
-    assert [letters.convert_ids_to_tokens(document) for document in ids] == [["a", "b", "_"], [], ["c", "_"]]
+    documents = tokenize((("", {"text": text}) for text in ("ab", "", "c_")), letters)
+    spelled = [letters.convert_ids_to_tokens(document["input_ids"]) for document in documents]
+    assert spelled == [["a", "b", "_"], [], ["c", "_"]]
 
 
 def test_the_assistants_turns_are_learnt(letters: PreTrainedTokenizerBase) -> None:
@@ -173,14 +174,13 @@ def test_documents_that_are_refused(
     template: str | None, example: dict[str, Any], message: str, letters: PreTrainedTokenizerBase
 ) -> None:
     letters.chat_template = template
-    columns = {name: [value] for name, value in example.items()}
-    with pytest.raises(DocumentError, match=f"document 7 of the data: .*({message})"):
-        tokenize(columns, [7], tokenizer=letters)
+    with pytest.raises(DataError, match=rf"^a\.jsonl, line 7: .*({message})"):
+        list(tokenize([("a.jsonl, line 7", example)], letters))
 
 
 def test_texts_that_are_refused(letters: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(DocumentError, match="document 5 of the data: a document must be text, got None"):
-        tokenize({"text": ["a", None]}, [4, 5], tokenizer=letters)
+    with pytest.raises(DataError, match=r"^second: a document must be text, got None"):
+        list(tokenize([("first", {"text": "a"}), ("second", {"text": None})], letters))
 
 
 def marked(end: str) -> str:

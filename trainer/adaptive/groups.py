@@ -32,7 +32,7 @@ from ...sequence_parallel.planner import (
     model_costs,
 )
 from ..accelerator import bare_model
-from ..data.order import DataOrder, content_hash
+from ..data.order import content_hash, data_order
 from ..failures import annotate_read_errors, on_every_rank
 from ..hooks import check_overrides
 from ..parallelism import PeerCheck, check_engine
@@ -135,7 +135,7 @@ class AdaptiveGroups:
         self._cluster = Cluster(devices=args.world_size, memory=profile.bytes.device)
         return fingerprint((self.costs, self._cluster, args.sequence_layout))
 
-    def dataloader(self) -> tuple[DataLoader, DataOrder]:
+    def dataloader(self) -> tuple[DataLoader, dict[str, Any]]:
         """Return a loader of the row numbers of every step, the same on all ranks, and its order of the rows."""
         trainer, args = self.trainer, self.trainer.args
         dataset, collate = self._rows()
@@ -156,7 +156,7 @@ class AdaptiveGroups:
             use_seedable_sampler=trainer.accelerator.use_seedable_sampler,
             data_seed=trainer.accelerator.dataloader_config.data_seed,
         )
-        order = DataOrder.of(
+        order = data_order(
             loader,
             rows_per_step=rows_per_step,
             rows_per_batch=rows_per_step,

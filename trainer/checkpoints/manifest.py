@@ -91,7 +91,7 @@ def find_defect(folder: Path) -> str | None:
             if (got := (folder / name).stat().st_size) != size:
                 return f"{name} has {got:,} bytes of {size:,}"
         return None
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, SafetensorError) as error:
         return f"it cannot be read: {error}"
 
 
@@ -101,13 +101,16 @@ def _plain_defect(folder: Path) -> str | None:
     if not (folder / STATE_NAME).is_file():
         return f"{STATE_NAME}, which is written last, is missing"
     json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:  # compares the header with the file's size
-                file.keys()
-        except SafetensorError as error:
-            return f"{path.name} cannot be read: {error}"
+    _saved_shapes(folder)  # opening a file compares its header with its size
     return None
+
+
+def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
 
 
 def check_sizes(folder: Path, model: nn.Module) -> None:
@@ -118,11 +121,7 @@ def check_sizes(folder: Path, model: nn.Module) -> None:
     Raises:
         ResumeError: names or shapes differ.
     """
-    saved: dict[str, tuple[int, ...]] = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            saved |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    if not saved:
+    if not (saved := _saved_shapes(folder)):
         return
     own = {name.replace(".default.", "."): tuple(x.shape) for name, x in model.state_dict().items()}  # PEFT's adapter
     other = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from ...modeling import LinearLlama3ForCausalLM, LinearLlama3ForMaskedLM
 from ..accelerator import bare_model
-from ..data.order import CompleteSteps, DataOrder, content_hash, repeated_rows, without_labels
-from ..failures import annotate_errors, annotate_read_errors
+from ..data.order import CompleteSteps, check_order, content_hash, data_order, repeated_rows, without_labels
+from ..failures import annotate_errors, annotate_read_errors, annotate_write_errors
 from ..finite_check import FiniteCheck
-from ..hooks import check_trainer
+from ..hooks import check_trainer, temporarily
 from . import manifest
 from .preemption import SaveOnSigterm, outlive_sigterm
-from .resume import UnloggedLoss, find_checkpoint, stream_position, warn
-from .saving import complete_checkpoint
+from .resume import find_checkpoint, stream_position, warn
 
 
 class ReliabilityMixin(Trainer):
@@ -35,24 +34,20 @@ class ReliabilityMixin(Trainer):
 
     train_dataset: Any
     batch_shape: tuple[int, int] | None = None  # (rows, tokens) of the last batch, before it is sharded
-    order: DataOrder | None = None  # of the rows of the run
+    order: dict[str, Any] | None = None  # `data_order` of the run
     _repeated: tuple[int, int] = (0, 0)
-    _resumed_loss: UnloggedLoss | None = None
+    _resumed_loss: tuple[float, int] | None = None  # (sum, steps) before the stop, which no log entry holds yet
     _first_step = 0  # at which this run started or resumed
 
     def __init__(
         self, model: Any = None, args: TrainingArguments | None = None, *further: Any, **keywords: Any
     ) -> None:
         check_trainer(type(self))
-        wanted = args is not None and args.enable_jit_checkpoint
-        if args is not None:
-            manifest.make_folder(Path(args.output_dir))
-            args.enable_jit_checkpoint = False  # or transformers would install its own signal handler
-        try:
-            super().__init__(model, args, *further, **keywords)
-        finally:
+        with contextlib.ExitStack() as stack:
             if args is not None:
-                args.enable_jit_checkpoint = wanted
+                manifest.make_folder(Path(args.output_dir))
+                stack.enter_context(temporarily(args, enable_jit_checkpoint=False))  # transformers' signal handler
+            super().__init__(model, args, *further, **keywords)
         self._finite_check = FiniteCheck(self)
         self._sigterm = SaveOnSigterm(self.accelerator)
 
@@ -96,11 +91,11 @@ class ReliabilityMixin(Trainer):
             return epochs, 0
         facts = manifest.read_facts(Path(resume_from_checkpoint))
         if facts.get("loss") is not None:
-            self._resumed_loss = UnloggedLoss(*facts["loss"])
+            self._resumed_loss = tuple(facts["loss"])
         if self.args.ignore_data_skip or self.order is None:
             return position
         if facts.get("order") is not None:
-            self.order.check(facts["order"], accumulation=self.args.gradient_accumulation_steps)
+            check_order(self.order, facts["order"], accumulation=self.args.gradient_accumulation_steps)
         if epochs != sys.maxsize:
             return position
         return stream_position(resume_from_checkpoint, self.args.gradient_accumulation_steps)
@@ -138,13 +133,10 @@ class ReliabilityMixin(Trainer):
         dataset, rows_per_step = self.train_dataset, self.get_total_train_batch_size(self.args)
         if self.accelerator.split_batches:  # all processes share a batch; Trainer counts one for each
             rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        if isinstance(dataset, IterableDataset):
-            self.train_dataset = CompleteSteps(dataset, rows_per_step)
-        try:
+        stream = isinstance(dataset, IterableDataset)
+        with temporarily(self, train_dataset=CompleteSteps(dataset, rows_per_step) if stream else dataset):
             loader = super().get_train_dataloader()
-        finally:
-            self.train_dataset = dataset
-        self.order = DataOrder.of(
+        self.order = data_order(
             loader,
             rows_per_step=rows_per_step,
             rows_per_batch=rows_per_step // self.args.gradient_accumulation_steps,
@@ -200,28 +192,42 @@ class ReliabilityMixin(Trainer):
         """Log like Trainer. The first entry of a resumed run covers the steps since the last entry before the stop."""
         if "loss" in logs:
             if self._resumed_loss is not None:
+                (total, earlier), self._resumed_loss = self._resumed_loss, None
                 steps = self.state.global_step - self._first_step
-                logs["loss"], self._resumed_loss = self._resumed_loss.averaged_with(logs["loss"], steps), None
+                logs["loss"] = (total + logs["loss"] * steps) / (earlier + steps)
             self._finite_check.check_logged(logs["loss"])
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint that is known to be complete, then remove older ones and upload (Trainer's hook)."""
-        run_dir = Path(self._get_output_dir(trial))
-        facts = {
-            "processes": self.args.world_size,
-            "order": None if self.order is None else asdict(self.order),
-            "loss": self._unlogged_loss(),
-        }
-        with complete_checkpoint(self, run_dir, facts):
-            super()._save_checkpoint(model, trial)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(manifest.folder_of(run_dir, self.state.global_step)))
+        """Save a checkpoint that is known to be complete, then remove older ones and upload (Trainer's hook).
+
+        Trainer's own save does neither, since both need a complete checkpoint.
+        """
+        args, run_dir = self.args, Path(self._get_output_dir(trial))
+        folder = manifest.folder_of(run_dir, self.state.global_step)
+        facts = {"processes": args.world_size, "order": self.order, "loss": self._unlogged_loss()}
+        with annotate_write_errors(self, folder):
+            if args.should_save:
+                manifest.begin(folder)
+            self.accelerator.wait_for_everyone()
+            with temporarily(args, save_total_limit=None, push_to_hub=False):
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                torch.save(args, folder / TRAINING_ARGS_NAME)  # with the values that were set aside
+                manifest.finish(folder, facts)
+                manifest.rotate(run_dir, args.save_total_limit, saved=folder, best=self.state.best_model_checkpoint)
+            self.accelerator.wait_for_everyone()
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
 
     def _unlogged_loss(self) -> tuple[float, int] | None:
         """Return (sum, steps) of the loss since the last log entry, of all processes."""
         steps = self.state.global_step - self._globalstep_last_logged
         if not steps:
             return None
-        loss, before = self.accelerator.gather(self._tr_loss.reshape(1)).mean().item(), self._resumed_loss
-        return (loss, steps) if before is None else (loss + before.total, steps + before.steps)
+        loss, (total, earlier) = (
+            self.accelerator.gather(self._tr_loss.reshape(1)).mean().item(),
+            self._resumed_loss or (0, 0),
+        )
+        return loss + total, steps + earlier

@@ -1,10 +1,9 @@
-"""Exact resumes: the checkpoint to continue from, the position in the data, and the loss that was not yet logged."""
+"""Exact resumes: the checkpoint to continue from, and the position in the data."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -28,17 +27,26 @@ def find_checkpoint(args: TrainingArguments, wanted: str | bool | None) -> str |
     """
     if wanted is None or wanted is False:
         return None
-    if wanted is not True and wanted != LATEST:
-        if (defect := _find_defect(args, Path(wanted))) is not None:
-            newest = manifest.newest(Path(wanted).parent)
-            remedy = f"{newest} is" if newest else f"none in {Path(wanted).parent} is"
-            raise ResumeError(f"resume_from_checkpoint must be complete, got {wanted}: {defect}; {remedy}")
-        return _with_optimizer(Path(wanted))
-    output_dir = Path(args.output_dir)
-    for step in sorted(set(itertools.chain(*gather_object([manifest.steps(output_dir)]))), reverse=True):
-        folder = manifest.folder_of(output_dir, step)
-        if (defect := _find_defect(args, folder)) is None:
-            return _with_optimizer(folder)
+    output_dir, named = Path(args.output_dir), wanted is not True and wanted != LATEST
+    if named:
+        folders = [Path(str(wanted))]
+    else:
+        steps = sorted(set(itertools.chain(*gather_object([manifest.steps(output_dir)]))), reverse=True)
+        folders = [manifest.folder_of(output_dir, step) for step in steps]
+    for folder in folders:
+        own = manifest.find_defect(folder) if args.local_process_index == 0 else None
+        defect = next((defect for defect in gather_object([own]) if defect is not None), None)  # on any machine
+        if defect is None:
+            if not any(folder.glob("optimizer*")):  # Trainer would start with a new one
+                raise ResumeError(
+                    f"a resumed run needs the optimizer's state, got {folder} without it (save_only_model=True); load "
+                    "its weights as those of a new run"
+                )
+            return str(folder)
+        if named:
+            newest = manifest.newest(folder.parent)
+            remedy = f"{newest} is" if newest else f"none in {folder.parent} is"
+            raise ResumeError(f"resume_from_checkpoint must be complete, got {folder}: {defect}; {remedy}")
         warn(args, f"{folder} is not complete: {defect}; trying the checkpoint before it")
     if wanted == LATEST:
         return None
@@ -46,21 +54,6 @@ def find_checkpoint(args: TrainingArguments, wanted: str | bool | None) -> str |
         f"resume_from_checkpoint=True needs a complete checkpoint in output_dir, got {output_dir} with none; "
         f'"{LATEST}" starts a new run in that case'
     )
-
-
-def _find_defect(args: TrainingArguments, folder: Path) -> str | None:
-    """Return what any machine finds wrong with a checkpoint; the same on all processes."""
-    own = manifest.find_defect(folder) if args.local_process_index == 0 else None
-    return next((defect for defect in gather_object([own]) if defect is not None), None)
-
-
-def _with_optimizer(folder: Path) -> str:
-    if not any(folder.glob("optimizer*")):  # Trainer would start with a new one
-        raise ResumeError(
-            f"a resumed run needs the optimizer's state, got {folder} without it (save_only_model=True); load its "
-            "weights as those of a new run"
-        )
-    return str(folder)
 
 
 def stream_position(checkpoint: str, accumulation: int) -> tuple[int, int]:
@@ -71,18 +64,6 @@ def stream_position(checkpoint: str, accumulation: int) -> tuple[int, int]:
     state = TrainerState.load_from_json(str(Path(checkpoint) / manifest.STATE_NAME))
     passes = math.ceil(state.epoch) - 1
     return passes, round((state.epoch - passes) * state.max_steps) * accumulation
-
-
-@dataclass(frozen=True, slots=True)
-class UnloggedLoss:
-    """Sum of the losses of the last steps of a run that stopped, which no log entry holds yet."""
-
-    total: float
-    steps: int
-
-    def averaged_with(self, mean: float, steps: int) -> float:
-        """Return the mean loss over these steps and `steps` further ones with the given mean."""
-        return (self.total + mean * steps) / (self.steps + steps)
 
 
 def warn(args: TrainingArguments, message: str) -> None:

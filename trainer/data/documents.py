@@ -9,7 +9,6 @@ import codecs
 import contextlib
 import dataclasses
 import glob
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset, load_dataset
 
 from ..recipes.recipe import DataRecipe
-from .files import OPTIONAL, SAMPLES, DataError, DocumentError, LocalFiles, expand, one_line
+from .files import OPTIONAL, SAMPLES, DataError, LocalFiles, expand, one_line
 
 CHAT_COLUMNS = (["messages"], ["prompt", "completion"])
 FILE_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], str]] = {  # name -> (check that raises an error, valid values)
@@ -100,11 +99,10 @@ def explained(data: DataRecipe) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        causes = list(_causes(error))
-        known = next((cause for cause in causes if isinstance(cause, DataError)), None)
-        if isinstance(known, DocumentError):
-            raise DataError(f"{_place(data, known.index)}: {known.message}") from error
-        if known is not None:
+        causes: list[BaseException] = [error]  # `datasets` wraps errors in others that say little
+        while (cause := causes[-1].__cause__) is not None:
+            causes.append(cause)
+        if (known := next((cause for cause in causes if isinstance(cause, DataError)), None)) is not None:
             raise DataError(str(known)) from error
         text = f"{type(causes[-1]).__name__}: {one_line(causes[-1])}"
         if data.dataset is None:
@@ -114,19 +112,3 @@ def explained(data: DataRecipe) -> Iterator[None]:
             "(a private one also needs `hf auth login`), or name local files in data.files, which reads only the "
             "columns for training"
         ) from error
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield the error and its causes: `datasets` wraps them in others that say little."""
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__
-
-
-def _place(data: DataRecipe, index: int) -> str:
-    """Return the file, and the line or row, of a document."""
-    documents = load_documents(data) if data.files is not None else None
-    if not isinstance(documents, LocalFiles):
-        return f"document {index} of {data.dataset}"
-    return next(itertools.islice(documents.placed(), index, None))[0]

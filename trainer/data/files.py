@@ -10,8 +10,8 @@ import codecs
 import contextlib
 import glob
 import io
-import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,17 +32,6 @@ class DataError(ValueError):
     """Data that cannot be read or is not what the recipe says."""
 
 
-class DocumentError(DataError):
-    """A document that cannot be used; `index` is its number in the data, the first is 0."""
-
-    def __init__(self, index: int, message: str) -> None:
-        super().__init__(index, message)  # both, so that it can be pickled
-        self.index, self.message = index, message
-
-    def __str__(self) -> str:
-        return f"document {self.index} of the data: {self.message}"
-
-
 def expand(names: str | list[str], source: str = "data.files") -> list[Path]:
     """Return the files of names, sorted within each name: a file, a folder (all files below it) or a pattern.
 
@@ -58,23 +47,20 @@ def expand(names: str | list[str], source: str = "data.files") -> list[Path]:
 
 
 def _expand(name: str, source: str) -> list[Path]:
-    path = Path(name)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-    elif path.is_file():
-        files = [path]
+    folder = Path(name)
+    if folder.is_file():
+        return [folder]
+    if folder.is_dir():
+        paths = [path for path in folder.rglob("*") if not re.search(r"(^|/)\.", path.relative_to(folder).as_posix())]
     else:
-        files = sorted(Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file())
+        paths = [Path(path) for path in glob.glob(name, recursive=True)]
+    files = sorted(path for path in paths if path.is_file())
     if not files:
         raise DataError(
             f"{source} must name files, folders or patterns with files, got {name!r}: none found (hidden files must be "
             "named)"
         )
     return files
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +88,7 @@ class LocalFiles:
         return cls(paths=tuple(paths), versions=versions, kind=_kind(paths), columns={}, **options)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for _, record in self.placed():
-            yield record
+        return (record for _, record in self.placed())
 
     def placed(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (file and line or row, record).
@@ -127,7 +112,7 @@ class LocalFiles:
                     for _, record in self._json(path):
                         return list(record)
                 else:
-                    with _parquet_file(path) as file:
+                    with opened(path) as raw, pyarrow.parquet.ParquetFile(raw) as file:
                         if file.metadata.num_rows:
                             return file.schema_arrow.names
         raise DataError(f"{self.paths[0]} is empty; take it out of the data")
@@ -139,9 +124,15 @@ class LocalFiles:
         except DataError:
             raise
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}{self._not_decoded(path, error)}") from error
+            raise DataError(
+                f"{path}, line {self._undecodable_line(path)} is not {self.encoding.upper()}: {error.reason}; correct "
+                "it, take the file out of the data, or set data.arguments.encoding, or data.arguments.encoding_errors: "
+                "replace"
+            ) from error
         except Exception as error:  # from the file system, a decompressor, a parser
-            raise DataError(f"{path} cannot be read: {one_line(error)}; {_REPLACE}") from error
+            raise DataError(
+                f"{path} cannot be read: {one_line(error)}; write the file again or take it out of the data"
+            ) from error
 
     def _json(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the objects of JSON lines, or of a file that holds one list of objects or one object."""
@@ -151,9 +142,10 @@ class LocalFiles:
                 line = line.strip(f"{BOM} \t\r\n")
                 if not line:
                     continue
-                one_value, first = first and (line.startswith("[") or line == "{"), False
-                value = self._parsed(line + "\n" + lines.read() if one_value else line, path, number)
-                listed = one_value and isinstance(value, list)
+                if first and (line.startswith("[") or line == "{"):  # one value of several lines
+                    line += "\n" + lines.read()
+                listed, first = first and line.startswith("["), False
+                value = self._parsed(line, path, number)
                 for index, record in enumerate(value if listed else [value]):
                     place = f", object {index} of the list" if listed else f", line {number}"
                     if not isinstance(record, dict):
@@ -165,33 +157,27 @@ class LocalFiles:
     def _parsed(self, text: str, path: Path, number: int) -> Any:
         try:
             value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number + error.lineno - 1} is not JSON: {error.msg} (column {error.colno}); "
-                "correct or remove it"
-            ) from error
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand lists in a list
-            raise DataError(f"{path}, line {number} cannot be read: {one_line(error)}; correct or remove it") from error
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # also a number of thousands of digits, a thousand lists in a list
+            if isinstance(error, json.JSONDecodeError):
+                number, problem = number + error.lineno - 1, f"is not JSON: {error.msg} (column {error.colno})"
+            else:
+                problem = f"cannot be read: {one_line(error)}"
+            raise DataError(f"{path}, line {number} {problem}; correct or remove it") from error
         if self.encoding_errors == "strict" or "\\u" not in text:
             return value
         return json.loads(json.dumps(value, ensure_ascii=False).encode(errors=self.encoding_errors))
 
     def _parquet(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-        rows = itertools.count()
-        with _parquet_file(path) as file:
-            names = file.schema_arrow.names
-            missing = set(self.columns.values()) - set(names)
-            if missing - OPTIONAL:
-                raise DataError(f"{path} needs the columns {', '.join(sorted(missing - OPTIONAL))}, got {names}")
-            columns = sorted(set(self.columns.values()) - missing)
-            for group in range(file.num_row_groups):
-                try:
-                    for batch in file.iter_batches(BATCH, row_groups=[group], columns=columns):
-                        yield from ((f", row {next(rows)}", record) for record in batch.to_pylist())
-                except (OSError, ValueError) as error:
-                    raise DataError(
-                        f"{path}, row group {group} of {file.num_row_groups} is corrupt: {one_line(error)}; {_REPLACE}"
-                    ) from error
+        with opened(path) as raw, pyarrow.parquet.ParquetFile(raw) as file:
+            names, wanted = file.schema_arrow.names, set(self.columns.values())
+            if missing := wanted - OPTIONAL - set(names):
+                raise DataError(f"{path} needs the columns {', '.join(sorted(missing))}, got {names}")
+            batches = file.iter_batches(BATCH, columns=sorted(wanted & set(names)))
+            rows = (record for batch in batches for record in batch.to_pylist())
+            yield from ((f", row {number}", record) for number, record in enumerate(rows))
 
     def _text(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with self._lines(path) as lines:
@@ -211,20 +197,14 @@ class LocalFiles:
         with opened(path) as file, io.TextIOWrapper(file, self.encoding, self.encoding_errors) as lines:  # type: ignore[type-var]
             yield lines
 
-    def _not_decoded(self, path: Path, error: UnicodeDecodeError) -> str:
-        """Describe the error with its line number, which the error does not know."""
-        decoder, lines = codecs.getincrementaldecoder(self.encoding)(self.encoding_errors), 0
+    def _undecodable_line(self, path: Path) -> int:
+        """Return the number of the line in the error, which the error does not know."""
+        decoder, number = codecs.getincrementaldecoder(self.encoding)(self.encoding_errors), 0
         with opened(path) as file, contextlib.suppress(UnicodeDecodeError):
             for line in file:
-                lines += 1
+                number += 1
                 decoder.decode(line)
-        return (
-            f", line {lines} is not {self.encoding.upper()}: {error.reason}; correct it, take the file out of "
-            "the data, or set data.arguments.encoding, or data.arguments.encoding_errors: replace"
-        )
-
-
-_REPLACE = "write the file again or take it out of the data"
+        return number
 
 
 def _kind(paths: list[Path]) -> str:
@@ -251,16 +231,6 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         else:
             with compr[name](raw, mode="rb") as file:
                 yield io.BufferedReader(file)
-
-
-@contextlib.contextmanager
-def _parquet_file(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
-    with opened(path) as file:
-        try:
-            parquet = pyarrow.parquet.ParquetFile(file)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} is not a complete Parquet file: {one_line(error)}; {_REPLACE}") from error
-        yield parquet
 
 
 def one_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import datasets
@@ -35,13 +35,10 @@ class CompleteSteps(IterableDataset):
         self.rows, self.rows_per_step = rows, rows_per_step
 
     def __iter__(self) -> Iterator[Any]:
-        step: list[Any] = []
-        complete = 0
-        for row in self.rows:
-            step.append(row)
-            if len(step) == self.rows_per_step:
-                yield from step
-                step, complete = [], complete + 1
+        rows, complete = iter(self.rows), False
+        while len(step := list(islice(rows, self.rows_per_step))) == self.rows_per_step:
+            yield from step
+            complete = True
         if not complete and (step or get_worker_info() is None):  # a loader worker may have no file of the stream
             raise ValueError(
                 f"a stream must hold the rows of a step, {self.rows_per_step}, got {len(step)}; add data, or lower "
@@ -60,76 +57,60 @@ class CompleteSteps(IterableDataset):
         return getattr(self.rows, name)  # set_epoch, generator
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataOrder:
-    """Facts that must stay the same for a resume to continue at the position in the data where the run stopped.
+def data_order(
+    loader: DataLoader, *, rows_per_step: int, rows_per_batch: int, drop_last: bool, content: str | None
+) -> dict[str, Any]:
+    """Return facts that must stay the same for a resume to continue at the position where the run stopped.
 
-    Attributes:
-        rows_per_epoch: None for a stream without a length.
-        workers: (number, rows in a batch of all processes) of several loader workers, which read a stream in turns.
+    `rows_per_epoch` is None for a stream without a length. `workers` is [number, rows in a batch of all processes] of
+    several loader workers, which read a stream in turns.
+
+    Args:
+        loader: a prepared loader.
+        rows_per_batch: rows in one batch of all processes together.
         content: a `content_hash`.
     """
+    order = {"rows_per_step": rows_per_step, "content": content}
+    dataset: Any = loader.dataset
+    if isinstance(loader.dataset, IterableDataset):
+        rows = len(dataset) if has_length(dataset) else None
+        workers = [loader.num_workers, rows_per_batch] if loader.num_workers > 1 else None
+        return {**order, "rows_per_epoch": rows, "sampler": "stream", "seed": None, "workers": workers}
+    sampler = _sampler(loader)
+    rows = len(sampler) // rows_per_batch * rows_per_batch if drop_last else len(sampler)
+    seed = getattr(sampler, "initial_seed", None)
+    return {**order, "rows_per_epoch": rows, "sampler": type(sampler).__name__, "seed": seed, "workers": None}
 
-    rows_per_step: int
-    rows_per_epoch: int | None
-    sampler: str
-    seed: int | None
-    workers: tuple[int, int] | None
-    content: str | None
 
-    @classmethod
-    def of(
-        cls, loader: DataLoader, *, rows_per_step: int, rows_per_batch: int, drop_last: bool, content: str | None
-    ) -> DataOrder:
-        """Return the order of a prepared loader; `rows_per_batch` counts one batch of all processes together."""
-        if isinstance(loader.dataset, IterableDataset):
-            dataset: Any = loader.dataset
-            workers = (loader.num_workers, rows_per_batch) if loader.num_workers > 1 else None
-            rows = len(dataset) if has_length(dataset) else None
-            kind: dict[str, Any] = {"sampler": "stream", "seed": None, "workers": workers}
-            return cls(rows_per_step=rows_per_step, rows_per_epoch=rows, content=content, **kind)
-        sampler = _sampler(loader)
-        rows = len(sampler) // rows_per_batch * rows_per_batch if drop_last else len(sampler)
-        return cls(
-            rows_per_step=rows_per_step,
-            rows_per_epoch=rows,
-            sampler=type(sampler).__name__,
-            seed=getattr(sampler, "initial_seed", None),
-            workers=None,
-            content=content,
-        )
+def check_order(order: dict[str, Any], saved: dict[str, Any], *, accumulation: int) -> None:
+    """Raise ResumeError unless the `data_order` of this launch is the one that a checkpoint holds.
 
-    def check(self, saved: dict[str, Any], *, accumulation: int) -> None:
-        """Raise ResumeError unless this order is the one that a checkpoint holds.
-
-        Args:
-            accumulation: this launch's gradient_accumulation_steps.
-        """
-        restart = "set ignore_data_skip=True to start the epoch's data again"
-        steps = saved["rows_per_step"] * accumulation / self.rows_per_step
-        remedies = {
-            "rows_per_step": f"set gradient_accumulation_steps={steps:g}"
-            if steps.is_integer()
-            else "choose per_device_train_batch_size and gradient_accumulation_steps that give it",
-            "rows_per_epoch": "train on the same data, with dataloader_drop_last=False",
-            "sampler": "use the same train_sampling_strategy and kind of data",
-            "seed": "set the same data_seed, or seed",
-            "content": "train on the same data, cut into rows in the same way",
-            "workers": "use the same dataloader_num_workers and batch size (or one worker, from the start)",
-        }
-        for name, now in asdict(self).items():
-            now = list(now) if isinstance(now, tuple) else now
-            if saved.get(name) != now:
-                raise ResumeError(
-                    f"a resumed run needs the {name} that it had, {saved.get(name)}, got {now}; {remedies[name]}, or "
-                    f"{restart}"
-                )
-        if self.sampler in _NOT_REPEATABLE:
+    Args:
+        accumulation: this launch's gradient_accumulation_steps.
+    """
+    restart = "set ignore_data_skip=True to start the epoch's data again"
+    steps = saved["rows_per_step"] * accumulation / order["rows_per_step"]
+    remedies = {
+        "rows_per_step": f"set gradient_accumulation_steps={steps:g}"
+        if steps.is_integer()
+        else "choose per_device_train_batch_size and gradient_accumulation_steps that give it",
+        "rows_per_epoch": "train on the same data, with dataloader_drop_last=False",
+        "sampler": "use the same train_sampling_strategy and kind of data",
+        "seed": "set the same data_seed, or seed",
+        "content": "train on the same data, cut into rows in the same way",
+        "workers": "use the same dataloader_num_workers and batch size (or one worker, from the start)",
+    }
+    for name, remedy in remedies.items():
+        if (before := saved.get(name)) != order[name]:
             raise ResumeError(
-                f"a resumed run needs an order of the rows that a seed repeats, got a {self.sampler}; use "
-                "train_sampling_strategy 'random' (with accelerate's seedable sampler, the default) or 'sequential', "
-                f"or {restart}"
+                f"a resumed run needs the {name} that it had, {before}, got {order[name]}; {remedy}, or {restart}"
             )
+    if order["sampler"] in _NOT_REPEATABLE:
+        raise ResumeError(
+            f"a resumed run needs an order of the rows that a seed repeats, got a {order['sampler']}; use "
+            "train_sampling_strategy 'random' (with accelerate's seedable sampler, the default) or 'sequential', "
+            f"or {restart}"
+        )
 
 
 def content_hash(rows: Any) -> str | None:

@@ -6,71 +6,61 @@ import json
 import re
 import reprlib
 from bisect import bisect_left
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ...ops.cross_entropy import IGNORE_INDEX
-from .files import DocumentError
+from .files import DataError
 
 Messages = list[dict[str, Any]]
+Spans = list[tuple[int, int]]  # (first character, character after the last) of texts whose tokens are targets
+BATCH = 100  # documents of text that are tokenized together
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-class LabeledText(NamedTuple):
-    """A text and the spans (first character, character after the last) whose tokens are targets."""
-
-    text: str
-    spans: list[tuple[int, int]]
-
-
 def tokenize(
-    batch: dict[str, list[Any]], indices: list[int], *, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, list[list[int]]]:
-    """Tokenize documents in the columns of `load_documents`.
+    documents: Iterable[tuple[str, dict[str, Any]]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict[str, list[int]]]:
+    """Yield the tokens of documents: `input_ids`, and `labels` unless all tokens are targets.
 
     Text and completions are closed by the end-of-sequence token, conversations by their template.
 
     Args:
-        indices: number of each document in the data.
-
-    Returns:
-        `input_ids`, and `labels` unless all tokens are targets.
+        documents: the place of each document, for messages, and its columns as in `load_documents`.
 
     Raises:
-        DocumentError: a ValueError; a document does not fit its column.
+        DataError: a ValueError; a document does not fit its column.
     """
-    if "text" in batch:
-        return {"input_ids": _tokenize_texts(batch["text"], indices, tokenizer)}
-    tokens: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for index, *values in zip(indices, *batch.values(), strict=True):
-        try:
-            ids, labels = _tokenize_example(dict(zip(batch, values, strict=True)), tokenizer)
-        except (ValueError, TypeError, KeyError, IndexError, TemplateError) as error:
-            text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            raise DocumentError(index, text) from error
-        tokens["input_ids"].append(ids)
-        tokens["labels"].append(labels)
-    return tokens
+    documents = iter(documents)
+    while batch := list(islice(documents, BATCH)):
+        texts = []
+        for place, document in batch:
+            try:
+                if "text" in document:
+                    texts.append(_checked(document["text"]))
+                else:
+                    ids, labels = _tokenize_example(document, tokenizer)
+                    yield {"input_ids": ids, "labels": labels}
+            except (ValueError, TypeError, KeyError, IndexError, TemplateError) as error:
+                text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                raise DataError(f"{place}: {text}") from error
+        if texts:
+            for text, ids in zip(texts, tokenizer(texts, verbose=False)["input_ids"], strict=True):
+                yield {"input_ids": _closed(ids, tokenizer) if text else []}
 
 
-def _tokenize_texts(texts: list[Any], indices: list[int], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    for index, text in zip(indices, texts, strict=True):
-        if not isinstance(text, str):
-            raise DocumentError(index, f"a document must be text, got {text!r}; correct it or take it out")
-        try:
-            _check_unicode(text)
-        except ValueError as error:
-            raise DocumentError(index, str(error)) from error
-    ids = tokenizer(texts, verbose=False)["input_ids"]
-    return [_closed(document, tokenizer) if text else [] for document, text in zip(ids, texts, strict=True)]
+def _checked(text: Any) -> str:
+    """Return the text; raise ValueError for another type, and for a lone surrogate.
 
-
-def _check_unicode(text: str) -> None:
-    """Raise ValueError for a lone surrogate, which JSON can hold as an escape but a tokenizer cannot read."""
+    JSON can hold a lone surrogate as an escape, but a tokenizer cannot read it.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"a document must be text, got {text!r}; correct it or take it out")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -78,6 +68,7 @@ def _check_unicode(text: str) -> None:
             f"text must be valid Unicode, got the lone surrogate {text[error.start]!a} at character {error.start}; "
             "correct it or take it out, or set data.arguments.encoding_errors: replace"
         ) from error
+    return text
 
 
 def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -87,21 +78,22 @@ def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _tokenize_example(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     if "messages" in example:
-        conversation = _conversation(example["messages"], 0, example.get("tools"), tokenizer)
-    elif isinstance(example["prompt"], str) and isinstance(example["completion"], str):
-        prompt, text = example["prompt"], example["prompt"] + example["completion"]
-        ids, labels = _labels(LabeledText(text, [(len(prompt), len(text))]), tokenizer, add_special_tokens=True)
+        text, spans = _conversation(example["messages"], 0, example.get("tools"), tokenizer)
+    elif isinstance(prompt := example["prompt"], str) and isinstance(example["completion"], str):
+        text = prompt + example["completion"]
+        ids, labels = _labels(text, [(len(prompt), len(text))], tokenizer, add_special_tokens=True)
         if tokenizer.eos_token_id is None:
             return ids, labels
         ids = _closed(ids, tokenizer)
         return ids, [*labels[: len(ids) - 1], ids[-1]]
     else:
-        messages = [*example["prompt"], *example["completion"]]
-        conversation = _conversation(messages, len(example["prompt"]), example.get("tools"), tokenizer)
-    return _labels(conversation, tokenizer, add_special_tokens=False)
+        text, spans = _conversation([*prompt, *example["completion"]], len(prompt), example.get("tools"), tokenizer)
+    return _labels(text, spans, tokenizer, add_special_tokens=False)
 
 
-def _labels(labeled: LabeledText, tokenizer: PreTrainedTokenizerBase, **options: Any) -> tuple[list[int], list[int]]:
+def _labels(
+    text: str, spans: Spans, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool
+) -> tuple[list[int], list[int]]:
     """Return ids and labels. A token is a target if one of its characters is in a span.
 
     transformers' `return_assistant_tokens_mask` agrees since 5.24. Earlier releases drop every turn that begins with a
@@ -109,9 +101,9 @@ def _labels(labeled: LabeledText, tokenizer: PreTrainedTokenizerBase, **options:
     """
     if not tokenizer.is_fast:
         raise ValueError(f"labels need a fast tokenizer, which knows its tokens' characters, got {type(tokenizer)}")
-    _check_unicode(labeled.text)
-    encoded = tokenizer(labeled.text, return_offsets_mapping=True, verbose=False, **options)
-    starts, stops = [start for start, _ in labeled.spans], [stop for _, stop in labeled.spans]
+    options = {"add_special_tokens": add_special_tokens, "return_offsets_mapping": True, "verbose": False}
+    encoded = tokenizer(_checked(text), **options)
+    starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
     labels = []
     for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         first = min(start + 1, end)  # some tokenizers give only the end of spaces
@@ -122,7 +114,7 @@ def _labels(labeled: LabeledText, tokenizer: PreTrainedTokenizerBase, **options:
     return encoded["input_ids"], labels
 
 
-def _conversation(messages: Messages, prompt: int, tools: Any, tokenizer: PreTrainedTokenizerBase) -> LabeledText:
+def _conversation(messages: Messages, prompt: int, tools: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Spans]:
     """Return the text of a conversation, with the assistant's turns after the first `prompt` messages as its spans.
 
     A turn is what the chat template puts between `{% generation %}` and `{% endgeneration %}`. In a template without
@@ -146,15 +138,14 @@ def _conversation(messages: Messages, prompt: int, tools: Any, tokenizer: PreTra
     if GENERATION.search(template):
         options = {"tools": tools, "chat_template": template, "return_assistant_tokens_mask": True}
         (text,), (spans,) = render_jinja_template([messages], **options, **tokenizer.special_tokens_map)
-        conversation = LabeledText(text, [tuple(span) for span in spans])
     else:
-        conversation = _turns(messages, render)
-    if not prompt:
-        return conversation
-    asked = render(messages[:prompt])
-    if not conversation.text.startswith(asked):
-        raise ValueError(_rewritten(prompt - 1))
-    return LabeledText(conversation.text, [span for span in conversation.spans if span[0] >= len(asked)])
+        text, spans = _turns(messages, render)
+    if prompt:
+        asked = render(messages[:prompt])
+        if not text.startswith(asked):
+            raise ValueError(_rewritten(prompt - 1))
+        spans = [span for span in spans if span[0] >= len(asked)]
+    return text, spans
 
 
 def _without_none(value: Any) -> Any:
@@ -166,8 +157,9 @@ def _without_none(value: Any) -> Any:
     return value
 
 
-def _turns(messages: Messages, render: Callable[..., str]) -> LabeledText:
-    text, spans = render(messages), []
+def _turns(messages: Messages, render: Callable[..., str]) -> tuple[str, Spans]:
+    text = render(messages)
+    spans: Spans = []
     if messages[0]["role"] == "assistant":
         raise ValueError("a conversation must begin with another's message, got the assistant's; take it out")
     for index, message in enumerate(messages):
@@ -178,7 +170,7 @@ def _turns(messages: Messages, render: Callable[..., str]) -> LabeledText:
         if not (text.startswith(answered) and answered.startswith(asked)):
             raise ValueError(_rewritten(index))
         spans.append((len(asked), len(answered)))
-    return LabeledText(text, spans)
+    return text, spans
 
 
 def _rewritten(index: int) -> str:

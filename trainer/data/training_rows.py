@@ -5,8 +5,7 @@ Rows keep the order of the data on any number of processes; the Trainer shuffles
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..recipes.recipe import DataRecipe
 from .documents import explained, load_documents
-from .files import DataError
+from .files import DataError, LocalFiles
 from .packing import ROW_FEATURES, pack
 from .tokenization import tokenize
 
-BATCH = 100  # documents that are tokenized together
 CACHE_VERSION = 1
 """Part of the cache's key: raise it when files.py, tokenization.py or packing.py make other tokens or rows of the same
 documents. `datasets` itself compares only the names of functions."""
@@ -34,7 +32,7 @@ def training_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase, length: 
         DataError: a ValueError; the data does not exist, cannot be read, does not fit the recipe, or fills no row. A
             stream raises it when it reaches the place.
     """
-    documents = load_documents(data)
+    source = {"documents": load_documents(data), "tokenizer": tokenizer, "name": data.dataset}
     choices = {
         "length": length,
         "packing": data.packing,
@@ -42,21 +40,20 @@ def training_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase, length: 
         "padding": tokenizer.pad_token_id or 0,
     }
     if data.streaming:
-        arguments = {"documents": documents, "choices": choices, "data": data, "tokenizer": tokenizer}
-        rows = IterableDataset.from_generator(_streamed_rows, gen_kwargs=arguments, features=ROW_FEATURES)
+        rows = IterableDataset.from_generator(
+            _streamed_rows, gen_kwargs={"source": source, "choices": choices, "data": data}, features=ROW_FEATURES
+        )
         rows.info.description = f"{choices}, {data.format}, a vocabulary of {len(tokenizer)}"  # a resume compares it
         return rows
     columns = ("input_ids",) if data.format == "text" else ("input_ids", "labels")
     with explained(data):
         tokens = Dataset.from_generator(
             _tokenized,
-            gen_kwargs={"documents": documents, "tokenizer": tokenizer, "version": CACHE_VERSION},
+            gen_kwargs={**source, "version": CACHE_VERSION},
             features=Features({name: List(Value("int32")) for name in columns}),
         )
-    if next(_stored_rows(tokens, choices, CACHE_VERSION), None) is None:
-        raise DataError(_nothing(length, sum(len(document["input_ids"]) for document in tokens)))
-    arguments = {"documents": tokens, "choices": choices, "version": CACHE_VERSION}
-    return Dataset.from_generator(_stored_rows, gen_kwargs=arguments, features=ROW_FEATURES)
+        arguments = {"documents": tokens.with_format("numpy"), "choices": choices, "version": CACHE_VERSION}
+        return Dataset.from_generator(_rows, gen_kwargs=arguments, features=ROW_FEATURES)
 
 
 def without_share(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -73,48 +70,42 @@ def without_share(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Data
     return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
 
 
-def _tokenized(documents: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, version: int) -> Iterator[Any]:
-    """Yield tokenized documents; `version` is only part of the cache's key."""
-    for batch, indices in _batches(documents):
-        columns = tokenize(batch, indices, tokenizer=tokenizer)
-        for values in zip(*columns.values(), strict=True):
-            yield dict(zip(columns, values, strict=True))
+def _tokenized(
+    documents: Any, tokenizer: PreTrainedTokenizerBase, name: str | None, version: int
+) -> Iterator[dict[str, list[int]]]:
+    """Yield tokenized documents; `name` is that of their dataset, `version` is only part of the cache's key."""
+    if isinstance(documents, LocalFiles):
+        placed = documents.placed()
+    else:
+        placed = ((f"document {index} of {name}", document) for index, document in enumerate(documents))
+    yield from tokenize(placed, tokenizer)
 
 
-def _stored_rows(documents: Dataset, choices: dict[str, Any], version: int) -> Iterator[dict[str, Any]]:
-    yield from pack(documents.with_format("numpy"), **choices)
+def _rows(documents: Iterable[Mapping[str, Any]], choices: dict[str, Any], version: int) -> Iterator[dict[str, Any]]:
+    """Yield rows of tokenized documents; `version` is only part of the cache's key.
 
+    Raises:
+        DataError: the documents fill no row.
+    """
+    tokens, empty = 0, True
 
-def _streamed_rows(
-    documents: Iterable[dict[str, Any]], choices: dict[str, Any], data: DataRecipe, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[dict[str, Any]]:
-    tokens = 0
-
-    def counted() -> Iterator[dict[str, Any]]:
+    def counted() -> Iterator[Mapping[str, Any]]:
         nonlocal tokens
-        for document in _tokenized(documents, tokenizer, CACHE_VERSION):
+        for document in documents:
             tokens += len(document["input_ids"])
             yield document
 
-    empty = True
-    with explained(data):
-        for row in pack(counted(), **choices):
-            empty = False
-            yield {name: column.tolist() for name, column in row.items()}  # as stored rows are read
+    for row in pack(counted(), **choices):
+        empty = False
+        yield row
     if empty:
-        raise DataError(_nothing(choices["length"], tokens))
+        raise DataError(
+            f"the data must fill at least one row of sequence_length = {choices['length']} tokens, got {tokens} "
+            "tokens; add documents or shorten sequence_length"
+        )
 
 
-def _batches(documents: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, list], list[int]]]:
-    """Yield the columns of `BATCH` documents, and the numbers of these documents."""
-    stream, first = iter(documents), 0
-    while batch := list(islice(stream, BATCH)):
-        yield {name: [row[name] for row in batch] for name in batch[0]}, list(range(first, first + len(batch)))
-        first += len(batch)
-
-
-def _nothing(length: int, tokens: int) -> str:
-    return (
-        f"the data must fill at least one row of sequence_length = {length} tokens, got {tokens} tokens; "
-        "add documents or shorten sequence_length"
-    )
+def _streamed_rows(source: dict[str, Any], choices: dict[str, Any], data: DataRecipe) -> Iterator[dict[str, Any]]:
+    with explained(data):
+        for row in _rows(_tokenized(**source, version=CACHE_VERSION), choices, CACHE_VERSION):
+            yield {name: column.tolist() for name, column in row.items()}  # as stored rows are read

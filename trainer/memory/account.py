@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import nn
 
 from ...modeling import LinearLlama3Config, LinearLlama3ForCausalLM, enable_sequence_tiling
 from ...sequence_parallel import SequenceParallelConfig, SequenceParallelContext, enable_sequence_parallel
@@ -110,14 +109,17 @@ def memory_account(
     if isinstance(model, LinearLlama3Config):
         with torch.device("meta"):
             model = LinearLlama3ForCausalLM(model).to(dtype)
-    run, host = FakeMemoryTracker(LAYERS), Host()
+    run = FakeMemoryTracker(LAYERS)
     fake = _with_fake_parameters(model, run)
-    _prepare(fake, run, host, checkpointing=checkpointing, offload=offload, tiling=tiling)
+    _prepare(fake, run, checkpointing=checkpointing, offload=offload, tiling=tiling)
     with contextlib.ExitStack() as stack:
         context = None
         if ranks > 1:
-            group = stack.enter_context(_fake_group(ranks))
-            context = SequenceParallelContext(group, strategies or SequenceParallelConfig())
+            from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+            dist.init_process_group("fake", store=FakeStore(), rank=ranks - 1, world_size=ranks)
+            stack.callback(dist.destroy_process_group)
+            context = SequenceParallelContext(dist.group.WORLD, strategies or SequenceParallelConfig())
             enable_sequence_parallel(fake, context)
         if gpu:
             stack.enter_context(as_on_a_gpu())
@@ -128,7 +130,7 @@ def memory_account(
         loss.backward()
     held = _held(fake, optimizer, devices=ranks * replicas, fsdp=fsdp)
     lines = {**held, **{name: size for name, size in run.peak.items() if name}}
-    return MemoryAccount(lines=lines, exchanged=run.exchanged, host=host.size)
+    return MemoryAccount(lines=lines, exchanged=run.exchanged, host=run.host)
 
 
 def _check(optimizer: str, *, checkpointing: bool, offload: bool, ranks: int) -> None:
@@ -151,9 +153,7 @@ def _with_fake_parameters(model: Any, run: FakeMemoryTracker) -> Any:
     return copy.deepcopy(model, memo).train()
 
 
-def _prepare(
-    model: Any, run: FakeMemoryTracker, host: Host, *, checkpointing: bool, offload: bool, tiling: bool
-) -> None:
+def _prepare(model: Any, run: FakeMemoryTracker, *, checkpointing: bool, offload: bool, tiling: bool) -> None:
     """Switch on tiling, checkpointing and offloading, and set the tracker's stages by hooks."""
     enable_sequence_tiling(model, tiling)
     if checkpointing:  # the older name is that of transformers before 5.23
@@ -163,7 +163,7 @@ def _prepare(
     for layer in decoder.layers:
         layer.register_forward_pre_hook(lambda layer, args: run.move(args[0], "layer inputs"))
         if offload:
-            layer._gradient_checkpointing_func = host.keeping(layer._gradient_checkpointing_func)
+            layer._gradient_checkpointing_func = run.offloading(layer._gradient_checkpointing_func)
 
     def loss_begins(module: nn.Module, args: Any, output: Any) -> None:
         run.stage = HEAD
@@ -171,34 +171,6 @@ def _prepare(
             output.last_hidden_state.register_hook(lambda gradient: setattr(run, "stage", LAYERS))
 
     decoder.register_forward_hook(loss_begins)
-
-
-class Host:
-    """Memory of the host for offloaded layer inputs: `save_on_cpu`, as transformers' offload uses it."""
-
-    size = 0
-
-    def keeping(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        def pack(x: Tensor) -> tuple[torch.Size, torch.dtype]:
-            self.size += x.nbytes
-            return x.shape, x.dtype
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with saved_tensors_hooks(pack, lambda kept: torch.empty(kept[0], dtype=kept[1])):
-                return checkpoint(*args, **kwargs)
-
-        return call
-
-
-@contextlib.contextmanager
-def _fake_group(ranks: int) -> Iterator[Any]:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=ranks - 1, world_size=ranks)
-    try:
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
 
 
 def _batch(tokens: int, rows: int, documents: int, context: SequenceParallelContext | None) -> dict[str, Any]:
@@ -222,8 +194,5 @@ def _held(model: Any, optimizer: str, *, devices: int, fsdp: bool) -> dict[str, 
         communication = 4 * largest + 2 * model.get_input_embeddings().weight.nbytes
     elif devices > 1:  # DDP's buckets
         communication = gradients
-    held = {
-        name: math.ceil(size / shards)
-        for name, size in {"weights": weights, "gradients": gradients, "optimizer": states}.items()
-    }
-    return {**held, "communication": communication}
+    held = {"weights": weights, "gradients": gradients, "optimizer": states}
+    return {name: math.ceil(size / shards) for name, size in held.items()} | {"communication": communication}

@@ -18,15 +18,18 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ...ops import attention_kernels, backends
+from ...ops import attention_kernels, backends, causal_op
 from ...sequence_parallel.linear import attention as sharded_attention
 
 aten = torch.ops.aten
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
+# the functions behind the custom ops, whose temporaries are counted as well
+CUSTOM_OP_BODIES = {op._opoverload: op._init_fn for op in (causal_op._forward, causal_op._backward)}
 FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward.default
 EXCHANGED = "states exchanged"
 
@@ -38,11 +41,12 @@ class FakeMemoryTracker(TorchDispatchMode):
     - `peak`: bytes by stage at the moment of the largest total. What collectives send and receive is counted under
       EXCHANGED.
     - `exchanged`: largest number of bytes under EXCHANGED at any moment.
+    - `host`: bytes that `offloading` has moved to the host.
     """
 
     def __init__(self, stage: str) -> None:
         super().__init__()
-        self.stage, self.alive, self.peak, self.exchanged = stage, Counter[str](), Counter[str](), 0
+        self.stage, self.alive, self.peak, self.exchanged, self.host = stage, Counter[str](), Counter[str](), 0, 0
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._storages: dict[int, tuple[str, int]] = {}
 
@@ -64,9 +68,22 @@ class FakeMemoryTracker(TorchDispatchMode):
             self.alive.update({stage: size})
             self.alive.subtract({old: size})
 
+    def offloading(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function with saved tensors in the host's memory (`save_on_cpu`, as transformers offloads)."""
+
+        def pack(x: Tensor) -> tuple[torch.Size, torch.dtype]:
+            self.host += x.nbytes
+            return x.shape, x.dtype
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with saved_tensors_hooks(pack, lambda kept: torch.empty(kept[0], dtype=kept[1])):
+                return function(*args, **kwargs)
+
+        return call
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (body := _custom_op_bodies().get(func)) is not None:
+        if (body := CUSTOM_OP_BODIES.get(func)) is not None:
             with self:
                 return body(*args, **kwargs)
         if func.namespace == "c10d":
@@ -74,20 +91,17 @@ class FakeMemoryTracker(TorchDispatchMode):
         if func in INDEXED:  # the number of elements that a mask selects is unknown for a fake mask
             args = (args[0], [_positions(index) for index in args[1]], *args[2:])
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        workspace = self._flash_workspace(args[1], args[2]) if func is FLASH_BACKWARD else []
-        fake = any(isinstance(x, FakeTensor) for x in tensors)
-        out = self._run_fake(func, args, kwargs) if fake or not tensors else None
+        fake, out, workspace = any(isinstance(x, FakeTensor) for x in tensors), None, []
+        if fake or not tensors:
+            with self._fake:
+                out = func(*args, **kwargs)
+                workspace = _flash_workspace(args[1], args[2]) if func is FLASH_BACKWARD else []
         if not (fake or (isinstance(out, Tensor) and out.is_floating_point())):
             out = func(*args, **kwargs)  # integers only
-        for x in tree_leaves(out):
+        for x in tree_leaves((out, workspace)):
             if isinstance(x, Tensor):
                 self._hold(x)
-        del workspace
         return out
-
-    def _run_fake(self, func: Any, args: Any, kwargs: Any) -> Any:
-        with self._fake:
-            return func(*args, **kwargs)
 
     def _communicate(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Call a collective of a fake process group, which reads only the sizes of real tensors."""
@@ -97,15 +111,6 @@ class FakeMemoryTracker(TorchDispatchMode):
         self.exchanged = max(self.exchanged, self.alive[EXCHANGED])
         args, kwargs = tree_map_only(FakeTensor, lambda x: torch.empty(x.shape, dtype=x.dtype), (args, kwargs))
         return func(*args, **kwargs)
-
-    def _flash_workspace(self, q: Tensor, k: Tensor) -> list[Tensor]:
-        """Return the temporaries of the backward: dq in float32; for grouped queries, dk and dv of every query head."""
-        with self._fake:
-            made = [torch.empty_like(q, dtype=torch.float32)]
-            made += [torch.empty_like(q) for _ in "kv"] if k.shape[1] < q.shape[1] else []
-        for x in made:
-            self._hold(x)
-        return made
 
     def _hold(self, x: Tensor) -> None:
         storage = x.untyped_storage()
@@ -123,10 +128,10 @@ class FakeMemoryTracker(TorchDispatchMode):
         self.alive[stage] -= size
 
 
-def _custom_op_bodies() -> dict[Any, Callable[..., Any]]:
-    """Return the functions behind the custom ops, whose temporaries are counted as well."""
-    op = sys.modules.get(f"{backends.__package__}.triton.op")
-    return {} if op is None else {x._opoverload: x._init_fn for x in (op._forward, op._backward)}
+def _flash_workspace(q: Tensor, k: Tensor) -> list[Tensor]:
+    """Return the temporaries of the backward: dq in float32; for grouped queries, dk and dv of every query head."""
+    made = [torch.empty_like(q, dtype=torch.float32)]
+    return made + [torch.empty_like(q) for _ in "kv"] if k.shape[1] < q.shape[1] else made
 
 
 def _positions(index: Tensor | None) -> Tensor | None:

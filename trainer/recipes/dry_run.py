@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +13,6 @@ from ...modeling import MIXERS, LinearLlama3Config
 from ...modeling.flops import attention_pairs, count_flops
 from ...sequence_parallel import LAYOUTS, SequenceParallelContext
 from ...sequence_parallel.costs import Sizes, choose_linear, choose_softmax, linear_costs, softmax_costs
-from ..arguments import LinearLlama3TrainingArguments
 from ..memory.account import memory_account
 from ..parallelism import describe_grid, local_tokens, resolve_parallelism
 from .build import build_model, load_tokenizer
@@ -44,20 +41,11 @@ class DryRun:
     @property
     def rows(self) -> int:
         """Rows in the batch of a replica."""
-        return self.setting("per_device_train_batch_size")
-
-    @property
-    def step_rows(self) -> int:
-        return self.replicas * self.setting("gradient_accumulation_steps") * self.rows
+        return self.recipe.setting("per_device_train_batch_size")
 
     @property
     def local_tokens(self) -> int:
         return local_tokens(self.recipe.sequence_length, self.ranks, self.layout)
-
-    def setting(self, name: str) -> Any:
-        """Return a field of the section `training`, or its default. TrainingArguments itself would need the device."""
-        fields = {f.name: f.default for f in dataclasses.fields(LinearLlama3TrainingArguments)}
-        return self.recipe.training.get(name, fields[name])
 
     @property
     def recomputes(self) -> bool:
@@ -65,9 +53,9 @@ class DryRun:
         return any(self.recipe.training.get(f"{name}_checkpointing") for name in ("gradient", "activation"))
 
     @property
-    def half(self) -> bool:
-        """True if activations have 16 bits."""
-        return bool(self.setting("bf16") or self.setting("fp16")) or self.model.dtype.itemsize == 2
+    def autocast(self) -> torch.dtype | None:
+        """Dtype of mixed precision."""
+        return torch.bfloat16 if self.recipe.setting("bf16") else torch.float16 if self.recipe.setting("fp16") else None
 
     def sizes(self, kind: str) -> Sizes:
         """Return the sizes of a linear or softmax layer for the strategies' cost model."""
@@ -86,7 +74,7 @@ class DryRun:
             kv_heads=heads,
             key_dim=key_dim,
             value_dim=value_dim,
-            element=2 if self.half else 4,
+            element=(self.autocast or self.model.dtype).itemsize,
             ranks=self.ranks,
             chunks_per_rank=LAYOUTS[self.layout].chunks_per_rank,
             decays=decays,
@@ -113,37 +101,30 @@ def dry_run(recipe: Recipe, processes: int, *, gpu: bool) -> str:
     context.resolve_layout(model)
     ranks = 1 if grid is None else grid.cp_size
     run = DryRun(recipe=recipe, model=model, processes=processes, ranks=ranks, layout=context.layout, gpu=gpu)
-    return "\n".join([*_model(run), *_step(run), *_flops(run), *_exchange(run), *_memory(run)])
-
-
-def _model(run: DryRun) -> list[str]:
-    total, trained = run.model.num_parameters(), run.model.num_parameters(only_trainable=True)
-    share = f", {trained:,} of them trained" if trained < total else ""
-    kinds = f"(L {run.config.linear_attention_type}, N softmax)"
-    return [f"model       {total:,} parameters{share}; layers {run.config.layer_pattern} {kinds}"]
+    return "\n".join([*_step(run), *_exchange(run), *_memory(run)])
 
 
 def _step(run: DryRun) -> list[str]:
-    length, accumulation = run.recipe.sequence_length, run.setting("gradient_accumulation_steps")
+    """Describe the model, a step of it, and the grid of processes."""
+    length, accumulation = run.recipe.sequence_length, run.recipe.setting("gradient_accumulation_steps")
+    total, trained = run.model.num_parameters(), run.model.num_parameters(only_trainable=True)
+    share = f", {trained:,} of them trained" if trained < total else ""
+    rows = run.replicas * accumulation * run.rows
+    flops = count_flops(run.model, rows * length, attention_pairs([length] * rows)).training
     return [
-        f"step        {run.step_rows * length:,} tokens: {run.replicas} replicas x {accumulation} accumulated "
-        f"batches x {run.rows} rows x {length:,}",
+        f"model       {total:,} parameters{share}; layers {run.config.layer_pattern} "
+        f"(L {run.config.linear_attention_type}, N softmax)",
+        f"step        {rows * length:,} tokens: {run.replicas} replicas x {accumulation} accumulated batches x "
+        f"{run.rows} rows x {length:,}",
         f"grid        {'GPUs' if run.gpu else 'CPU'}: {describe_grid(run.processes, run.ranks, run.local_tokens)}",
-    ]
-
-
-def _flops(run: DryRun) -> list[str]:
-    length = run.recipe.sequence_length
-    flops = count_flops(run.model, run.step_rows * length, attention_pairs([length] * run.step_rows))
-    return [
-        f"FLOPs       {flops.training:.4g} a step, {flops.training / run.processes:.4g} on each device "
-        "(softmax layers: for rows of one document)"
+        f"FLOPs       {flops:.4g} a step, {flops / run.processes:.4g} on each device (softmax layers: for rows of one "
+        "document)",
     ]
 
 
 def _memory(run: DryRun) -> list[str]:
     """Describe the memory of a device at the peak of a step."""
-    optimizer = str(run.setting("optim"))
+    optimizer = str(run.recipe.setting("optim"))
     known = "sgd" if optimizer == "sgd" else "adamw_8bit" if "8bit" in optimizer else "adamw"
     kwargs = run.recipe.training.get("activation_checkpointing_kwargs") or {}
     with_kernels = importlib.util.find_spec("triton") is not None
@@ -155,13 +136,13 @@ def _memory(run: DryRun) -> list[str]:
         ranks=run.ranks,
         strategies=run.recipe.sequence_parallel.config(),
         replicas=run.replicas,
-        fsdp=bool(run.setting("fsdp")) or os.environ.get("ACCELERATE_USE_FSDP") == "true",
-        autocast=torch.bfloat16 if run.setting("bf16") else torch.float16 if run.setting("fp16") else None,
+        fsdp=bool(run.recipe.setting("fsdp")) or os.environ.get("ACCELERATE_USE_FSDP") == "true",
+        autocast=run.autocast,
         optimizer=known,
         checkpointing=run.recomputes,
         offload=bool(kwargs.get("offload")),
-        tiling=run.setting("sequence_tiling"),
-        chunked_loss=run.setting("chunked_loss") and not run.setting("label_smoothing_factor"),
+        tiling=run.recipe.setting("sequence_tiling"),
+        chunked_loss=run.recipe.setting("chunked_loss") and not run.recipe.setting("label_smoothing_factor"),
         gpu=run.gpu and with_kernels,
     )
     assumed = "" if optimizer.startswith(known) else f", {optimizer} counted as {known}"

@@ -30,46 +30,54 @@ from ..data.documents import load_documents
 from ..data.files import DataError
 from ..parallelism import resolve_parallelism
 from .build import build_config, load_tokenizer
-from .recipe import DataRecipe, Recipe
+from .recipe import Recipe
 
 MODELS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
-class NothingLeft(Exception):
-    """Raised if a run that has already finished is launched again."""
-
-
-def check_before_launch(recipe: Recipe, processes: int) -> None:
+def check_before_launch(recipe: Recipe, processes: int) -> str | None:
     """Check a recipe for mistakes that would end every process of a launch.
+
+    Returns:
+        a message if the run has already finished, else None.
 
     Raises:
         ValueError: the recipe has such a mistake.
-        NothingLeft: the run has already finished.
     """
     if recipe.sequence_parallel.profile is not None:
         name = recipe.sequence_parallel.profile
         check_profile(load_profile(name), name, processes)
     else:
         resolve_parallelism(None, recipe.sequence_parallel.size, processes)
-    check_output_dir(recipe.training)
+    if (finished := check_machine(recipe.training)) is not None:
+        return finished
     _check_resume(recipe.training)
-    check_trackers(recipe.training)
     tokenizer = load_tokenizer(recipe)
     if recipe.data.chat_template is not None:
         _check_template(recipe.data.chat_template, tokenizer)
     build_config(recipe, tokenizer)
-    _check_files(recipe.data)
-    if recipe.validation is not None:
+    if recipe.data.files is not None:
+        load_documents(recipe.data)
+    if recipe.validation is not None and recipe.validation.files is not None:
         try:
-            _check_files(recipe.validation.data(recipe.data))
+            load_documents(recipe.validation.data(recipe.data))
         except DataError as error:
             raise DataError(f"validation: {error}") from error
+    return None
 
 
-def _check_files(data: DataRecipe) -> None:
-    """`DataError` unless the files are there, and the first record has the columns."""
-    if data.files is not None:
-        load_documents(data)
+def check_machine(training: Mapping[str, Any]) -> str | None:
+    """Check what may differ from machine to machine: the output folder and the trackers of a section `training`.
+
+    Returns:
+        a message if the run has already finished, else None.
+
+    Raises:
+        ValueError: see `check_output_dir` and `check_trackers`.
+    """
+    finished = check_output_dir(training)
+    check_trackers(training)
+    return finished
 
 
 def _check_resume(training: Mapping[str, Any]) -> None:
@@ -89,41 +97,41 @@ def _check_resume(training: Mapping[str, Any]) -> None:
 def _check_template(file: str, tokenizer: PreTrainedTokenizerBase) -> None:
     try:
         render_jinja_template([[{"role": "user", "content": ""}]], chat_template=tokenizer.get_chat_template())
-    except TemplateError as error:
-        if not isinstance(error, TemplateSyntaxError):
-            return  # a valid template may refuse this conversation
+    except TemplateSyntaxError as error:
         raise ValueError(
             f"data.chat_template must be a Jinja template, got {file!r}, line {error.lineno}: {error.message}; fix it"
         ) from error
+    except TemplateError:
+        return  # a valid template may refuse this conversation
 
 
 def check_trackers(training: Mapping[str, Any]) -> None:
     """Raise ValueError if a tracker of `report_to` is unknown or not installed."""
     names = training.get("report_to")
-    if names in (None, "none", ["none"]):
-        return
     try:
-        callbacks = get_reporting_integration_callbacks("all" if names == ["all"] else names)
+        callbacks = get_reporting_integration_callbacks(names[0] if names in (["all"], ["none"]) else names)
     except ValueError as error:
         raise ValueError(f"training.report_to must name trackers, got {names}: {error}") from error
-    for make in callbacks:
-        try:
-            make()
-        except (ImportError, RuntimeError) as error:
-            raise ValueError(
-                f"training.report_to must name installed trackers, got {names}: {error} Or set report_to: none"
-            ) from error
+    try:
+        for callback in callbacks:
+            callback()
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"training.report_to must name installed trackers, got {names}: {error} Or set report_to: none"
+        ) from error
 
 
-def check_output_dir(training: Mapping[str, Any]) -> None:
+def check_output_dir(training: Mapping[str, Any]) -> str | None:
     """Check that a run may write to its `output_dir`, and create the folder.
 
     Args:
         training: the section `training` of a recipe.
 
+    Returns:
+        a message if the folder holds this run, already finished, else None.
+
     Raises:
         ValueError: the folder cannot be written to, or holds another run that this one would replace.
-        NothingLeft: the folder holds this run, already finished.
     """
     folder = Path(training.get("output_dir", "trainer_output"))
     resume = training.get("resume_from_checkpoint") or None
@@ -133,34 +141,29 @@ def check_output_dir(training: Mapping[str, Any]) -> None:
     except OSError as error:
         raise ValueError(manifest.not_writable(folder, error)) from error
     if training.get("overwrite_output_dir", False):
-        if resume is not None:
-            raise ValueError(
-                "overwrite_output_dir: true starts a new run and resume_from_checkpoint continues one, got both (with "
-                f"{resume!r}); leave one of them out"
-            )
-        return
-    model = next((name for name in MODELS if (folder / name).exists()), None)
+        if resume is None:
+            return None
+        raise ValueError(
+            "overwrite_output_dir: true starts a new run and resume_from_checkpoint continues one, got both (with "
+            f"{resume!r}); leave one of them out"
+        )
+    model, steps, remedy = next((name for name in MODELS if (folder / name).exists()), None), manifest.steps(folder), ""
+    held = [] if model is None else [f"a model ({model})"]
     if resume in (True, manifest.LATEST):
         if model is not None and (reached := _reached(folder, training)) is not None:
-            raise NothingLeft(f"nothing is left to train: {folder} holds this run's model, {reached}")
+            return f"nothing is left to train: {folder} holds this run's model, {reached}"
         if model is None or manifest.newest(folder) is not None:
-            return
-        raise ValueError(_taken(folder, f"a model ({model}) and no complete checkpoint to resume from", ""))
-    steps = manifest.steps(folder)
-    if (model is None and not steps) or (resume is not None and Path(resume).resolve().parent == folder.resolve()):
-        return
-    held = [] if model is None else [f"a model ({model})"]
-    if steps:
-        held.append(f"checkpoints up to step {steps[0]}")
+            return None
+        held.append("no complete checkpoint to resume from")
+    else:
+        if steps:
+            held.append(f"checkpoints up to step {steps[0]}")
+            remedy = ", set resume_from_checkpoint: latest to continue that run"
+        if not held or (resume is not None and Path(resume).resolve().parent == folder.resolve()):
+            return None
     raise ValueError(
-        _taken(folder, " and ".join(held), ", set resume_from_checkpoint: latest to continue that run" if steps else "")
-    )
-
-
-def _taken(folder: Path, held: str, resume: str) -> str:
-    return (
-        f"output_dir must not hold another run, which would be replaced, got {folder} with {held}; choose another "
-        f"folder{resume}, or set overwrite_output_dir: true to replace it"
+        f"output_dir must not hold another run, which would be replaced, got {folder} with {' and '.join(held)}; "
+        f"choose another folder{remedy}, or set overwrite_output_dir: true to replace it"
     )
 
 

@@ -21,7 +21,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
@@ -30,7 +30,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ...modeling import LinearLlama3Config
 from ...sequence_parallel import SequenceParallelConfig
 from ..arguments import LinearLlama3TrainingArguments
-from .values import check_names, checked, convert, read_yaml
+from .values import check_section, field_types, read_yaml
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -127,6 +127,18 @@ class SequenceParallelRecipe:
         return SequenceParallelConfig(linear=self.linear, softmax=self.softmax, layout=self.layout)
 
 
+PARALLEL_ARGUMENTS = {
+    "size": "sequence_parallel_size",
+    "profile": "planner_profile",
+    "linear": "linear_strategy",
+    "softmax": "softmax_strategy",
+    "layout": "sequence_layout",
+}
+"""Key of the section `sequence_parallel` -> its name in TrainingArguments, which the section `training` lacks."""
+
+SECTIONS = {"data": DataRecipe, "validation": ValidationRecipe, "sequence_parallel": SequenceParallelRecipe}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """Description of a complete run.
@@ -179,10 +191,7 @@ class Recipe:
             raise ValueError(
                 'lora needs PEFT, which is not installed; in the checkout run `pip install -e ".[lora]"`'
             ) from error
-        hints = get_type_hints(LoraConfig)
-        types = {f.name: hints[f.name] for f in dataclasses.fields(LoraConfig) if f.init}
-        check_names(self.lora, list(types), "lora")
-        convert(self.lora, types, "lora")
+        check_section(self.lora, field_types(LoraConfig), "lora")
         try:
             return LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **self.lora})
         except (TypeError, ValueError) as error:
@@ -190,23 +199,21 @@ class Recipe:
 
     def training_arguments(self) -> LinearLlama3TrainingArguments:
         """Return the section `training` with the choices of `sequence_parallel`."""
-        parallel, validation = self.sequence_parallel, dict[str, Any]()
+        parallel = {name: getattr(self.sequence_parallel, key) for key, name in PARALLEL_ARGUMENTS.items()}
+        validation = dict[str, Any]()
         if self.validation is not None:
-            rows = self.training.get("per_device_train_batch_size", 8)  # Trainer's default
+            rows = self.setting("per_device_train_batch_size")
             validation = {"eval_strategy": "steps", "per_device_eval_batch_size": rows}
             if "eval_strategy" not in self.training:
                 validation["eval_steps"] = 0.1
-        return LinearLlama3TrainingArguments(
-            sequence_parallel_size=parallel.size,
-            linear_strategy=parallel.linear,
-            softmax_strategy=parallel.softmax,
-            sequence_layout=parallel.layout,
-            planner_profile=parallel.profile,
-            **(validation | self.training),
-        )
+        return LinearLlama3TrainingArguments(**parallel, **(validation | self.training))
+
+    def setting(self, name: str) -> Any:
+        """Return a value of the section `training`, or its default in TrainingArguments."""
+        return self.training.get(name, getattr(LinearLlama3TrainingArguments, name))
 
 
-def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, changes: Sequence[str] | None = None) -> Recipe:
     """Read and check a recipe.
 
     Args:
@@ -217,22 +224,25 @@ def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     if not path.is_file():
-        missing = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"a recipe must be a YAML file, got {str(path)!r}, which {missing}")
+        wrong = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"a recipe must be a YAML file, got {str(path)!r}, which {wrong}")
     try:
         content = read_yaml(path.read_text(encoding="utf-8-sig"))
     except yaml.YAMLError as error:
         raise ValueError(f"a recipe must be YAML, {path} is not: {' '.join(str(error).split())}") from error
-    for change in changes:
+    for change in changes or ():
         _apply(change, content)
-    values = checked(Recipe, content, f"recipe {path}", sections=("model", "training", "lora"))
-    values["data"] = DataRecipe(**checked(DataRecipe, values["data"], "data"))
-    if values.get("validation") is not None:
-        values["validation"] = ValidationRecipe(**checked(ValidationRecipe, values["validation"], "validation"))
-    if "sequence_parallel" in values:
-        parallel = checked(SequenceParallelRecipe, values["sequence_parallel"], "sequence_parallel")
-        values["sequence_parallel"] = SequenceParallelRecipe(**parallel)
-    recipe = Recipe(**values)
+    check_section(content, field_types(Recipe), f"recipe {path}", sections=True)
+    required = [f.name for f in dataclasses.fields(Recipe) if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in content]:
+        raise ValueError(
+            f"recipe {path} needs {', '.join(missing)}, got only {', '.join(sorted(content)) or 'nothing'}"
+        )
+    for name, kind in SECTIONS.items():
+        if content.get(name) is not None:
+            check_section(content[name], field_types(kind), name)
+            content[name] = kind(**content[name])
+    recipe = Recipe(**content)
     _check_values(recipe)
     return recipe
 
@@ -252,38 +262,40 @@ def _apply(change: str, content: Any) -> None:
 
 
 def _check_values(recipe: Recipe) -> None:
+    types = field_types(LinearLlama3TrainingArguments)
+    for name in (*PARALLEL_ARGUMENTS.values(), "parallelism_config"):
+        del types[name]
+    types["fsdp"] |= bool  # transformers 5.23 warns of strings
+    check_section(recipe.training, types, "training")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if (count := recipe.training.get(name, 1)) < 1:
+            raise ValueError(f"training.{name} must be at least 1, got {count}; correct it or leave it out")
+    if recipe.training.get("deepspeed") is not None:
+        raise ValueError("DeepSpeed is not supported, got training.deepspeed; use fsdp, or leave it out")
     if recipe.sequence_length < 2:
         raise ValueError(f"sequence_length must be at least 2 (a token and the next), got {recipe.sequence_length}")
-    data = recipe.data
+    if recipe.processes != "auto" and (not isinstance(recipe.processes, int) or recipe.processes < 1):
+        raise ValueError(f"processes must be 'auto' or a positive integer, got {recipe.processes!r}")
+    recipe.sequence_parallel.config()
+    if recipe.lora is not None:
+        recipe.lora_config()
+    _check_model(recipe)
+    _check_data(recipe)
+    _check_validation(recipe)
+    _check_groups(recipe)
+
+
+def _check_data(recipe: Recipe) -> None:
+    data, steps = recipe.data, recipe.setting("max_steps")
     if (data.files is None) == (data.dataset is None):
         raise ValueError(f"data needs files or dataset, one of them, got files={data.files} and dataset={data.dataset}")
     if data.chat_template is not None and data.format != "chat":
         raise ValueError(f"data.chat_template needs format: chat, got format: {data.format}; change one of them")
-    if data.streaming and recipe.training.get("max_steps", -1) < 1:
+    if data.streaming and steps < 1:
         raise ValueError(
-            f"data.streaming needs training.max_steps, since a stream's length is unknown, got "
-            f"{recipe.training.get('max_steps')}; set it to a positive number"
+            f"data.streaming needs training.max_steps, since a stream's length is unknown, got {steps}; set it to a "
+            "positive number"
         )
-    if recipe.processes != "auto" and (not isinstance(recipe.processes, int) or recipe.processes < 1):
-        raise ValueError(f"processes must be 'auto' or a positive integer, got {recipe.processes!r}")
-    recipe.sequence_parallel.config()
-    _check_groups(recipe)
-    if recipe.lora is not None:
-        recipe.lora_config()
-    _check_model(recipe)
-    own = {"sequence_parallel_size", "linear_strategy", "softmax_strategy", "sequence_layout", "planner_profile"}
-    own |= {"parallelism_config"}
-    hints, fields = get_type_hints(LinearLlama3TrainingArguments), dataclasses.fields(LinearLlama3TrainingArguments)
-    types = {f.name: hints[f.name] for f in fields if f.init and f.name not in own}
-    types["fsdp"] |= bool  # transformers 5.23 warns of strings
-    check_names(recipe.training, list(types), "training")
-    convert(recipe.training, types, "training")
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if (count := recipe.training.get(name, 1)) < 1:
-            raise ValueError(f"training.{name} must be at least 1, got {count}; correct it or leave it out")
-    _check_validation(recipe)
-    if recipe.training.get("deepspeed") is not None:
-        raise ValueError("DeepSpeed is not supported, got training.deepspeed; use fsdp, or leave it out")
 
 
 def _check_validation(recipe: Recipe) -> None:
@@ -324,13 +336,10 @@ def _check_groups(recipe: Recipe) -> None:
 
 def _check_model(recipe: Recipe) -> None:
     if "name_or_path" in recipe.model:
-        check_names(recipe.model, list(LOADED_MODEL), "model with name_or_path")
-        convert(recipe.model, LOADED_MODEL, "model")
+        check_section(recipe.model, LOADED_MODEL, "model with name_or_path")
     else:
-        hints = get_type_hints(LinearLlama3Config, localns={"torch": torch, **vars(typing)})  # names transformers omits
-        types = {"preset": str, **{f.name: hints[f.name] for f in dataclasses.fields(LinearLlama3Config)}}
-        check_names(recipe.model, list(types), "model")
-        convert(recipe.model, types, "model")
+        types = field_types(LinearLlama3Config, {"torch": torch, **vars(typing)})  # names that transformers omits
+        check_section(recipe.model, {"preset": str, **types}, "model")
         try:
             recipe.model_config()
         except StrictDataclassError as error:

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 import shlex
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import accelerate
-import torch
-import transformers
 import yaml
 from transformers import PreTrainedModel
 
 from ...modeling.hub import CARD_NAME, RUN_CARD, SAVED_CARDS, is_generated_card
 from ...modeling.model_card import model_card
+from ..adaptive.profiling import hardware
 from .recipe import DataRecipe, Recipe, ValidationRecipe
 
 PLOT_NAME = "loss.png"
 RECIPE_NAME = "recipe.yaml"
 RECIPE_MARK = "# What a run of linear_llama3 was trained with; replaced by the next run into this folder."
+SPEEDS = {  # row of the card's table -> (key of a log entry, text of its median, text without it)
+    "tokens a second": ("tokens_per_second", "{:,.0f}", "not logged"),
+    "TFLOP/s of the model, per device": ("tflops_per_device", "{:,.4g}", "not logged"),
+    "MFU": ("mfu", "{:.1%} of the bfloat16 peak", "unknown (no peak known for this device)"),
+}
 SECRETS = {"hub_token", "token", "storage_options"}  # keys of a recipe that a card, which is shared, leaves out
 
 
@@ -33,12 +36,12 @@ def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
 
     panels = (("loss", "loss"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens a second"))
     figure = Figure(figsize=(12, 3.5), layout="constrained")
-    for axes, (key, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for name, style in ((key, "-"), (f"eval_{key}", "o--")):
-            points = [(entry["step"], entry[name]) for entry in history if name in entry]
-            if points or name == key:
-                axes.plot(*zip(*points, strict=True) if points else ((), ()), style, linewidth=1.5, label=name)
-        axes.set(xlabel="step", title=label, **({"ylim": (0, None)} if key == "tokens_per_second" else {}))
+            if entries := [entry for entry in history if name in entry]:
+                steps, values = ([entry[column] for entry in entries] for column in ("step", name))
+                axes.plot(steps, values, style, linewidth=1.5, label=name)
+        axes.set(xlabel="step", title=title, **({"ylim": (0, None)} if key == "tokens_per_second" else {}))
         if len(axes.lines) > 1:
             axes.legend(frameon=False)
         axes.grid(alpha=0.3)
@@ -47,17 +50,11 @@ def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
 
 def speed(history: list[dict[str, Any]]) -> dict[str, str]:
     """Return medians over the log entries, since the first ones include one-time costs."""
-
-    def middle(key: str) -> float | None:
+    rows = {}
+    for name, (key, text, unknown) in SPEEDS.items():
         values = [entry[key] for entry in history if key in entry]
-        return median(values) if values else None
-
-    tokens, flops, mfu = middle("tokens_per_second"), middle("tflops_per_device"), middle("mfu")
-    return {
-        "tokens a second": "not logged" if tokens is None else f"{tokens:,.0f}",
-        "TFLOP/s of the model, per device": "not logged" if flops is None else f"{flops:,.4g}",
-        "MFU": "unknown (no peak known for this device)" if mfu is None else f"{mfu:.1%} of the bfloat16 peak",
-    }
+        rows[name] = text.format(median(values)) if values else unknown
+    return rows
 
 
 def recipe_text(recipe: Recipe, *, shared: bool = False) -> str:
@@ -93,21 +90,11 @@ def launch_command(environment: Mapping[str, str] = os.environ) -> str:
         or (name.startswith("ACCELERATE_") and value.lower() not in ("", "no", "false", "default"))
     }
     world, local = (int(environment.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    local = local if world % local == 0 else world
-    nodes = world // local
     launcher = "python" if world == 1 else f"torchrun --nproc_per_node {local}"
-    if nodes > 1:
-        launcher += f" --nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint $FIRST_NODE:29500"
+    if world > local:
+        launcher += f" --nnodes {world // local} --rdzv_backend c10d --rdzv_endpoint $FIRST_NODE:29500"
     variables = "".join(f"{name}={shlex.quote(portable(value))} " for name, value in choices.items())
     return f"{variables}{launcher} -m linear_llama3.trainer {RECIPE_NAME}"
-
-
-def hardware() -> str:
-    """Describe the devices of the launch."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if torch.cuda.is_available():
-        return f"{processes} x {torch.cuda.get_device_name()}"
-    return f"{processes} x CPU ({platform.machine()}, {os.cpu_count()} cores, shared by the processes of a machine)"
 
 
 def _sources(data: DataRecipe | ValidationRecipe) -> str:
@@ -147,9 +134,8 @@ def write_model_card(
         "first and last logged loss": f"{losses[0]:.4f}, {losses[-1]:.4f}" if losses else "not logged",
         **facts,
         **speed(history),
-        "hardware": hardware(),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"accelerate {accelerate.__version__}",
+        "hardware": f"{os.environ.get('WORLD_SIZE', '1')} x {hardware(model.device)}",
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate")),
     }
     if is_generated_card(folder / RECIPE_NAME, RECIPE_MARK):
         (folder / RECIPE_NAME).write_text(recipe_text(recipe), encoding="utf-8")

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import enum
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -42,53 +42,42 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
-def checked(kind: type, content: Any, where: str, *, sections: Sequence[str] = ()) -> dict[str, Any]:
-    """Return `content` as arguments of the dataclass `kind`.
+def field_types(kind: type, names: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the types of the arguments of a dataclass.
 
     Args:
-        sections: names of mappings that are checked later, against separate annotations.
+        names: names in its annotations that its module does not define.
+    """
+    hints = get_type_hints(kind, localns=names)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
+
+
+def check_section(content: Any, types: Mapping[str, Any], where: str, *, sections: bool = False) -> None:
+    """Check a mapping, and convert its values in place to the types of their keys: `no` to False, 1e3 to an integer.
+
+    Args:
+        sections: True leaves mappings in it unconverted; they are checked later, each against its own types.
 
     Raises:
-        ValueError: `content` is not a mapping, or has unknown names, missing names or values of the wrong type.
+        ValueError: `content` is not a mapping, has a key without a type, or a value that does not fit its type.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{where} must be a mapping of keys to values, got {content!r}")
-    fields = dataclasses.fields(kind)
-    check_names(content, [f.name for f in fields], where)
-    unset = dataclasses.MISSING
-    missing = [f.name for f in fields if f.default is f.default_factory is unset and f.name not in content]
-    if missing:
-        raise ValueError(f"{where} needs {', '.join(missing)}, got only {', '.join(sorted(content)) or 'nothing'}")
-    content = dict(content)
-    convert(content, get_type_hints(kind), where, sections=sections)
-    return content
-
-
-def check_names(content: dict[str, Any], known: list[str], where: str) -> None:
-    """Raise ValueError for a key that is not known, with a suggestion."""
-    for name in content:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known)[:20])}"
-            raise ValueError(f"unknown key {name!r} in {where}; {hint}")
-
-
-def convert(content: dict[str, Any], types: dict[str, Any], where: str, *, sections: Sequence[str] = ()) -> None:
-    """Convert values in place to the types of their fields: `no` to False, 1e3 to an integer.
-
-    Raises:
-        ValueError: a value does not fit the type of its field.
-    """
     for name, value in content.items():
-        hint = yaml_type(types[name])
-        fitting = [x for x in ([value] if name in sections else _meanings(value)) if _fits(x, hint)]
+        if name not in types:
+            close = difflib.get_close_matches(str(name), types, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(types)[:20])}"
+            raise ValueError(f"unknown key {name!r} in {where}; {hint}")
+        kind = yaml_type(types[name])
+        meanings = [value] if sections and isinstance(value, dict) else _meanings(value)
+        fitting = [meaning for meaning in meanings if _fits(meaning, kind)]
         if not fitting:
             remedy = ""
-            if isinstance(value, str) and any(_fits(meaning, hint) for meaning in _meanings(_unquoted(value))):
+            if isinstance(value, str) and any(_fits(meaning, kind) for meaning in _meanings(_unquoted(value))):
                 remedy = "; write it without quotes"
-            elif isinstance(value, (bool, int, float)) and _fits(str(value), hint):
+            elif isinstance(value, (bool, int, float)) and _fits(str(value), kind):
                 remedy = "; write it in quotes"
-            raise ValueError(f"{name} in {where} must be {_plain(hint)}, got {value!r}{remedy}")
+            raise ValueError(f"{name} in {where} must be {_plain(kind)}, got {value!r}{remedy}")
         content[name] = fitting[0]
 
 

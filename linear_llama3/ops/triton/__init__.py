@@ -1,1 +1,1 @@
-"""Kernels for NVIDIA GPUs: the recurrence with any of its gates, forward and backward; see `attention.py`."""
+"""Kernels for NVIDIA GPUs: the recurrence with any of its gates, forward and backward; see `passes.py`."""

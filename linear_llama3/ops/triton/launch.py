@@ -18,13 +18,12 @@ from .decode import decode_kernel
 from .gate_cumsum import gate_cumsum_kernel
 from .merge import merge_kernel
 from .output import output_kernel
-from .segments import Segments
+from .segments import cut, segment_length
 from .state_scan import state_scan_kernel
 from .tiles import CHANNEL, HEAD, NONE, SCALAR
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 ALIGNMENT = 8
-GATES = {1: HEAD.value, 3: SCALAR.value, 4: CHANNEL.value}  # by the dims of log_decay
 
 
 class Launcher:
@@ -36,13 +35,13 @@ class Launcher:
     """
 
     def __init__(
-        self, k: Tensor, v: Tensor, log_decay: Tensor | None, *, backward: bool = False, decay_gradient: bool = False
-    ) -> None:
+        self, k: Tensor, v: Tensor, log_decay: Tensor | None, boundaries: tuple[int, ...], *, backward: bool = False,
+        decay_gradient: bool = False,
+    ) -> None:  # fmt: skip
         self.k, self.v = k.contiguous(), v.contiguous()
-        self.log_decay = None if log_decay is None else log_decay.contiguous()
         self.batch, self.tokens, self.heads, self.key_dim = k.shape
-        self.value_dim = v.shape[3]
-        self.gate = NONE.value if log_decay is None else GATES[log_decay.dim()]
+        self.value_dim, self.rows = v.shape[3], self.batch * self.heads
+        self.gate = _gate(log_decay)
         # a gate per channel needs its gradient's intermediates anyway
         self.decay_gradient = self.gate == CHANNEL.value or (decay_gradient and log_decay is not None)
         self.configuration = configuration(
@@ -50,60 +49,60 @@ class Launcher:
             capability=capability(k.device),
         )  # fmt: skip
         self.chunk = self.configuration.chunk if backward else self.configuration.rows
-        self.b = self.log_decay  # or, once cumulated, its sums inside chunks
+        self.segments = cut(boundaries, length=segment_length(k, v), chunk=self.chunk, device=k.device)
+        self.b = None if log_decay is None else self._cumulated(log_decay.contiguous())
 
-    def cumulate_log_decay(self, segments: Segments) -> None:
-        """Sum a log decay that varies inside chunks, as the kernels read it."""
-        if self.gate not in (SCALAR.value, CHANNEL.value) or self.b is not self.log_decay:
-            return
-        assert self.log_decay is not None
-        width = self.log_decay.shape[2:].numel()
+    def _cumulated(self, log_decay: Tensor) -> Tensor:
+        """The log decay as the kernels read it: summed inside chunks if it varies there."""
+        if self.gate == HEAD.value:
+            return log_decay
+        width = log_decay.shape[2:].numel()
         block = min(power_of_two(width), 32)
-        self.b = torch.empty_like(self.log_decay, dtype=torch.float32)
+        b = torch.empty_like(log_decay, dtype=torch.float32)
         with on(self.k.device):
-            gate_cumsum_kernel[len(segments.chunks), triton.cdiv(width, block), self.batch](
-                self.log_decay, self.b, segments.chunks, self.tokens,
-                WIDTH=width, BW=block, C=self.chunk, num_warps=4,
-            )  # fmt: skip
+            gate_cumsum_kernel[len(self.segments.chunks), triton.cdiv(width, block), self.batch](
+                log_decay, b, self.segments.chunks, self.tokens, WIDTH=width, BW=block, C=self.chunk, num_warps=4
+            )
+        return b
 
     def scan(
-        self, x: Tensor, y: Tensor, segments: Segments, which: tuple[int, ...] | None, *, scale: float = 1.0,
+        self, x: Tensor, y: Tensor, which: tuple[int, ...] | None, *, scale: float = 1.0,
         entering: Tensor | None = None, states: bool = False, ends: bool = False, reverse: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
         """States of the chunks, and states and decays `[B, n, H, K]` of the segments (or of these)."""
-        tiles, table = self.configuration.scan, segments.table(which)
-        count, chunks = len(table), len(segments.chunks)
-        chunk_states = self._empty(chunks, self.value_dim, dtype=self._stored) if states else None
+        tiles, table = self.configuration.scan, self.segments.table(which)
+        count, chunks = len(table), len(self.segments.chunks)
+        stored = torch.bfloat16 if self.k.dtype == torch.bfloat16 else torch.float32
+        chunk_states = self._empty(chunks, self.value_dim, dtype=stored) if states else None
         end_states = self._empty(count, self.value_dim) if ends else None
         decays = self._empty(count) if ends and self.gate != NONE.value else None
-        grid = (count * triton.cdiv(self.key_dim, tiles.BK) * triton.cdiv(self.value_dim, tiles.BV), self._rows)
+        grid = (count * triton.cdiv(self.key_dim, tiles.BK) * triton.cdiv(self.value_dim, tiles.BV), self.rows)
         with on(self.k.device):
             state_scan_kernel[grid](
                 x, y, self.b, entering, chunk_states, end_states, decays, table, self.tokens, scale, chunks,
-                **self._common(tiles), G=x.shape[2] // self.heads, C=self.chunk, REVERSE=reverse,
+                **self._common(tiles, x), REVERSE=reverse,
                 ENTERING=entering is not None, STATES=states, ENDS=ends,
             )  # fmt: skip
         return chunk_states, end_states, decays
 
     def output(
-        self, q: Tensor, segments: Segments, entering: Tensor | None, *, scale: float, dtype: torch.dtype, ends: bool
+        self, q: Tensor, entering: Tensor | None, *, scale: float, dtype: torch.dtype, ends: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Out `[B, T, H * G, V]`, and the states behind the segments."""
-        tiles = self.configuration.output
+        tiles, count = self.configuration.output, len(self.segments)
         parts = triton.cdiv(self.key_dim, tiles.BK)  # of a sum over the columns of keys
         partial = dtype if parts == 1 else torch.float32
         out = torch.empty(parts, *q.shape[:3], self.value_dim, dtype=partial, device=q.device)
-        end_states = self._empty(len(segments), self.value_dim) if ends else None
+        end_states = self._empty(count, self.value_dim) if ends else None
         with on(self.k.device):
-            output_kernel[len(segments) * parts * triton.cdiv(self.value_dim, tiles.BV), self._rows](
-                q, self.k, self.v, self.b, entering, out, end_states, segments.table(), self.tokens, scale,
-                **self._common(tiles), G=q.shape[2] // self.heads, BC=tiles.BC, C=self.chunk,
-                ENTERING=entering is not None, ENDS=ends,
+            output_kernel[count * parts * triton.cdiv(self.value_dim, tiles.BV), self.rows](
+                q, self.k, self.v, self.b, entering, out, end_states, self.segments.table(None), self.tokens, scale,
+                **self._common(tiles, q), BC=tiles.BC, ENTERING=entering is not None, ENDS=ends,
             )  # fmt: skip
         return out[0] if parts == 1 else out.sum(0).to(dtype), end_states
 
     def gradients(
-        self, q: Tensor, d_out: Tensor, segments: Segments, states: Tensor, d_states: Tensor, *, scale: float
+        self, q: Tensor, d_out: Tensor, states: Tensor, d_states: Tensor, *, scale: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Gradients of q, k, v and the log decay."""
         tiles = self.configuration.backward
@@ -112,34 +111,30 @@ class Launcher:
         if self.decay_gradient:
             shape = (key_tiles, *self.k.shape[:3]) if self.gate != CHANNEL.value else self.k.shape
             d_gate = torch.empty(shape, dtype=torch.float32, device=self.k.device)
-        programs = len(segments.chunks) * (key_tiles + triton.cdiv(self.value_dim, tiles.BV))
+        programs = len(self.segments.chunks) * (key_tiles + triton.cdiv(self.value_dim, tiles.BV))
         with on(self.k.device):
-            backward_kernel[programs, self._rows](
-                q, self.k, self.v, self.b, d_out, states, d_states, dq, dk, dv, d_gate, segments.chunks,
-                self.tokens, scale, **self._common(tiles), G=q.shape[2] // self.heads, BC=tiles.BC,
-                C=self.chunk, GRADIENT=self.decay_gradient,
+            backward_kernel[programs, self.rows](
+                q, self.k, self.v, self.b, d_out, states, d_states, dq, dk, dv, d_gate, self.segments.chunks,
+                self.tokens, scale, **self._common(tiles, q), BC=tiles.BC, GRADIENT=self.decay_gradient,
             )  # fmt: skip
         if d_gate is not None and self.gate != CHANNEL.value:
             d_gate = d_gate.sum((0, 1, 2)) if self.gate == HEAD.value else d_gate.sum(0)
         return dq, dk, dv, d_gate
 
-    @property
-    def _rows(self) -> int:
-        return self.batch * self.heads
-
-    @property
-    def _stored(self) -> torch.dtype:
-        return torch.bfloat16 if self.k.dtype == torch.bfloat16 else torch.float32
-
     def _empty(self, count: int, *columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
         shape = (self.batch, count, self.heads, self.key_dim, *columns)
         return torch.empty(shape, dtype=dtype, device=self.k.device)
 
-    def _common(self, tiles: Tiles) -> dict[str, Any]:
+    def _common(self, tiles: Tiles, queries: Tensor) -> dict[str, Any]:
         return {
-            "H": self.heads, "K": self.key_dim, "V": self.value_dim, "BK": tiles.BK, "BV": tiles.BV, "GATE": self.gate,
+            "H": self.heads, "G": queries.shape[2] // self.heads, "K": self.key_dim, "V": self.value_dim,
+            "BK": tiles.BK, "BV": tiles.BV, "C": self.chunk, "GATE": self.gate,
             **precision(self.k.dtype), "num_warps": tiles.warps, "num_stages": tiles.stages,
         }  # fmt: skip
+
+
+def _gate(log_decay: Tensor | None) -> int:
+    return NONE.value if log_decay is None else {1: HEAD.value, 3: SCALAR.value, 4: CHANNEL.value}[log_decay.dim()]
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -198,7 +193,7 @@ def decode(
             q, k, v, None if log_decay is None else log_decay.contiguous(),
             None if state is None else state.float().contiguous(), after, out, scale,
             H=heads, G=q.shape[2] // heads, K=key_dim, V=value_dim, BK=power_of_two(key_dim), BV=block,
-            GATE=NONE.value if log_decay is None else GATES[log_decay.dim()], BEFORE=state is not None, num_warps=4,
+            GATE=_gate(log_decay), BEFORE=state is not None, num_warps=4,
         )  # fmt: skip
     return out, after
 

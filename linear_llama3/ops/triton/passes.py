@@ -8,15 +8,14 @@ state after it; then all chunks run in parallel. The residuals are the states th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..local_passes import Documents, Gradients, LocalDocuments, Output
+from ..local_passes import Documents, Gradients, LocalDocuments, Output, Residuals
 from .launch import Launcher, merge
-from .segments import Segments, cut, segment_length
 
 
 class SegmentStates(NamedTuple):
@@ -30,25 +29,14 @@ class SegmentStates(NamedTuple):
 class DirectionalScan:
     """The recurrence in one direction of time: forward over x, y = k, v; in reverse over q, d_out."""
 
-    def __init__(
-        self,
-        launcher: Launcher,
-        segments: Segments,
-        x: Tensor,
-        y: Tensor,
-        *,
-        reverse: bool = False,
-        scale: float = 1.0,
-    ) -> None:
-        self.launcher, self.segments, self.x, self.y = launcher, segments, x, y
-        self.reverse, self.scale = reverse, scale
+    def __init__(self, launcher: Launcher, x: Tensor, y: Tensor, *, reverse: bool = False, scale: float = 1.0) -> None:
+        self.segments, self.reverse = launcher.segments, reverse
+        self._scan = partial(launcher.scan, x, y, scale=scale, reverse=reverse)
 
     def segment_states(self, documents: Documents = ()) -> SegmentStates:
         """The states of the segments that others follow, and of all segments of these documents."""
         which = self.segments.needed(documents, reverse=self.reverse)
-        _, states, decays = self.launcher.scan(
-            self.x, self.y, self.segments, which, scale=self.scale, ends=True, reverse=self.reverse
-        )
+        _, states, decays = self._scan(which, ends=True)
         assert states is not None, "asked for"
         return SegmentStates(which, states.transpose(0, 1), None if decays is None else decays.transpose(0, 1))
 
@@ -72,10 +60,7 @@ class DirectionalScan:
 
     def chunk_states(self, entering: Tensor | None, *, ends: bool = False) -> tuple[Tensor, Tensor | None]:
         """The state that every chunk receives, and with `ends` those behind all segments."""
-        states, end_states, _ = self.launcher.scan(
-            self.x, self.y, self.segments, None, scale=self.scale,
-            entering=entering, states=True, ends=ends, reverse=self.reverse,
-        )  # fmt: skip
+        states, end_states, _ = self._scan(None, entering=entering, states=True, ends=ends)
         assert states is not None, "asked for"
         return states, end_states
 
@@ -93,8 +78,8 @@ class TritonForward:
         self, k: Tensor, v: Tensor, log_decay: Tensor | None, documents: LocalDocuments, *, out_dtype: torch.dtype
     ) -> None:
         self.documents, self.out_dtype = documents, out_dtype
-        launcher = Launcher(k, v, log_decay)
-        self.scan = DirectionalScan(launcher, cut_into_segments(launcher, documents), launcher.k, launcher.v)
+        self.launcher = Launcher(k, v, log_decay, documents.boundaries)
+        self.scan = DirectionalScan(self.launcher, self.launcher.k, self.launcher.v)
         self.own: SegmentStates | None = None  # the states of segments, once `summary` has computed them
 
     def summary(self) -> Tensor:
@@ -107,12 +92,11 @@ class TritonForward:
     def output(
         self, q: Tensor, scale: float, entering: Tensor | None, intra: None = None, *, final_states: bool = False
     ) -> Output:
-        launcher, segments = self.scan.launcher, self.scan.segments
         into_segments = self.scan.entering(self.own, entering, self.documents.opening)
-        out, ends = launcher.output(
-            q.contiguous(), segments, into_segments, scale=scale, dtype=self.out_dtype, ends=final_states
+        out, ends = self.launcher.output(
+            q.contiguous(), into_segments, scale=scale, dtype=self.out_dtype, ends=final_states
         )
-        return Output(out, None if ends is None else self.scan.behind_documents(ends), (into_segments,))
+        return Output(out, None if ends is None else self.scan.behind_documents(ends), (None, into_segments))
 
 
 class TritonBackward:
@@ -120,16 +104,15 @@ class TritonBackward:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, documents: LocalDocuments,
-        residuals: Sequence[Tensor | None], d_out: Tensor, scale: float, *, decay_learns: bool,
+        residuals: Residuals, d_out: Tensor, scale: float, *, decay_learns: bool,
     ) -> None:  # fmt: skip
         self.q, self.d_out, self.scale, self.documents = q.contiguous(), d_out.contiguous(), scale, documents
-        self.decay_learns = decay_learns and log_decay is not None
+        self.decay_learns = decay_learns
         self.decay_dtype = torch.float32 if log_decay is None else log_decay.dtype
-        (self.into_segments,) = residuals
-        self.launcher = Launcher(k, v, log_decay, backward=True, decay_gradient=decay_learns)
-        self.segments = cut_into_segments(self.launcher, documents)
-        self.scan = DirectionalScan(self.launcher, self.segments, self.launcher.k, self.launcher.v)
-        self.mirrored = DirectionalScan(self.launcher, self.segments, self.q, self.d_out, reverse=True, scale=scale)
+        _, self.into_segments = residuals
+        self.launcher = Launcher(k, v, log_decay, documents.boundaries, backward=True, decay_gradient=decay_learns)
+        self.scan = DirectionalScan(self.launcher, self.launcher.k, self.launcher.v)
+        self.mirrored = DirectionalScan(self.launcher, self.q, self.d_out, reverse=True, scale=scale)
         self.own: SegmentStates | None = None
 
     def summary(self) -> Tensor:
@@ -146,21 +129,6 @@ class TritonBackward:
         states = self.intra_chunk() if intra is None else intra
         d_into_segments = self.mirrored.entering(self.own, d_leaving, self.documents.closing)
         d_states, d_initial = self.mirrored.chunk_states(d_into_segments, ends=initial_state)
-        dq, dk, dv, d_decay = self.launcher.gradients(
-            self.q, self.d_out, self.segments, states, d_states, scale=self.scale
-        )
-        if d_decay is not None:
-            d_decay = d_decay.to(self.decay_dtype) if self.decay_learns else None
-        return Gradients(
-            dq, dk, dv,
-            log_decay=d_decay,
-            initial_state=None if d_initial is None else self.mirrored.behind_documents(d_initial),
-        )  # fmt: skip
-
-
-def cut_into_segments(launcher: Launcher, documents: LocalDocuments) -> Segments:
-    """Cut the documents, and sum the log decay inside their chunks."""
-    length = segment_length(launcher.k, launcher.v)
-    segments = cut(documents.boundaries, length=length, chunk=launcher.chunk, device=launcher.k.device)
-    launcher.cumulate_log_decay(segments)
-    return segments
+        dq, dk, dv, d_decay = self.launcher.gradients(self.q, self.d_out, states, d_states, scale=self.scale)
+        d_decay = d_decay.to(self.decay_dtype) if d_decay is not None and self.decay_learns else None
+        return Gradients(dq, dk, dv, d_decay, None if d_initial is None else self.mirrored.behind_documents(d_initial))

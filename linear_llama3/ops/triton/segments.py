@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,27 +21,13 @@ SHORTEST = 2048  # tokens of a segment
 
 
 class Segment(NamedTuple):
+    number: int
     start: int  # tokens [start, stop)
     stop: int
+    first_chunk: int
     document: int
-    opens: bool  # the document begins here
-    closes: bool
-
-
-Method = TypeVar("Method", bound=Callable[..., Tensor])
-
-
-def _cached(method: Method) -> Method:
-    """Cache the tensors of a method of `Segments` per instance and arguments."""
-
-    @functools.wraps(method)
-    def call(self: Segments, *args: Any, **named: Any) -> Tensor:
-        key = (method.__name__, args, tuple(named.items()))
-        if key not in self.tables:
-            self.tables[key] = method(self, *args, **named)
-        return self.tables[key]
-
-    return cast(Method, call)
+    begins: bool  # a scan of the document begins here
+    ends: bool
 
 
 class Segments:
@@ -49,16 +35,20 @@ class Segments:
 
     def __init__(self, boundaries: tuple[int, ...], *, length: int, chunk: int, device: torch.device) -> None:
         assert length % chunk == 0, "chunks are counted from the start of a segment"
-        self.boundaries, self.device = boundaries, device
+        self.device, self.documents = device, len(boundaries) - 1
         self.list: list[Segment] = []
-        self.tables: dict[tuple[Any, ...], Tensor] = {}
+        chunks: list[tuple[int, int]] = []
         for n, (start, stop) in enumerate(itertools.pairwise(boundaries)):
-            edges = [*range(start, stop, length), stop]
-            self.list += [Segment(a, b, n, a == start, b == stop) for a, b in itertools.pairwise(edges)]
-        self.documents = len(boundaries) - 1
-        chunks = [[(a, min(a + chunk, s.stop)) for a in range(s.start, s.stop, chunk)] for s in self.list]
-        self.first_chunk = list(itertools.accumulate([len(c) for c in chunks], initial=0))
-        self.chunks = self.tensor([edge for c in chunks for edge in c], columns=2)  # int32 [chunks, 2]: start, stop
+            for a in range(start, stop, length):
+                b = min(a + length, stop)
+                self.list.append(Segment(len(self.list), a, b, len(chunks), n, a == start, b == stop))
+                chunks += [(c, min(c + chunk, b)) for c in range(a, b, chunk)]
+        self.chunks = self._tensor(chunks, columns=2)  # int32 [chunks, 2]: start, stop
+        # kept on the device: a copy would wait for it
+        self.table = functools.cache(self._table)
+        self.entering_steps = functools.cache(self._entering_steps)
+        self.document_steps = functools.cache(self._document_steps)
+        self.last_of_documents = functools.cache(self._last_of_documents)
 
     def __len__(self) -> int:
         return len(self.list)
@@ -68,59 +58,49 @@ class Segments:
         """True if every document is one segment."""
         return len(self.list) == self.documents
 
-    def tensor(self, rows: Sequence[tuple[int, ...]], columns: int) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int32).view(-1, columns).to(self.device)
-
-    @_cached
-    def table(self, which: tuple[int, ...] | None = None) -> Tensor:
-        """int32 `[n, 3]`: start, stop and first chunk of all segments, or of these."""
-        which = tuple(range(len(self.list))) if which is None else which
-        return self.tensor([(self.list[s].start, self.list[s].stop, self.first_chunk[s]) for s in which], columns=3)
-
-    @_cached
-    def last_of_documents(self, *, reverse: bool) -> Tensor:
-        """int64 `[documents]`: the last (reverse: the first) segment of each."""
-        ends = [s for s, x in enumerate(self.list) if (x.opens if reverse else x.closes)]
-        return torch.tensor(ends).to(self.device)
+    def in_order(self, *, reverse: bool) -> list[Segment]:
+        """The segments in the order of a scan; in reverse, documents begin at their ends."""
+        if not reverse:
+            return self.list
+        return [s._replace(begins=s.ends, ends=s.begins) for s in reversed(self.list)]
 
     def needed(self, documents: Documents, *, reverse: bool) -> tuple[int, ...]:
         """The segments whose own states are needed: those that others follow, and all of these documents."""
-        parts = enumerate(self.list)
-        return tuple(i for i, s in parts if not (s.opens if reverse else s.closes) or s.document in documents)
+        order = self.in_order(reverse=reverse)
+        return tuple(sorted(s.number for s in order if not s.ends or s.document in documents))
 
-    @_cached
-    def entering_steps(self, folded: tuple[int, ...], starts: Documents, *, reverse: bool) -> Tensor:
+    def _tensor(self, rows: Sequence[tuple[int, ...]], columns: int) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int32).view(-1, columns).to(self.device)
+
+    def _table(self, which: tuple[int, ...] | None) -> Tensor:
+        """int32 `[n, 3]`: start, stop and first chunk of all segments, or of these."""
+        segments = self.list if which is None else [self.list[i] for i in which]
+        return self._tensor([(s.start, s.stop, s.first_chunk) for s in segments], columns=3)
+
+    def _last_of_documents(self, *, reverse: bool) -> Tensor:
+        """int64 `[documents]`: the last (reverse: the first) segment of each."""
+        return torch.tensor(sorted(s.number for s in self.in_order(reverse=reverse) if s.ends)).to(self.device)
+
+    def _entering_steps(self, folded: tuple[int, ...], starts: Documents, *, reverse: bool) -> Tensor:
         """Steps of a merge that stores the state before every segment; `folded` are the segments whose states are
         merged. A document in `starts` begins with the initial state at its place there, others from zero."""
         initial = {document: i for i, document in enumerate(starts)}
         place = {segment: i for i, segment in enumerate(folded)}
-        return merge_steps(
-            [
-                MergeStep(
-                    fold=place.get(segment, NOTHING),
-                    store=segment,
-                    start=initial.get(document, ZERO) if begins else CONTINUE,
-                )
-                for segment, document, begins in self._order(reverse=reverse)
-            ],
-            self.device,
-        )
+        steps = []
+        for s in self.in_order(reverse=reverse):
+            start = initial.get(s.document, ZERO) if s.begins else CONTINUE
+            steps.append(MergeStep(fold=place.get(s.number, NOTHING), store=s.number, start=start))
+        return merge_steps(steps, self.device)
 
-    @_cached
-    def document_steps(self, folded: tuple[int, ...], documents: Documents, *, reverse: bool) -> Tensor:
+    def _document_steps(self, folded: tuple[int, ...], documents: Documents, *, reverse: bool) -> Tensor:
         """Steps of a merge that stores the state of each of these documents, from zero; None is zero."""
         place = {segment: i for i, segment in enumerate(folded)}
         steps = []
-        for target, wanted in enumerate(documents):
-            parts = [(s, begins) for s, document, begins in self._order(reverse=reverse) if document == wanted]
-            steps += [MergeStep(fold=place[s], start=ZERO if begins else CONTINUE) for s, begins in parts]
+        for target, document in enumerate(documents):
+            parts = [s for s in self.in_order(reverse=reverse) if s.document == document]
+            steps += [MergeStep(fold=place[s.number], start=ZERO if s.begins else CONTINUE) for s in parts]
             steps.append(MergeStep(store=target, start=CONTINUE if parts else ZERO))
         return merge_steps(steps, self.device)
-
-    def _order(self, *, reverse: bool) -> list[tuple[int, int, bool]]:
-        """(segment, document, whether the document starts with it) in the order of a scan."""
-        rows = [(i, s.document, s.closes if reverse else s.opens) for i, s in enumerate(self.list)]
-        return rows[::-1] if reverse else rows
 
 
 def cut(boundaries: tuple[int, ...], *, length: int, chunk: int, device: torch.device) -> Segments:

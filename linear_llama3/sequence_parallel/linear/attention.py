@@ -10,7 +10,6 @@ name. A pass over this rank's tokens, forward or backward, is always
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,11 +21,10 @@ from torch.nn import functional as F
 
 from ...ops.backends import choose_backend
 from ...ops.bidirectional import document_states, read_states
+from ...ops.causal_op import passes
 from ...ops.checks import check_arguments, check_shapes
-from ...ops.chunked import ChunkedBackward, ChunkedForward
 from ...ops.linear_attention import divide_by_normalizer, upcast_constant_decay, with_ones_column
 from ...ops.linear_attention import linear_attention as attention_on_one_device
-from ...ops.local_passes import BackwardPass, ForwardPass
 from ...ops.precision import without_autocast, working_dtype
 from ..collectives import world_size
 from ..costs import choose_linear, sizes_of
@@ -158,10 +156,11 @@ def start_linear_attention(
         strategy = choose_linear(sizes_of(k, values, shard, group, decays=decays), log=shard.rank == 0)
     scan = partial(get_linear_strategy(strategy), group=group, chain=shard.layout.chain(shard.ranks))
     if causal:
-        sharding = _Sharding(shard, scan, backend, out_dtype=working_dtype(v) if normalize else v.dtype)
-        attend = _SentStates(
-            keys, values, decay, sharding, decays=decays, cache=exchange_cache, output_final_state=output_final_state
-        ).attend
+        sent = _SentStates(
+            keys, values, decay, shard=shard, scan=scan, backend=backend, decays=decays, cache=exchange_cache,
+            out_dtype=working_dtype(v) if normalize else v.dtype, output_final_state=output_final_state,
+        )  # fmt: skip
+        attend = sent.attend
     else:
         attend = partial(_attend_bidirectional, k=keys, v=values, shard=shard, scan=scan, group=group)
     return PendingLinearAttention(k, v, shard.tokens, attend, normalize=normalize)
@@ -177,84 +176,52 @@ class PendingLinearAttention:
         self._k, self._v, self._tokens, self._attend, self._normalize = k, v, tokens, attend, normalize
         self.final_state: Tensor | None = None  # `[B, H_kv, D_k, D_v (+ 1)]` after the call, if it was asked for
 
+    @without_autocast
     def __call__(self, q: Tensor, scale: float | None = None) -> Tensor:
         """Attend with q `[B, C, H_q, D_k]`; out `[B, C, H_q, D_v]` in the dtype of v."""
         check_shapes(q, self._k, self._v)
-        return self._finish(q, q.shape[-1] ** -0.5 if scale is None else scale)
-
-    @without_autocast
-    def _finish(self, q: Tensor, scale: float) -> Tensor:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
         out, self.final_state = self._attend(q[:, : self._tokens], scale=scale)
         out = divide_by_normalizer(out) if self._normalize else out
         return F.pad(out.to(self._v.dtype), (0, 0, 0, 0, 0, q.shape[1] - self._tokens))
-
-
-@dataclass(frozen=True, slots=True)
-class _Sharding:
-    """The part of a call that its forward and backward pass share."""
-
-    shard: SequenceShard
-    scan: Scan
-    backend: str
-    out_dtype: torch.dtype  # where the backend leaves a choice
-
-    def forward(self, k: Tensor, v: Tensor, log_decay: Tensor | None) -> ForwardPass:
-        if self.backend == "triton":
-            from ...ops.triton.passes import TritonForward
-
-            return TritonForward(k, v, log_decay, self.shard.local_documents, out_dtype=self.out_dtype)
-        return ChunkedForward(k, v, log_decay, self.shard.local_documents)
-
-    def backward(self, *inputs: Any, decay_learns: bool) -> BackwardPass:
-        if self.backend == "triton":
-            from ...ops.triton.passes import TritonBackward
-
-            return TritonBackward(*inputs, decay_learns=decay_learns)
-        return ChunkedBackward(*inputs, decay_learns=decay_learns)
 
 
 class _SentStates:
     """The states of this rank's chunks, on their way to the other ranks."""
 
     def __init__(
-        self, k: Tensor, v: Tensor, log_decay: Tensor | None, sharding: _Sharding, *, decays: bool,
-        cache: MutableMapping[str, Tensor] | None, output_final_state: bool,
+        self, k: Tensor, v: Tensor, log_decay: Tensor | None, *, shard: SequenceShard, scan: Scan, backend: str,
+        decays: bool, cache: MutableMapping[str, Tensor] | None, out_dtype: torch.dtype, output_final_state: bool,
     ) -> None:  # fmt: skip
-        self.sizes = k.shape[-1], v.shape[-1]
-        if sharding.backend == "triton":
+        self.key_dim, self.value_dim = k.shape[-1], v.shape[-1]
+        forward, self.backward_pass = passes(backend)
+        if backend == "triton":
             from ...ops.triton.launch import pad_head_dims
 
             k, v, log_decay = pad_head_dims(k, v, log_decay)
-        self.k, self.v, self.log_decay, self.sharding, self.cache = k, v, log_decay, sharding, cache
-        self.output_final_state = output_final_state
+        self.k, self.v, self.log_decay, self.scan, self.cache = k, v, log_decay, scan, cache
+        self.documents, self.output_final_state = shard.local_documents, output_final_state
         with torch.no_grad():
-            self.local = sharding.forward(k, v, log_decay)
-            self.decays = _chunk_decays(k, log_decay, sharding.shard) if decays else None
-            self.sent = not cache
-            if self.sent:
+            self.local = forward(k, v, log_decay, self.documents, out_dtype=out_dtype)
+            self.decays = _chunk_decays(k, log_decay, shard) if decays else None
+            if cache:  # filled by the pass that is recomputed
+                entering = cache["states"]
+                self.wait = lambda: entering
+            else:
                 self.states = self.local.summary()
-                self.wait = sharding.scan(self.states, self.decays, reverse=False)
-
-    def receive(self) -> Tensor:
-        """Wait for the states that enter this rank's chunks, `[L, B, H_kv, D_k, D_v]`."""
-        if not self.sent:
-            assert self.cache is not None
-            return self.cache["states"]
-        entering = self.wait()
-        if self.cache is not None:
-            self.cache["states"] = entering
-        return entering
+                self.wait = scan(self.states, self.decays, reverse=False)
 
     def attend(self, q: Tensor, *, scale: float) -> tuple[Tensor, Tensor | None]:
-        key_dim, value_dim = self.sizes
-        if self.k.shape[-1] > key_dim:
-            q = F.pad(q, (0, self.k.shape[-1] - key_dim))
+        if self.k.shape[-1] > self.key_dim:
+            q = F.pad(q, (0, self.k.shape[-1] - self.key_dim))
         out, entering = _ShardedLinearAttention.apply(q, self.k, self.v, self.log_decay, self, scale)
+        if self.cache is not None:
+            self.cache["states"] = entering
         final_state = None
         if self.output_final_state:
             own = pack(self.states, self.decays)[-1]
-            final_state = fold(entering[-1], own)[..., :key_dim, :value_dim]
-        return out[..., :value_dim], final_state
+            final_state = fold(entering[-1], own)[..., : self.key_dim, : self.value_dim]
+        return out[..., : self.value_dim], final_state
 
 
 class _ShardedLinearAttention(torch.autograd.Function):
@@ -268,11 +235,11 @@ class _ShardedLinearAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, sent: _SentStates, scale: float
     ) -> tuple[Tensor, Tensor]:
         intra = sent.local.intra_chunk(q, scale)  # needs no state: runs while the states travel
-        entering = sent.receive()
+        entering = sent.wait()  # the states that enter this rank's chunks, `[L, B, H_kv, D_k, D_v]`
         out, _, residuals = sent.local.output(q, scale, entering, intra)
         ctx.save_for_backward(q, k, v, log_decay, sent.decays, *residuals)
-        ctx.sharding, ctx.scale = sent.sharding, scale
-        entering = entering.detach()  # autograd makes outputs part of its graph, and the cache keeps these
+        ctx.documents, ctx.scan, ctx.backward_pass, ctx.scale = sent.documents, sent.scan, sent.backward_pass, scale
+        entering = entering.detach()
         ctx.mark_non_differentiable(entering)
         return out, entering
 
@@ -281,9 +248,9 @@ class _ShardedLinearAttention(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, decays, *residuals = ctx.saved_tensors
-        inputs = q, k, v, log_decay, ctx.sharding.shard.local_documents, residuals, d_out, ctx.scale
-        local = ctx.sharding.backward(*inputs, decay_learns=ctx.needs_input_grad[3])
-        wait = ctx.sharding.scan(local.summary(), decays, reverse=True)
+        inputs = q, k, v, log_decay, ctx.documents, residuals, d_out, ctx.scale
+        local = ctx.backward_pass(*inputs, decay_learns=ctx.needs_input_grad[3])
+        wait = ctx.scan(local.summary(), decays, reverse=True)
         intra = local.intra_chunk()  # runs while the gradients of the states travel
         d_leaving = wait()
         d = local.gradients(d_leaving, intra)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..collectives import all_reduce
+from ..collectives import all_reduce, self_adjoint
 from ..sequence_shard import SequenceShard
 
 Scan = Callable[..., Callable[[], Tensor]]  # (states, decays, reverse=) -> wait: a strategy in its group
@@ -24,22 +23,10 @@ def document_totals(states: Tensor, *, scan: Scan, group: dist.ProcessGroup, sha
     packed ones only the first and the last piece of a chunk can continue elsewhere, in two scans. The map is
     symmetric, so its gradient is the map itself.
     """
-    return _DocumentTotals.apply(states, scan, group, shard)
+    return self_adjoint(partial(_totals, scan=scan, group=group, shard=shard), states)
 
 
-class _DocumentTotals(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, scan: Scan, group: dist.ProcessGroup, shard: SequenceShard) -> Tensor:
-        ctx.scan, ctx.group, ctx.shard = scan, group, shard
-        return _totals(states, scan, group, shard)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _totals(grad, ctx.scan, ctx.group, ctx.shard), None, None, None
-
-
-def _totals(states: Tensor, scan: Scan, group: dist.ProcessGroup, shard: SequenceShard) -> Tensor:
+def _totals(states: Tensor, *, scan: Scan, group: dist.ProcessGroup, shard: SequenceShard) -> Tensor:
     if not shard.packed:
         return all_reduce(states.sum(0), group).wait().expand_as(states)
     zero, chunks = torch.zeros_like(states[0]), shard.chunks

@@ -11,7 +11,7 @@ from .group_costs import Assignment, CostTable
 
 FEW = 64  # sequences of a step; more are divided well by simpler means
 BUNDLES = 9  # and groups that are planned at once
-REPLANS = 32  # of a step
+REPLANS = 64  # of a step
 
 
 def replan(table: CostTable, found: Assignment, micro_batches: int | None) -> Assignment:

@@ -69,7 +69,7 @@ def linformer_attention(
     values = torch.einsum("pn,bnhd->bhpd", value_projection[:, :tokens].to(work), value)
     if group is not None and world_size(group) > 1:
         # every rank uses the sums for its own queries: the gradient of a summand is a sum over ranks as well
-        keys, values = (self_adjoint(all_reduce, x, group) for x in (keys, values))
+        keys, values = (self_adjoint(lambda x: all_reduce(x, group).wait(), x) for x in (keys, values))
     query = query.unflatten(2, (kv_heads, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     p = torch.einsum("bnhgd,bhpd->bnhgp", query, keys).softmax(-1)
     out = torch.einsum("bnhgp,bhpd->bnhgd", p, values).flatten(2, 3)

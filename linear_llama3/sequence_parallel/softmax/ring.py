@@ -7,23 +7,24 @@ to its source, whose own share never travels.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from ...ops.softmax_attention import BlockAttention, BlockAttentionBackward
 from ..collectives import Transfer, send_receive
-from .route import Route, route_of_keys
+from .route import Step, route_of_keys
 from .strategy import AttentionSpec, Gradients, Residuals, differentiable, split
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Residuals]:
     shard, visibility, key_dim = spec.shard, spec.visibility, k.shape[-1]
-    rank, route = shard.rank, route_of_keys(shard, visibility)
     block = BlockAttention(q, shard.spans, value_dim=v.shape[-1], scale=spec.scale, visibility=visibility)
     held = torch.cat([k, v], dim=-1)  # [B, n, H_kv, D + D_v]
-    for t in range(route.steps):
-        upcoming = _pass_on(held, route, t, spec)
-        block.add(*split(held, key_dim), route.spans(rank, t, route.held(rank, t)))
+    for step in route_of_keys(shard, visibility):
+        upcoming = _pass_on(held, step, spec)
+        block.add(*split(held, key_dim), step.held.spans)
         (held,) = upcoming.wait()
     out, lse = block.result()
     return out, (out, lse)
@@ -32,54 +33,42 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tenso
 def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, residuals: Residuals, spec: AttentionSpec) -> Gradients:
     out, lse = residuals
     shard, visibility, key_dim = spec.shard, spec.visibility, k.shape[-1]
-    rank, route = shard.rank, route_of_keys(shard, visibility)
     block = BlockAttentionBackward(q, shard.spans, out, lse, d_out, scale=spec.scale, visibility=visibility)
     held = torch.cat([k, v], dim=-1)
     own = torch.zeros_like(held, dtype=out.dtype)  # the gradients of this rank's K and V
+    route = route_of_keys(shard, visibility)
     behind = None
-    for t in range(route.steps):
-        upcoming = _pass_on(held, route, t, spec)
-        gradients = torch.zeros_like(held, dtype=out.dtype) if t else own
-        spans = route.spans(rank, t, route.held(rank, t))
-        block.add(*split(held, key_dim), spans, *split(gradients, key_dim))
+    for before, step in pairwise([route[0], *route]):
+        upcoming = _pass_on(held, step, spec)
+        gradients = own if step is route[0] else torch.zeros_like(held, dtype=out.dtype)
+        block.add(*split(held, key_dim), step.held.spans, *split(gradients, key_dim))
         if behind is not None:
-            gradients += _arrived(behind, own, route, rank, t - 1)
-        if t:
-            behind = _pass_gradients_on(gradients, route, t, spec)
+            earlier, home = behind.wait()
+            gradients += earlier
+            for where, rows in before.finished_by_holder.split(home):
+                own[:, where] += rows
+        if step is not route[0]:
+            behind = _pass_gradients_on(gradients, step, spec)
         (held,) = upcoming.wait()
-    if behind is not None:
-        _arrived(behind, own, route, rank, route.steps - 1)
     d_k, d_v = split(own, key_dim)
     return block.result(), d_k, d_v
 
 
-def _pass_on(held: Tensor, route: Route, step: int, spec: AttentionSpec) -> Transfer:
-    """Forward the chunks that later ranks need; receive the block of the next step from the previous rank."""
-    rank = spec.shard.rank
-    send = route.select(held, rank, step, route.forwarded(rank, step))
-    receive = route.empty(held, rank, step + 1, route.held(rank, step + 1))
-    return send_receive([(send, route.holder(rank, 1))], [(receive, route.source_rank(rank, 1))], spec.group)
+def _pass_on(held: Tensor, step: Step, spec: AttentionSpec) -> Transfer:
+    """Forward the chunks that later ranks need; receive the block of the next step."""
+    sends, receives = (step.forwarded.of(held), step.next_rank), (step.arriving.empty(held), step.previous_rank)
+    return send_receive([sends], [receives], spec.group)
 
 
-def _pass_gradients_on(gradients: Tensor, route: Route, step: int, spec: AttentionSpec) -> Transfer:
+def _pass_gradients_on(gradients: Tensor, step: Step, spec: AttentionSpec) -> Transfer:
     """Send the gradients of the block held after it or back to its source; receive those of the next block and of this
     rank's own chunks."""
-    rank = spec.shard.rank
-    following = route.select(gradients, rank, step, route.forwarded(rank, step))
-    going_home = route.select(gradients, rank, step, route.finished(rank, step))
-    holder = route.holder(rank, step)
-    expected = route.empty(gradients, rank, step + 1, route.held(rank, step + 1))
-    coming_home = route.empty(gradients, holder, step, route.finished(holder, step))
-    sends = [(following, route.holder(rank, 1)), (going_home, route.source_rank(rank, step))]
-    return send_receive(sends, [(expected, route.source_rank(rank, 1)), (coming_home, holder)], spec.group)
-
-
-def _arrived(transfer: Transfer, own: Tensor, route: Route, rank: int, step: int) -> Tensor:
-    """Add to `own` what was returned after `step`; return the gradients that follow the block of the next step."""
-    following, home = transfer.wait()
-    for where, rows in route.returned(home, rank, route.finished(route.holder(rank, step), step)):
-        own[:, where] += rows
-    return following
+    sends = [(step.forwarded.of(gradients), step.next_rank), (step.finished.of(gradients), step.source)]
+    receives = [
+        (step.arriving.empty(gradients), step.previous_rank),
+        (step.finished_by_holder.empty(gradients), step.holder),
+    ]
+    return send_receive(sends, receives, spec.group)
 
 
 ring = differentiable(forward, backward)

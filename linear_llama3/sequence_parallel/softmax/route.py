@@ -5,11 +5,13 @@ chunks, and each travels to the last rank on its way that sees it (keys), or whe
 published for one mask each follows from this rule: contiguous causal blocks stop at the end of the ring, zigzag blocks
 lose one half on the way (0.75 of all rows are sent, the half-Q saving of arXiv 2412.20501), a window ends the ring
 after a few hops, and so do the edges of packed documents.
+
+A route is a table: for every step, what a rank computes, sends and receives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -20,117 +22,113 @@ from torch import Tensor
 from ...ops.visibility import Span, Visibility
 from ..sequence_shard import SequenceShard, count
 
-ChunkIds = tuple[int, ...]  # places of chunks in their source's block, ascending
+Steps = frozenset[int]  # those at which a rank has a use for a chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some chunks of a block `[B, n, ...]`."""
+
+    rows: tuple[slice, ...]  # in the block
+    spans: tuple[Span, ...]  # global positions
+
+    def of(self, block: Tensor) -> Tensor:
+        """Select this part; the block itself if that is all of it."""
+        if count(self.spans) == block.shape[1]:
+            return block
+        return torch.cat([block[:, :0], *(block[:, rows] for rows in self.rows)], dim=1)
+
+    def empty(self, like: Tensor) -> Tensor:
+        """Allocate this part, with the other dims and the dtype of `like`."""
+        return like.new_empty(like.shape[0], count(self.spans), *like.shape[2:])
+
+    def split(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Pair the rows in the block with those of `x`, which holds this part alone."""
+        return zip(self.rows, x.split([rows.stop - rows.start for rows in self.rows], dim=1), strict=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
-    """The place of every chunk at every step."""
+class Step:
+    """One step of one rank. It holds the block of `source`, and `holder` holds its own."""
 
-    direction: int  # +1: from rank r to r + 1; -1: to r - 1
-    all_spans: tuple[tuple[Span, ...], ...]  # by source rank
-    used: tuple[
-        tuple[frozenset[int], ...], ...
-    ]  # by source rank and place: the steps at which a rank has a use for the chunk
-
-    @property
-    def ranks(self) -> int:
-        return len(self.all_spans)
-
-    @property
-    def steps(self) -> int:
-        """One more than the hops of the chunk that travels farthest."""
-        return 1 + max(max(steps, default=0) for owner in self.used for steps in owner)
-
-    def source_rank(self, rank: int, step: int) -> int:
-        """The rank whose block `rank` holds."""
-        return (rank - self.direction * step) % self.ranks
-
-    def holder(self, rank: int, step: int) -> int:
-        """The rank that holds the block of `rank`."""
-        return (rank + self.direction * step) % self.ranks
-
-    def held(self, rank: int, step: int) -> ChunkIds:
-        """The chunks that `rank` holds: of the block of `source_rank(rank, step)`, those used then or later."""
-        used = self.used[self.source_rank(rank, step)]
-        return tuple(i for i, steps in enumerate(used) if step == 0 or max(steps, default=0) >= step)
-
-    def visible(self, rank: int, step: int) -> ChunkIds:
-        """The chunks held that `rank` itself has a use for."""
-        used = self.used[self.source_rank(rank, step)]
-        return tuple(i for i in self.held(rank, step) if step in used[i])
-
-    def forwarded(self, rank: int, step: int) -> ChunkIds:
-        """The chunks held that travel on after this step."""
-        return self.held(self.holder(rank, 1), step + 1)
-
-    def finished(self, rank: int, step: int) -> ChunkIds:
-        """The chunks held that travel no further."""
-        forwarded = self.forwarded(rank, step)
-        return tuple(i for i in self.held(rank, step) if i not in forwarded)
-
-    def spans(self, rank: int, step: int, chunks: ChunkIds) -> tuple[Span, ...]:
-        spans = self.all_spans[self.source_rank(rank, step)]
-        return tuple(spans[i] for i in chunks)
-
-    def rows(self, rank: int, step: int, given: ChunkIds, wanted: ChunkIds) -> list[slice]:
-        """The rows of the chunks `wanted` in a block that has the chunks `given`."""
-        found, start = [], 0
-        for place, (a, b) in zip(given, self.spans(rank, step, given), strict=True):
-            if place in wanted:
-                found.append(slice(start, start + b - a))
-            start += b - a
-        return found
-
-    def select(self, x: Tensor, rank: int, step: int, wanted: ChunkIds) -> Tensor:
-        """Select the chunks `wanted` of the block `[B, n, ...]` that `rank` holds."""
-        given = self.held(rank, step)
-        if wanted == given:
-            return x
-        return torch.cat([x[:, :0], *(x[:, where] for where in self.rows(rank, step, given, wanted))], dim=1)
-
-    def returned(self, x: Tensor, rank: int, chunks: ChunkIds) -> Iterator[tuple[slice, Tensor]]:
-        """Pair the rows of these chunks in the block of `rank` with their rows of `x` `[B, n, ...]`, made of them."""
-        where = self.rows(rank, 0, self.held(rank, 0), chunks)
-        return zip(where, x.split([rows.stop - rows.start for rows in where], dim=1), strict=True)
-
-    def empty(self, like: Tensor, rank: int, step: int, chunks: ChunkIds) -> Tensor:
-        """Room for these chunks of the block of `source_rank(rank, step)`, shaped like `like` `[B, *, ...]`."""
-        return like.new_empty(like.shape[0], count(self.spans(rank, step, chunks)), *like.shape[2:])
+    next_rank: int
+    previous_rank: int
+    source: int
+    holder: int
+    held: Part  # the complete block held
+    visible: Part  # of the block held: what this rank has a use for
+    forwarded: Part  # of the block held: what travels on to the next rank
+    finished: Part  # of the block held: what travels no further
+    arriving: Part  # the block of the next step, from the previous rank
+    visible_to_holder: Part  # of this rank's own block, as long as another rank holds it
+    finished_by_holder: Part  # the same
 
 
-def route_of_keys(shard: SequenceShard, visibility: Visibility) -> Route:
-    """Keys go to the ranks whose queries see them."""
-    return _shortest(shard.all_spans, visibility, queries_travel=False)
+def route_of_keys(shard: SequenceShard, visibility: Visibility) -> tuple[Step, ...]:
+    """Keys go to the ranks whose queries see them. After the last step, one more in which nothing is held."""
+    return _route(shard.rank, shard.all_spans, visibility, queries_travel=False)
 
 
-def route_of_queries(shard: SequenceShard, visibility: Visibility) -> Route:
-    """Queries go to the ranks whose keys they see."""
-    return _shortest(shard.all_spans, visibility, queries_travel=True)
+def route_of_queries(shard: SequenceShard, visibility: Visibility) -> tuple[Step, ...]:
+    """Queries go to the ranks whose keys they see. After the last step, one more in which nothing is held."""
+    return _route(shard.rank, shard.all_spans, visibility, queries_travel=True)
 
 
 @lru_cache(maxsize=64)  # all layers of a batch use the same route
-def _shortest(all_spans: tuple[tuple[Span, ...], ...], visibility: Visibility, *, queries_travel: bool) -> Route:
-    """The direction round the ring in which fewer tokens are sent."""
+def _route(
+    rank: int, all_spans: tuple[tuple[Span, ...], ...], visibility: Visibility, *, queries_travel: bool
+) -> tuple[Step, ...]:
+    """Plan the way round the ring in the direction in which fewer tokens are sent."""
     ranks = len(all_spans)
 
-    def useful(span: Span, others: Sequence[Span]) -> bool:
-        if queries_travel:
-            return any(visibility.sees(span, other) for other in others)
-        return any(visibility.sees(other, span) for other in others)
+    def useful(span: Span, others: tuple[Span, ...]) -> bool:
+        return any(visibility.sees(*((span, other) if queries_travel else (other, span))) for other in others)
 
-    def route(direction: int) -> Route:
-        used = tuple(
-            tuple(
-                frozenset(t for t in range(ranks) if useful(span, all_spans[(owner + direction * t) % ranks]))
+    def uses(direction: int) -> list[list[Steps]]:  # by source and place in its block
+        return [
+            [
+                frozenset(t for t in range(ranks) if useful(span, all_spans[(source + direction * t) % ranks]))
                 for span in spans
-            )
-            for owner, spans in enumerate(all_spans)
+            ]
+            for source, spans in enumerate(all_spans)
+        ]
+
+    def last(steps: Steps) -> int:
+        return max(steps, default=0)
+
+    def tokens_sent(used: list[list[Steps]]) -> int:
+        chunks = zip(chain.from_iterable(all_spans), chain.from_iterable(used), strict=True)
+        return sum((b - a) * last(steps) for (a, b), steps in chunks)
+
+    direction = min((-1, 1), key=lambda direction: tokens_sent(uses(direction)))
+    used = uses(direction)
+
+    def part(source: int, t: int, wanted: Callable[[Steps], bool]) -> Part:
+        """The chunks wanted, and their rows in the block of `source` as it is at step t."""
+        rows, spans, start = [], [], 0
+        for (a, b), steps in zip(all_spans[source], used[source], strict=True):
+            if last(steps) < t:  # left behind
+                continue
+            if wanted(steps):
+                rows.append(slice(start, start + b - a))
+                spans.append((a, b))
+            start += b - a
+        return Part(tuple(rows), tuple(spans))
+
+    def step(t: int) -> Step:
+        source, upcoming = (rank - direction * t) % ranks, (rank - direction * (t + 1)) % ranks
+        return Step(
+            next_rank=(rank + direction) % ranks,
+            previous_rank=(rank - direction) % ranks,
+            source=source,
+            holder=(rank + direction * t) % ranks,
+            held=part(source, t, lambda steps: True),
+            visible=part(source, t, lambda steps: t in steps),
+            forwarded=part(source, t, lambda steps: last(steps) > t),
+            finished=part(source, t, lambda steps: last(steps) == t),
+            arriving=part(upcoming, t + 1, lambda steps: True),
+            visible_to_holder=part(rank, 0, lambda steps: t > 0 and t in steps),
+            finished_by_holder=part(rank, 0, lambda steps: t > 0 and last(steps) == t),
         )
-        return Route(direction=direction, all_spans=all_spans, used=used)
 
-    def tokens_sent(route: Route) -> int:
-        spans, used = (list(chain.from_iterable(x)) for x in (all_spans, route.used))
-        return sum((b - a) * max(steps, default=0) for (a, b), steps in zip(spans, used, strict=True))
-
-    return min(route(-1), route(1), key=tokens_sent)
+    return tuple(step(t) for t in range(max(map(last, chain.from_iterable(used))) + 2))

@@ -42,13 +42,10 @@ class SoftmaxStrategy(Protocol):
 
 
 Residuals = tuple[Tensor, ...]  # from the forward pass for the backward pass, in addition to q, k and v
-Forward = Callable[
-    [Tensor, Tensor, Tensor, AttentionSpec], tuple[Tensor, Residuals]
-]  # (q, k, v, spec) -> out, residuals
 Gradients = tuple[Tensor, Tensor, Tensor]
-Backward = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Residuals, AttentionSpec], Gradients
-]  # (d_out, q, k, v, residuals, spec)
+# (q, k, v, spec) -> out, residuals, and (d_out, q, k, v, residuals, spec) -> gradients
+Forward = Callable[[Tensor, Tensor, Tensor, AttentionSpec], tuple[Tensor, Residuals]]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Residuals, AttentionSpec], Gradients]
 
 
 def differentiable(forward: Forward, backward: Backward) -> SoftmaxStrategy:

@@ -42,7 +42,7 @@ def ulysses(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
 
 def _exchange(message: Tensor, spec: AttentionSpec, what: str) -> Tensor:
     """An all-to-all, remembered for a recomputation."""
-    return self_adjoint(all_to_all, message, spec.group, cache=spec.exchange_cache, key=what)
+    return self_adjoint(lambda x: all_to_all(x, spec.group).wait(), message, cache=spec.exchange_cache, key=what)
 
 
 def check_heads(q_heads: int, kv_heads: int, ranks: int) -> int:

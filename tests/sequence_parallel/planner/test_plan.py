@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from itertools import combinations
 from math import inf
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def check(case: Case, step: StepPlan) -> None:
         assert [rank in group.ranks for group in step.for_rank(rank)] == [True] * len(step.micro_batches)
 
 
-def planned(case: Case, **options: int) -> StepPlan | None:
+def planned(case: Case, **options: Any) -> StepPlan | None:
     try:
         return plan(*case, **options)
     except ValueError as error:

@@ -133,8 +133,9 @@ def test_strategies_leave_out_degrees(seven: Profile) -> None:
     assert list(model_costs(seven, 64, softmax="ulysses").by_degree) == [1, 2, 4, 8, 16, 32]
     assert list(model_costs(seven, 16).by_degree) == [1, 2, 4, 8, 16]
     for kind in ("linear", "softmax"):
+        unknown: dict[str, Any] = {kind: "lasp9"}
         with pytest.raises(ValueError, match=f"{kind} layers must be one of .* got 'lasp9'"):
-            model_costs(seven, 64, **{kind: "lasp9"})
+            model_costs(seven, 64, **unknown)
 
 
 def test_layouts_pad_to_their_chunks(seven: Profile) -> None:
@@ -178,7 +179,7 @@ def test_a_profile_of_another_model_is_refused(seven: Profile) -> None:
 
 def test_a_profile_is_refused_for_any_other_size_of_the_model(seven: Profile) -> None:
     own = replace(seven, model=replace(seven.model, mixer="gla"))
-    other = {"state": (32, 128, 129), "mixer": "basic", "decays": True, "tied_embeddings": False}
+    other: dict[str, Any] = {"state": (32, 128, 129), "mixer": "basic", "decays": True, "tied_embeddings": False}
     for field in (field.name for field in fields(Model) if not field.name.endswith("_layers")):
         model = replace(own.model, **{field: other.get(field, 7)})
         with pytest.raises(ValueError, match=f"with {field} .*, the model .*; make a profile of this model"):
@@ -266,14 +267,14 @@ def test_profiles_made_by_hand_are_checked(seven: Profile) -> None:
         replace(seven, origin="measured")
 
 
-GOOD = {"fixed": 1.0, "per_token": 1.0, "per_square": 0.0, "fixed_bytes": 0.0, "bytes_per_token": 1.0}
+GOOD: dict[str, Any] = {"fixed": 1.0, "per_token": 1.0, "per_square": 0.0, "fixed_bytes": 0.0, "bytes_per_token": 1.0}
 
 
 @pytest.mark.parametrize("field", list(GOOD))
 def test_costs_made_by_hand_are_checked(field: str) -> None:
     for wrong in (math.nan, math.inf, -1.0, "1", None):
         with pytest.raises(ValueError, match=f"DegreeCosts.{field} must be a finite number, 0 or more, got"):
-            DegreeCosts(**{**GOOD, field: wrong})  # type: ignore[arg-type]
+            DegreeCosts(**{**GOOD, field: wrong})
     DegreeCosts(**{**GOOD, field: np.float32(2)})
     with pytest.raises(ValueError, match=r"chunks_per_rank must be an integer from 1 .*, got 0"):
         Costs(by_degree={1: DegreeCosts(**GOOD)}, chunks_per_rank=0)
