@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from linear_llama3.sequence_parallel.planner import Cluster, Costs, DegreeCosts
-from linear_llama3.sequence_parallel.planner.exact import EXACT
+from linear_llama3.sequence_parallel.planner.exact import EXACT, Slot, fill
 from linear_llama3.sequence_parallel.planner.group_costs import Assignment, CostTable, tabulate
 from linear_llama3.sequence_parallel.planner.partitions import (
     BOUND_WEIGHTS,
@@ -226,6 +226,32 @@ def test_small_steps_are_near_the_exact_optimum(devices: int, sequences: int, ca
     assert len(known) >= cases - 2
     assert np.median(known) <= 1.001
     assert np.mean(known) <= 1.005
+
+
+@pytest.mark.parametrize("optional", [False, True], ids=["both", "one-may-be-empty"])
+def test_slots_wait_for_their_other_groups(optional: bool) -> None:
+    """The least sum over both slots, by all assignments to all groups of one and two devices."""
+    for seed in range(6):
+        table = tabulate(*random_case(seed, sequences=5, devices=4))
+        floor = int(table.fixed[0] + table.times[:2, 0].sum())
+        slots = [Slot(2, floor), Slot(3, 0, optional)]
+        costs = []
+        for first, second in product(([1], [0, 0]), ([1, 0], [0, 0, 0])):
+            kind = np.array(first + second)
+            for groups in product(range(len(kind)), repeat=5):
+                held = np.bincount(groups, minlength=len(kind))
+                alone = optional and not held[len(first) :].any()
+                load = Assignment(kind, kind, np.array(groups)).loads(table)
+                tokens = np.bincount(groups, weights=table.lengths, minlength=len(kind))
+                if (tokens <= table.capacity[kind]).all() and held[: len(first) if alone else None].all():
+                    last = 0 if alone else load[len(first) :].max()
+                    costs.append(max(load[: len(first)].max(), floor) + last)
+        found = fill(table, np.arange(5), slots)
+        assert (found is None) == (not costs)
+        if found is not None:
+            load = found.loads(table)
+            slowest = [int(load[found.micro_batch == n].max(initial=0)) for n in (0, 1)]
+            assert max(slowest[0], floor) + slowest[1] == min(costs)
 
 
 @pytest.mark.parametrize("fixed", [None, 3], ids=["any", "M3"])
