@@ -160,7 +160,8 @@ def copies(mixer: str) -> list[str]:
         if not torch.allclose(logits, expected, rtol=1e-10, atol=1e-10):
             problems.append(f"{name}: logits")
         module: Any = twin.module if name == "AveragedModel" else twin
-        if any(not torch.equal(g, gradients(model)[key]) for key, g in gradients(module).items()):
+        found = gradients(module)
+        if any(not torch.equal(g, found[key]) for key, g in gradients(model).items()):
             problems.append(f"{name}: gradients")
         if module.model.sequence_parallel_context is not context or module.lm_head.weight is model.lm_head.weight:
             problems.append(f"{name}: the context is shared, the weights are not")
