@@ -52,7 +52,12 @@ def test_a_temperature_draws_from_all_tokens(tmp_path: Path, monkeypatch: pytest
     """transformers' default of top_k = 50 would exclude tokens; a checkpoint's own top_k is kept."""
     write_checkpoint(tmp_path)
     given: list[dict[str, Any]] = []
-    monkeypatch.setattr(LinearLlama3ForCausalLM, "generate", lambda self, **options: given.append(options) or [[[]]])
+
+    def generate(self: LinearLlama3ForCausalLM, **options: Any) -> list[list[list[int]]]:
+        given.append(options)
+        return [[[]]]
+
+    monkeypatch.setattr(LinearLlama3ForCausalLM, "generate", generate)
     run("generate", tmp_path, "a", "--temperature", 1.5)
     config = tmp_path / "generation_config.json"
     config.write_text(config.read_text().replace("{", '{"top_k": 7, "do_sample": true, ', 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def test_the_trainer_refuses_them(tmp_path: Path) -> None:
 def test_rotation_under_sequence_parallelism_does_not_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Liger's rotation takes [B, H, T, D] alone, and turns [B, T, H, D] by the positions of heads."""
     model = tiny_model(attn_implementation="eager")
-    plain = model.model.layers[1].self_attn
+    plain: Any = model.model.layers[1].self_attn
     x, positions = torch.randn(1, 8, model.config.hidden_size), torch.arange(8)[None]
     rotation = model.model.rotary_emb(x, position_ids=positions)
     mask = torch.full((8, 8), float("-inf")).triu(1)[None, None]

@@ -24,7 +24,7 @@ CHOICES = [" x", " x + 1 if x else None", " self"]  # of unlike lengths, so that
 def write_tasks(folder: Path) -> None:
     lines = [json.dumps({"question": q, "choices": CHOICES, "answer": i}) for i, q in enumerate(QUESTIONS)]
     (folder / "questions.jsonl").write_text("\n".join(lines))
-    common = {
+    common: dict[str, Any] = {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}},
         "test_split": "test",
@@ -32,7 +32,7 @@ def write_tasks(folder: Path) -> None:
         "target_delimiter": "",
     }
     choose = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "answer"}
-    write = {
+    write: dict[str, Any] = {
         "output_type": "generate_until",
         "doc_to_target": "{{choices[0]}}",
         "generation_kwargs": {"max_gen_toks": NEW_TOKENS, "until": ["<|end|>"], "do_sample": False},

@@ -98,11 +98,11 @@ def test_train_save_load_merge(checkpoint: Path, tmp_path: Path) -> None:
     ids, base = rows[3][None], load(checkpoint)
     for name, parameter in base.named_parameters():
         stem, _, leaf = name.rpartition(".")
-        kept = dict(lora.base_model.model.named_parameters())
-        assert torch.equal(kept.get(name, kept.get(f"{stem}.base_layer.{leaf}")), parameter), name
+        kept = dict(lora.get_base_model().named_parameters())
+        assert torch.equal(kept[name if name in kept else f"{stem}.base_layer.{leaf}"], parameter), name
     with torch.no_grad():
         expected = lora.eval()(ids).logits
-        lora.save_pretrained(tmp_path / "adapter")
+        lora.save_pretrained(str(tmp_path / "adapter"))
         loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
         assert torch.equal(loaded(ids).logits, expected)
         assert torch.equal(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")(ids).logits, expected)

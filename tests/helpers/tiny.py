@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from linear_llama3 import LinearLlama3Config, LinearLlama3ForCausalLM, LinearLla
 
 MIXER_NAMES = ("basic", "lightning", "retention", "gla", "based", "rebased")
 BIDIRECTIONAL_MIXERS = ("basic", "based", "rebased")  # those without a decay
+FILES = ["README.md", "config.json", "generation_config.json", "linear_llama3_hub.py", "model.safetensors"]
+"""Of a saved model."""
+
 VOCAB = 61
 SIZES = {
     "vocab_size": VOCAB,
@@ -53,5 +57,14 @@ def tokens(batch: int, length: int, *, seed: int = 1) -> Tensor:
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return copies of all gradients by parameter name."""
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    """Return copies of all gradients by parameter name; a parameter that learns must have one."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None or not parameter.requires_grad, f"{name} has no gradient"
+        if parameter.grad is not None:
+            found[name] = parameter.grad.clone()
+    return found
+
+
+def file_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())

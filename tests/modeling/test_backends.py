@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -60,19 +61,19 @@ def test_gradients_of_eager_and_sdpa_agree() -> None:
 
 def test_masks_are_made_once_per_layer_type(monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks that the caller prepared are used as they are."""
-    calls = []
-    for name in ("create_causal_mask", "create_recurrent_attention_mask"):
-        make = getattr(inputs, name)
-        monkeypatch.setattr(inputs, name, lambda make=make, **kwargs: calls.append(1) or make(**kwargs))
+    makers = [Mock(wraps=make) for make in (inputs.create_causal_mask, inputs.create_recurrent_attention_mask)]
+    monkeypatch.setattr(inputs, "create_causal_mask", makers[0])
+    monkeypatch.setattr(inputs, "create_recurrent_attention_mask", makers[1])
     model, x = tiny_model(), tokens(2, 15)
     logits = model(x, attention_mask=PADDED).logits
-    assert len(calls) == 2
+    assert [make.call_count for make in makers] == [1, 1]
     embeds = model.get_input_embeddings()(x)
     masks = model.create_masks_for_generate(model.config, embeds, PADDED, None)
     assert masks.keys() == {"full_attention", "linear_attention"}
-    calls.clear()
+    for make in makers:
+        make.reset_mock()
     assert torch.equal(model(x, attention_mask=masks).logits, logits)
-    assert not calls
+    assert not any(make.called for make in makers)
 
 
 @pytest.mark.parametrize("description", ["position_ids", "cu_seq_lens_q"])

@@ -35,7 +35,7 @@ def test_layer_types_take_precedence_over_the_interval() -> None:
 def test_defaults_are_llama_3() -> None:
     config = LinearLlama3Config()
     assert (config.hidden_size, config.num_hidden_layers, config.num_key_value_heads) == (4096, 32, 8)
-    assert config.rope_parameters["rope_theta"] == 500000.0
+    assert config.rope_parameters is not None and config.rope_parameters["rope_theta"] == 500000.0
     assert (config.linear_num_key_value_heads, config.linear_key_head_dim, config.linear_value_head_dim) == (
         8,
         128,
@@ -63,20 +63,20 @@ LLAMA3_SCALING = {
 @pytest.mark.parametrize("scaling", [None, LLAMA3_SCALING, {"type": "linear", "factor": 2.0}], ids=str)
 def test_old_rope_fields_are_accepted(scaling: dict[str, Any] | None, tmp_path: Path) -> None:
     """The table equals that of Llama with the same fields, also after reading a config.json."""
-    old = {"rope_theta": 10000.0, "rope_scaling": scaling}
+    old: dict[str, Any] = {"rope_theta": 10000.0, "rope_scaling": scaling}
     config = tiny_config(**old)
-    assert config.rope_parameters["rope_theta"] == 10000.0
+    assert config.rope_parameters is not None and config.rope_parameters["rope_theta"] == 10000.0
     assert config.rope_parameters["rope_type"] == (scaling or {}).get("rope_type", "linear" if scaling else "default")
     saved = {**config.to_dict(), **old}
     del saved["rope_parameters"]
     (tmp_path / "config.json").write_text(json.dumps(saved))
     expected = LlamaRotaryEmbedding(LlamaConfig(**SIZES, **old)).inv_freq
     for each in (config, LinearLlama3Config.from_pretrained(tmp_path)):
-        assert torch.equal(LinearLlama3Model(each).rotary_emb.inv_freq, expected)
+        assert torch.equal(LinearLlama3Model(each).rotary_emb.get_buffer("inv_freq"), expected)
 
 
 def test_common_attributes_can_be_given_and_set() -> None:
-    common = {
+    common: dict[str, Any] = {
         "hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 4, "vocab_size": 99, "use_cache": False,
         "output_hidden_states": True, "return_dict": False, "num_labels": 3, "tie_word_embeddings": True,
     }  # fmt: skip

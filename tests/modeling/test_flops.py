@@ -42,7 +42,7 @@ def recurrence(
     return (y[..., :-1] / y[..., -1:] if normalize else y), None
 
 
-def counted(model: nn.Module) -> tuple[int, int]:
+def counted(model: Any) -> tuple[int, int]:
     """Return torch's count of the forward pass, and of forward and backward."""
     ids = tokens(BATCH, LENGTH)
     model.train()

@@ -61,6 +61,7 @@ def test_a_quantized_cache_is_refused(model: LinearLlama3ForCausalLM) -> None:
 def test_crop_is_refused_and_leaves_the_cache_intact(model: LinearLlama3ForCausalLM) -> None:
     """For either kind of first layer, and for a cache made by `generate`."""
     types = model.config.layer_types
+    assert types is not None
     for layers in (types, types[::-1]):
         model = tiny_model("gla", layer_types=layers)
         x = tokens(1, 12)

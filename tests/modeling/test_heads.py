@@ -202,12 +202,10 @@ def test_padding_of_a_normalized_mixer_has_finite_gradients(mixer: str, side: st
     labels[:, x.shape[1] if side == "right" else 3] = -100  # no position predicts the first token
     loss = model(padded, attention_mask=mask, labels=labels).loss
     torch.testing.assert_close(loss, alone)
-    parameters = dict(model.named_parameters())
-    for name, a, b in zip(
-        parameters, torch.autograd.grad(alone, parameters.values()), torch.autograd.grad(loss, parameters.values()),
-        strict=True,
-    ):  # fmt: skip
-        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    expected, got = torch.autograd.grad(alone, parameters), torch.autograd.grad(loss, parameters)
+    for name, a, b in zip(names, expected, got, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5, msg=f"{name}: {{}}".format)
 
 
 @pytest.mark.parametrize("mixer", ["lightning", "retention", "gla"])

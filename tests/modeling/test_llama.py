@@ -96,7 +96,7 @@ def test_old_rope_fields_in_the_file_are_read(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_that_contradicts_llama_is_refused(tmp_path: Path, ours: dict[str, Any], difference: str) -> None:
-    same = {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+    same: dict[str, Any] = {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
     save_llama(tmp_path, **same)
     with pytest.raises(ValueError, match=rf"it has {difference}.*from_llama\('{tmp_path}', \.\.\.\)"):
         LinearLlama3ForCausalLM.from_pretrained(tmp_path, config=tiny_config(**{**same, **ours}))

@@ -45,8 +45,7 @@ def reference(
     gated: bool = True,
 ) -> Tensor:
     config = layer.config
-    heads, kv_heads = config.num_attention_heads, config.linear_num_key_value_heads
-    d_k, d_v = config.linear_key_head_dim, config.linear_value_head_dim
+    heads, (kv_heads, d_k, d_v) = config.num_attention_heads, config.linear_sizes
     batch, length = x.shape[:2]
     q = layer.q_proj(x).view(batch, length, heads, d_k)
     k = layer.k_proj(x).view(batch, length, kv_heads, d_k)
@@ -83,9 +82,10 @@ def reference(
 def quotient(layer: LinearAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, mixer: str) -> Tensor:
     """Weigh every past token by a polynomial of q . k; divide by the sum of the weights."""
     if mixer == "rebased":
+        maps: list[Any] = [layer.q_feature_map, layer.k_feature_map]
         q, k = (
             (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * m.weight + m.bias
-            for x, m in ((q, layer.q_feature_map), (k, layer.k_feature_map))
+            for x, m in zip((q, k), maps, strict=True)
         )
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     s = torch.einsum("bihd,bjhd->bhij", q, k)

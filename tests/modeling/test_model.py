@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from linear_llama3 import LinearLlama3ForCausalLM, LinearLlama3Model
 from linear_llama3.modeling import LinearAttention
+from linear_llama3.sequence_parallel import SequenceParallelContext
 from tests.helpers.marks import slow_unless
 from tests.helpers.tiny import MIXER_NAMES, SIZES, VOCAB, gradients, tiny_config, tiny_model, tokens
 
@@ -89,8 +90,9 @@ def test_all_softmax_is_llama(tmp_path: Path) -> None:
 
 def test_initial_decay_is_long_memory() -> None:
     layer = LinearLlama3Model(tiny_config("gla")).layers[0].self_attn
+    assert isinstance(layer, LinearAttention)
     log_decay = layer._log_decay(torch.randn(1, 5, 32))
-    assert (log_decay.exp() > 0.999).all()
+    assert log_decay is not None and (log_decay.exp() > 0.999).all()
 
 
 @slow_unless(lambda mixer: mixer in ("gla", "rebased"), mixer=MIXER_NAMES)
@@ -197,7 +199,7 @@ def test_attention_implementations_agree() -> None:
 def test_foreign_context_parallelism_stays_refused() -> None:
     model = tiny_model()
     assert not model.supports_context_parallel
-    model.model.sequence_parallel_context = object()
+    model.model.sequence_parallel_context = SequenceParallelContext(None)
     assert model.supports_context_parallel and model.model.supports_context_parallel
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
@@ -22,7 +23,7 @@ def test_template_renders_and_parses() -> None:
         license="apache-2.0",
         tags=["linear_llama3", "linear-attention", "hybrid", "custom_code"],
     )
-    values = {
+    values: dict[str, Any] = {
         "mark": "Written by hand.",
         "auto_class": "AutoModelForCausalLM",
         "model_name": "Linear-Llama3 tiny",

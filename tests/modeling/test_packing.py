@@ -15,11 +15,11 @@ from tests.helpers.tiny import MIXER_NAMES, gradients, tiny_model, tokens
 LENGTHS = [[5, 1, 17, 9], [12, 20]]  # of the documents in each row
 
 
-def packed_kwargs(description: str, rows: list[list[int]]) -> dict[str, Tensor]:
+def packed_kwargs(description: str, rows: list[list[int]]) -> dict[str, Any]:
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
     lengths = torch.tensor([n for row in rows for n in row])
     edges = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
-    return {
+    keywords: dict[str, dict[str, Any]] = {
         "position_ids": {"position_ids": positions},
         "cu_seq_lens": {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges},
         "empty documents": {"cu_seq_lens_q": edges.repeat_interleave(2), "cu_seq_lens_k": edges.repeat_interleave(2)},
@@ -34,7 +34,8 @@ def packed_kwargs(description: str, rows: list[list[int]]) -> dict[str, Tensor]:
         "edges and running positions": {
             "position_ids": torch.arange(positions.shape[1])[None].expand_as(positions), "cu_seq_lens_q": edges,
         },
-    }[description]  # fmt: skip
+    }  # fmt: skip
+    return keywords[description]
 
 
 def numbers(rows: list[list[int]]) -> Tensor:

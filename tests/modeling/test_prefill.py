@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -30,7 +31,7 @@ from linear_llama3.sequence_parallel.linear import attention as linear_layer
 from tests.helpers.attention_cases import relative_error
 from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed, strided_group
-from tests.helpers.tiny import MIXER_NAMES, tiny_model, tokens
+from tests.helpers.tiny import MIXER_NAMES, SIZES, tiny_model, tokens
 
 STEPS = 6
 LENGTHS = (2, 3, 24, 30)  # caches of one token, of fewer tokens than ranks, of odd lengths
@@ -91,7 +92,7 @@ def errors(model: LinearLlama3ForCausalLM, x: Tensor, cache: DynamicCache | None
 
 
 def compare_models(
-    mixer: str, intervals: tuple[int, ...], dtype: torch.dtype, configs: list[SequenceParallelConfig | None]
+    mixer: str, intervals: tuple[int, ...], dtype: torch.dtype, configs: Sequence[SequenceParallelConfig | None]
 ) -> list[Errors | None]:
     found = []
     for interval in intervals:
@@ -262,7 +263,7 @@ def refusal(case: str) -> str:
     if case == "training":
         model.train()
     elif case == "padding":
-        x[0, :3] = model.config.pad_token_id
+        x[0, :3] = SIZES["pad_token_id"]
     elif case == "mask":
         options["attention_mask"] = torch.ones_like(x).index_fill(1, torch.tensor([8]), 0)
     elif case == "one sequence":
@@ -309,7 +310,7 @@ def test_unsupported_calls_are_refused(case: str, message: str) -> None:
 
 def tokens_like_padding() -> Errors | None:
     model, x = tiny_model("gla"), tokens(2, 9)
-    x[0, :3] = model.config.pad_token_id
+    x[0, :3] = SIZES["pad_token_id"]
     mask = torch.ones_like(x)
     cache = sharded(model, x, None, attention_mask=mask)
     if cache is None:

@@ -117,7 +117,7 @@ def test_softmax_in_all_layers_is_metas_llama(name: str) -> None:
     same = set(meta.to_dict()) & set(config.to_dict()) - {"model_type"}
     assert {"rope_parameters", "head_dim", "initializer_range", "hidden_act"} <= same
     assert {k: config.to_dict()[k] for k in same} == {k: meta.to_dict()[k] for k in same}
-    rotary = type(ours.model.rotary_emb)
+    rotary: Any = type(ours.model.rotary_emb)
     assert torch.equal(rotary(config).inv_freq, rotary(meta).inv_freq)
 
 

@@ -12,13 +12,7 @@ import transformers.modeling_utils
 from transformers import AutoModel, AutoModelForCausalLM
 
 from linear_llama3 import LinearLlama3ForCausalLM, LinearLlama3Model
-from tests.helpers.tiny import MIXER_NAMES, tiny_model, tokens
-
-FILES = ["README.md", "config.json", "generation_config.json", "linear_llama3_hub.py", "model.safetensors"]
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+from tests.helpers.tiny import FILES, MIXER_NAMES, file_names, tiny_model, tokens
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -37,9 +31,9 @@ def test_round_trip(mixer: str, max_shard_size: str, tmp_path: Path) -> None:
     base = AutoModel.from_pretrained(tmp_path)
     assert type(base) is LinearLlama3Model
     if max_shard_size == "1GB":
-        assert names(tmp_path) == FILES
+        assert file_names(tmp_path) == FILES
     else:
-        assert len(names(tmp_path)) > len(FILES)
+        assert len(file_names(tmp_path)) > len(FILES)
     half = LinearLlama3ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.lm_head.weight.dtype == torch.bfloat16
 
@@ -112,7 +106,7 @@ def test_files_of_a_killed_save_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".saving").mkdir()
     (tmp_path / ".saving" / "model.safetensors").write_bytes(b"half a file")
     tiny_model().save_pretrained(tmp_path)
-    assert names(tmp_path) == FILES
+    assert file_names(tmp_path) == FILES
 
 
 def test_a_save_with_fewer_or_more_shards_removes_old_weights(tmp_path: Path) -> None:
@@ -122,7 +116,7 @@ def test_a_save_with_fewer_or_more_shards_removes_old_weights(tmp_path: Path) ->
         model = tiny_model(seed=seed)
         model.save_pretrained(tmp_path, max_shard_size=size)
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
-    assert names(tmp_path) == sorted([*FILES, "tokenizer.json"])
+    assert file_names(tmp_path) == sorted([*FILES, "tokenizer.json"])
 
 
 def test_variants_do_not_replace_each_other(tmp_path: Path) -> None:
@@ -130,11 +124,11 @@ def test_variants_do_not_replace_each_other(tmp_path: Path) -> None:
     plain.save_pretrained(tmp_path)
     ema.save_pretrained(tmp_path, variant="ema", max_shard_size="20KB")
     ema.save_pretrained(tmp_path, variant="ema")
-    assert names(tmp_path) == sorted([*FILES, "model.ema.safetensors"])
+    assert file_names(tmp_path) == sorted([*FILES, "model.ema.safetensors"])
     assert torch.equal(logits(LinearLlama3ForCausalLM.from_pretrained(tmp_path)), logits(plain))
     assert torch.equal(logits(LinearLlama3ForCausalLM.from_pretrained(tmp_path, variant="ema")), logits(ema))
 
 
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "out", is_main_process=False)
-    assert names(tmp_path / "out") == []
+    assert file_names(tmp_path / "out") == []

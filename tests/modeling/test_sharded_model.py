@@ -159,13 +159,14 @@ def copies(mixer: str) -> list[str]:
         logits = unshard(out.logits, group=context.group, length=LENGTH, layout=context.layout)
         if not torch.allclose(logits, expected, rtol=1e-10, atol=1e-10):
             problems.append(f"{name}: logits")
-        module = twin.module if name == "AveragedModel" else twin
-        if any(not torch.equal(g, gradients(model)[key]) for key, g in gradients(module).items()):
+        module: Any = twin.module if name == "AveragedModel" else twin
+        found = gradients(module)
+        if any(not torch.equal(g, found[key]) for key, g in gradients(model).items()):
             problems.append(f"{name}: gradients")
         if module.model.sequence_parallel_context is not context or module.lm_head.weight is model.lm_head.weight:
             problems.append(f"{name}: the context is shared, the weights are not")
         enable_sequence_parallel(module, None)
-        if model.model.layers[0].self_attn.sequence_parallel_context is not context:
+        if model.model.layers[0].get_submodule("self_attn").sequence_parallel_context is not context:
             problems.append(f"{name}: the original has lost its context")
     file = io.BytesIO()
     torch.save(model, file)

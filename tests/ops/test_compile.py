@@ -11,9 +11,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from linear_llama3.ops import linear_attention
+from tests.helpers.attention_cases import GATES, Case
 from tests.helpers.marks import needs_cxx
-
-GATES = ("none", "head", "scalar", "channel")
 
 
 @pytest.fixture(autouse=True)
@@ -23,14 +22,12 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def inputs(gate: str, tokens: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    shapes = {"q": (2, tokens, 4, 8), "k": (2, tokens, 2, 8), "v": (2, tokens, 2, 6), "initial_state": (2, 2, 8, 6)}
-    gates = {"head": (2,), "scalar": (2, tokens, 2), "channel": (2, tokens, 2, 8)}
-    named = {name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
-    if gate != "none":
-        named["log_decay"] = -torch.rand(gates[gate], generator=generator, dtype=dtype) / 4
-    return named
+def inputs(gate: str, tokens: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    case = Case(
+        tokens=tokens, gate=gate, batch=2, groups=2, key_dim=8, value_dim=6, strength=0.1,
+        initial_state=True, dtype=dtype,
+    )  # fmt: skip
+    return {name: x for name, x in case.inputs().items() if name != "w"}
 
 
 def run(call: Callable[..., Any], variables: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:

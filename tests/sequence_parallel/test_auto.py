@@ -116,7 +116,7 @@ def other_layout() -> str:
     enable_sequence_parallel(model, context)
     local = SequenceParallelContext(dist.group.WORLD).shard_batch({"input_ids": tokens(1, 16)})
     if context.rank == 3:  # its tokens follow one another in both layouts: it would wait for the others
-        return "those of layout 'zigzag'"
+        return ""
     try:
         with torch.no_grad():
             model(**local)
@@ -126,4 +126,4 @@ def other_layout() -> str:
 
 
 def test_a_batch_of_another_layout_is_refused() -> None:
-    assert all("those of layout 'zigzag'" in message for message in run_distributed(other_layout, 4))
+    assert all("those of layout 'zigzag'" in message for message in run_distributed(other_layout, 4)[:3])

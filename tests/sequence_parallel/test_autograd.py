@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +17,7 @@ from linear_llama3.sequence_parallel import (
     shard,
     softmax_attention,
 )
+from tests.helpers.attention_cases import on_all_ranks
 from tests.helpers.marks import slow_unless
 from tests.helpers.ranks import run_distributed, strided_group
 from tests.helpers.tiny import gradients, tiny_model, tokens
@@ -29,7 +28,7 @@ STRATEGIES = [*LINEAR_STRATEGIES, *SOFTMAX_STRATEGIES]
 def attend(strategy: str, autocast: bool = False) -> list[Tensor]:
     """out and gradients, also of the backward pass under autocast."""
     generator = torch.Generator().manual_seed(0)
-    where: dict[str, Any] = {"group": dist.group.WORLD, "layout": "zigzag"}
+    where = on_all_ranks("zigzag")
     q, k, v = (shard(torch.randn(1, 24, 4, 8, generator=generator), **where).requires_grad_() for _ in range(3))
     op = linear_attention if strategy in LINEAR_STRATEGIES else softmax_attention
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

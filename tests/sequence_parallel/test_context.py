@@ -226,18 +226,6 @@ def test_length_names_itself_beside_edges() -> None:
             attention(X, X, X, group=None, cu_seqlens=torch.tensor([0, 2, 4]), length=3)
 
 
-def recurrent_backend() -> str:
-    try:
-        linear_attention(X, X, X, group=dist.group.WORLD, backend="recurrent")
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_recurrent_backend_is_for_one_device() -> None:
-    assert all("defined on one device" in message for message in run_distributed(recurrent_backend, 2))
-
-
 def without_empty_documents(kind: str, layout: str) -> float:
     """Return the errors of output and gradients against edges without empty documents."""
     attention: Callable[..., Tensor] = linear_attention if kind == "linear" else softmax_attention

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from linear_llama3.trainer import SequenceParallelAccelerator
 from tests.helpers.ranks import run_distributed
 from tests.helpers.training import reset_accelerate, rows, tiny_model
 
 
-def own_loop(degree: int, accumulate: int) -> tuple[list[float], Tensor]:
+def own_loop(degree: int, accumulate: int) -> tuple[list[float], np.ndarray]:
     """Return the losses of steps of 2 * `accumulate` rows, and the parameters, of the documented custom loop."""
     reset_accelerate()
     accelerator = SequenceParallelAccelerator(
@@ -20,7 +23,8 @@ def own_loop(degree: int, accumulate: int) -> tuple[list[float], Tensor]:
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     replicas = accelerator.num_processes // degree
-    loader = torch.utils.data.DataLoader(rows(False), batch_size=2 // replicas)
+    data: Any = rows(False)
+    loader = torch.utils.data.DataLoader(data, batch_size=2 // replicas)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     losses, batches = [], list(loader)
     for i in range(0, len(batches), accumulate):
@@ -39,12 +43,13 @@ def own_loop(degree: int, accumulate: int) -> tuple[list[float], Tensor]:
     return losses, parameters.numpy()
 
 
-def plain_loop(rows_in_a_step: int) -> tuple[list[float], Tensor]:
+def plain_loop(rows_in_a_step: int) -> tuple[list[float], np.ndarray]:
     """Train one model on complete rows with the loss that transformers computes from labels."""
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     losses = []
-    for batch in torch.utils.data.DataLoader(rows(False), batch_size=rows_in_a_step):
+    data: Any = rows(False)
+    for batch in torch.utils.data.DataLoader(data, batch_size=rows_in_a_step):
         loss = model(**batch).loss
         loss.backward()
         optimizer.step()

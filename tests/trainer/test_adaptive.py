@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -52,7 +53,7 @@ def documents_inside(data: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     return [{**row, "position_ids": torch.arange(len(row["labels"])) % 4} for row in data]
 
 
-def run_plans(kind: str, inside: bool) -> dict[str, tuple[float, Tensor]]:
+def run_plans(kind: str, inside: bool) -> dict[str, tuple[float, np.ndarray]]:
     """By plan, and with one degree for all: loss and gradients of all ranks together."""
     model, data = tiny_model(kind).double(), rows()
     data = documents_inside(data) if inside else data
@@ -156,7 +157,7 @@ def train(kind: str, folder: str, profile: str | None, checkpoint: str | None = 
     parallel: dict[str, Any] = {"sequence_parallel_size": 1}
     if profile is not None:
         parallel = {"sequence_parallel_size": "adaptive", "planner_profile": profile, "linear_strategy": "auto"}
-    settings = {
+    settings: dict[str, Any] = {
         "per_device_train_batch_size": 8 // world,
         "per_device_eval_batch_size": 8 // world,
         "gradient_accumulation_steps": 1,

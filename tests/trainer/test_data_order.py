@@ -56,7 +56,7 @@ def test_how_a_stream_is_cut(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus")
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
 
-    def of(length: int = 9, **changes: str) -> str | None:
+    def of(length: int = 9, **changes: Any) -> str | None:
         recipe = DataRecipe(files=str(tmp_path / "corpus"), streaming=True, **changes)
         return content_hash(training_rows(recipe, tokenizer, length))
 

@@ -64,7 +64,7 @@ def test_a_loaded_model(tmp_path: Path) -> None:
     path = recipe_of(tmp_path)
     recipe = load_recipe(path)
     model = build_model(recipe, load_tokenizer(recipe))
-    model.save_pretrained(tmp_path / "model")
+    model.save_pretrained(str(tmp_path / "model"))
     (tmp_path / "model/model.safetensors").unlink()
     text = described(recipe_of(tmp_path, model={"name_or_path": str(tmp_path / "model")}))
     assert number(r"model +([\d,]+) parameters", text) == model.num_parameters()

@@ -209,7 +209,7 @@ def test_the_store_may_have_ended_as_well(tmp_path: Path) -> None:
 
     args = SimpleNamespace(process_index=1, world_size=2, output_dir=tmp_path, ddp_timeout=60)
     trainer = SimpleNamespace(args=args, state=SimpleNamespace(global_step=4))
-    store = SimpleNamespace(post=lambda: None, collect=ended)
+    store: Any = SimpleNamespace(post=lambda: None, collect=ended)
     text = _describe_lost_rank(trainer, RuntimeError("gloo: Connection closed by peer"), store)
     assert text.startswith("step 5, rank 1 of 2: another rank has ended") and "own output says why" in text
 

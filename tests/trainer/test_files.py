@@ -144,7 +144,7 @@ def test_text_is_what_is_written(streaming: bool, tmp_path: Path) -> None:
         {"role": "assistant", "tool_calls": [{"arguments": {"day": "2020-01-01"}}]},
     ]
     other = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"arguments": {"day": [1, "b"]}}]}]
-    records = [{"messages": chat}, {"messages": other, "tools": [{"name": "f"}]}]
+    records: list[dict[str, Any]] = [{"messages": chat}, {"messages": other, "tools": [{"name": "f"}]}]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, records)))
     found = load_documents(DataRecipe(files=str(tmp_path / "b.jsonl"), format="chat", streaming=streaming))
     assert list(found) == [{"tools": None, **record} for record in records]

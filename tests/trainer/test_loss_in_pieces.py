@@ -91,7 +91,12 @@ def test_any_grid_with_tiles_equals_one_process_without(
 
 def test_an_evaluation_with_metrics_has_its_logits(tmp_path: Path) -> None:
     shapes = []
-    trainer = make(str(tmp_path), compute_metrics=lambda p: shapes.append(p.predictions.shape) or {})
+
+    def compute_metrics(p: Any) -> dict[str, float]:
+        shapes.append(p.predictions.shape)
+        return {}
+
+    trainer = make(str(tmp_path), compute_metrics=compute_metrics)
     loss = trainer.evaluate()["eval_loss"]
     assert shapes == [(6, 13, 23)]
     assert loss == pytest.approx(make(str(tmp_path), chunked_loss=False).evaluate()["eval_loss"], rel=1e-6)

@@ -77,7 +77,8 @@ def own_loop(degree: int) -> list[float]:
     accelerator = SequenceParallelAccelerator(cpu=True, sequence_parallel_size=degree)
     model = masked_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    loader = torch.utils.data.DataLoader(masked_rows(True), batch_size=4 * degree // accelerator.num_processes)
+    data: Any = masked_rows(True)
+    loader = torch.utils.data.DataLoader(data, batch_size=4 * degree // accelerator.num_processes)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     losses = []
     for batch in loader:

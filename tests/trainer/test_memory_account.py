@@ -109,7 +109,7 @@ def test_the_account_is_within_10_percent_of_a_step(mixer: str, interval: int, o
 )
 def test_the_account_of_a_rank_is_within_10_percent_of_its_step(ranks: int, linear: str, softmax: str) -> None:
     """In float32: in bfloat16 two ranks of this hybrid need 13 % more than the account, for a reason not found yet."""
-    options = {"checkpointing": True, "tiling": True}
+    options: dict[str, Any] = {"checkpointing": True, "tiling": True}
     strategies = SequenceParallelConfig(linear=linear, softmax=softmax)
     account = memory_account(
         config("basic", 2), tokens=TOKENS, gpu=False, ranks=ranks, strategies=strategies, **options

@@ -37,7 +37,7 @@ class RecordingForCausalLM(LinearLlama3ForCausalLM):
         self.tables: list[Tensor] = []
         self.register_forward_pre_hook(self._note_count, with_kwargs=True)
         for layer in self.model.layers:
-            layer.self_attn.register_forward_pre_hook(self._note_tables, with_kwargs=True)
+            layer.get_submodule("self_attn").register_forward_pre_hook(self._note_tables, with_kwargs=True)
 
     def _note_count(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.counts.append(kwargs.get("num_items_in_batch"))
@@ -60,7 +60,8 @@ def batch() -> dict[str, Tensor]:
 def apply_fsdp(model: RecordingForCausalLM, policy: MixedPrecisionPolicy) -> RecordingForCausalLM:
     for layer in model.model.layers:
         fully_shard(layer, mp_policy=policy)
-    return fully_shard(model, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    return model
 
 
 def accelerates_policy() -> MixedPrecisionPolicy:
@@ -89,7 +90,8 @@ def loss_and_gradients() -> list[tuple[float, dict[str, Tensor]]]:
         if sharded:
             gradients = {name: g.full_tensor() * dist.get_world_size() for name, g in gradients.items()}  # a mean
         else:
-            gradients = {name: all_reduce(g.float(), dist.group.WORLD).wait() for name, g in gradients.items()}
+            world: Any = dist.group.WORLD
+            gradients = {name: all_reduce(g.float(), world).wait() for name, g in gradients.items()}
         assert all(g.dtype == torch.float32 for g in gradients.values())
         runs.append((loss.item(), gradients))
     return runs
@@ -149,7 +151,8 @@ def loss_of_many_labels(count: Any) -> float | str:
     net = apply_fsdp(model(), MixedPrecisionPolicy(param_dtype=torch.float16))
     local = enabled(net).shard_batch(batch())
     try:
-        return all_reduce(net(**local, num_items_in_batch=count).loss.detach(), dist.group.WORLD).wait().item()
+        world: Any = dist.group.WORLD
+        return all_reduce(net(**local, num_items_in_batch=count).loss.detach(), world).wait().item()
     except ValueError as error:
         return str(error)
 

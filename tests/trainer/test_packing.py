@@ -78,9 +78,9 @@ def test_wrapped(length: int, long_documents: str) -> None:
             expected.append(row)
     rows = packed(ODD_SIZES, length, "wrapped", long_documents)
     assert [parts(row) for row in rows] == expected
-    for row in rows:
-        assert len(row["input_ids"]) == length
-        assert_labels(row)
+    for found in rows:
+        assert len(found["input_ids"]) == length
+        assert_labels(found)
 
 
 @pytest.mark.parametrize("window", [1, 256], ids=["many windows", "one window"])

@@ -69,7 +69,7 @@ def test_every_upload_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for files in hub.uploads:
         assert files.keys() >= FILES
         card = ModelCard(files["README.md"].decode())
-        assert card.data.tags[0] == "linear_llama3" and 'from_pretrained("someone/my-model")' in card.text
+        assert card.data.get("tags")[0] == "linear_llama3" and 'from_pretrained("someone/my-model")' in card.text
 
 
 def test_a_users_card_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

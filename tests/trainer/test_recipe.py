@@ -225,7 +225,7 @@ def test_models_that_are_refused(model: dict[str, Any], message: str, tmp_path: 
 def test_the_precision_of_loaded_weights(changes: list[str], expected: torch.dtype, tmp_path: Path) -> None:
     """Trained weights are float32, since steps are below the resolution of bfloat16; frozen ones stay as they are."""
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
-    build_model(load_recipe(recipe_with(tmp_path)), tokenizer).bfloat16().save_pretrained(tmp_path / "model")
+    build_model(load_recipe(recipe_with(tmp_path)), tokenizer).bfloat16().save_pretrained(str(tmp_path / "model"))
     recipe = load_recipe(recipe_with(tmp_path, model={"name_or_path": str(tmp_path / "model")}), changes)
     for weights in (True, False):
         parameters = build_model(recipe, tokenizer, weights=weights).named_parameters()
@@ -251,7 +251,7 @@ def test_complete_weights_are_saved_under_fsdp2() -> None:
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     assert plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
     saved = []
-    trainer = SimpleNamespace(
+    trainer: Any = SimpleNamespace(
         accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
         save_model=lambda: saved.append(plugin.state_dict_type),
         save_state=lambda: None,

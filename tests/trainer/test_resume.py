@@ -89,7 +89,8 @@ def run(
     model, warnings = tiny_model(), Warnings()
     model.config.attention_dropout = dropout
     for layer in model.model.layers:
-        layer.self_attn.attention_dropout = dropout
+        attention: Any = layer.self_attn
+        attention.attention_dropout = dropout
     resume.logger.addHandler(warnings)
     try:
         args = LinearLlama3TrainingArguments(**keywords | changes)

@@ -10,16 +10,18 @@ from torch.utils.data import DataLoader
 
 from linear_llama3.trainer import SequenceParallelAccelerator
 from tests.helpers.ranks import run_distributed
-from tests.helpers.training import reset_accelerate
+from tests.helpers.training import GRIDS, reset_accelerate
 
-GRIDS = [(1, 1), (2, 2), (2, 1), (4, 2), (4, 4)]  # (processes, sequence-parallel degree)
+
+def numbers(stop: float) -> Any:
+    return torch.arange(stop)
 
 
 def gathered(degree: int, rows: int, batch_size: int) -> list[Any]:
     """Gather an epoch of rows 0, 1, ... in every possible form."""
     reset_accelerate()
     accelerator = SequenceParallelAccelerator(cpu=True, sequence_parallel_size=degree)
-    loader = accelerator.prepare(DataLoader(torch.arange(rows), batch_size=batch_size))
+    loader = accelerator.prepare(DataLoader(numbers(rows), batch_size=batch_size))
     seen: list[list[Any]] = [[], [], [], [], []]
     for x in loader:
         nested = accelerator.gather_for_metrics({"a": [x, (x[:, None] * torch.tensor([1.0, torch.nan]),)]})
@@ -72,7 +74,7 @@ def learning_rates(degree: int, accumulate: int, kind: str) -> list[float]:
         "linear": lambda: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=8),
         "one cycle": lambda: torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=8),
     }
-    loader = DataLoader(torch.arange(16.0), batch_size=2)
+    loader = DataLoader(numbers(16.0), batch_size=2)
     optimizer, loader, scheduler = accelerator.prepare(optimizer, loader, schedules[kind]())
     rates = []
     for x in loader:

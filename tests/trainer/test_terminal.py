@@ -54,7 +54,7 @@ def test_one_process_reports_what_weights_are_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
-    build_model(load_recipe(recipe_with(tmp_path)), tokenizer).save_pretrained(tmp_path / "model")
+    build_model(load_recipe(recipe_with(tmp_path)), tokenizer).save_pretrained(str(tmp_path / "model"))
     weights = load_file(path := tmp_path / "model" / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, path, {"format": "pt"})
