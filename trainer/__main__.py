@@ -145,7 +145,7 @@ def write_report(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
     if trainer.adaptive_groups is not None:
         tokens = state.num_input_tokens_seen // max(state.global_step, 1)
     facts = {
-        "processes": _grid(trainer, recipe.sequence_length).splitlines()[0],
+        "processes": _grid(trainer, recipe.sequence_length),
         "optimizer steps": state.global_step,
         "tokens a step": f"{tokens:,}",
         "tokens": f"{state.num_input_tokens_seen:,}",
@@ -162,12 +162,9 @@ def write_report(trainer: LinearLlama3Trainer, recipe: Recipe) -> None:
 def _grid(trainer: LinearLlama3Trainer, length: int) -> str:
     processes, context = trainer.args.world_size, trainer.sequence_parallel_context
     if trainer.adaptive_groups is not None:
-        degrees, rows = (
-            sorted(trainer.adaptive_groups.costs.by_degree),
-            trainer.get_total_train_batch_size(trainer.args),
-        )
-        groups = f"adaptive groups of {', '.join(map(str, degrees))} of {processes} processes"
-        return f"{groups}, planned for every step of {rows} rows"
+        degrees = ", ".join(map(str, sorted(trainer.adaptive_groups.costs.by_degree)))
+        rows = trainer.get_total_train_batch_size(trainer.args)
+        return f"adaptive groups of {degrees} of {processes} processes, planned for every step of {rows} rows"
     ranks, layout = (1, "contiguous") if context is None else (context.world_size, context.layout)
     return describe_grid(processes, ranks, local_tokens(length, ranks, layout))
 

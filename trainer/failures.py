@@ -59,8 +59,11 @@ def annotate_read_errors(trainer: Any) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, (ValueError, TrainingFailure)) or is_collective(error):
             raise
-        text = f"the data could not be read: {type(error).__name__}: {error}. Check that it can be reached from this "
-        raise TrainingFailure(explain(trainer, text + "machine and that these rows are complete.")) from error
+        text = (
+            f"the data could not be read: {type(error).__name__}: {error}. Check that it can be reached from this "
+            "machine and that these rows are complete."
+        )
+        raise TrainingFailure(explain(trainer, text)) from error
 
 
 def on_every_rank(make: Callable[[], T]) -> list[T]:
@@ -131,8 +134,11 @@ def annotate_write_errors(trainer: Any, folder: Path) -> Iterator[None]:
         if is_collective(error):
             raise
         free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 2**30
-        text = f"{folder} could not be written: {error} ({free:.2f} GiB are free there). Free space, or keep fewer "
-        raise TrainingFailure(explain(trainer, text + "checkpoints with save_total_limit.", saving=True)) from error
+        text = (
+            f"{folder} could not be written: {error} ({free:.2f} GiB are free there). Free space, or keep fewer "
+            "checkpoints with save_total_limit."
+        )
+        raise TrainingFailure(explain(trainer, text, saving=True)) from error
 
 
 def step_and_rank(trainer: Any, *, saving: bool = False) -> str:
@@ -166,10 +172,16 @@ def _describe_lost_rank(trainer: Any, error: Exception, store: FailureStore) -> 
         return f"{step_and_rank(trainer)}: another rank has failed: {causes}"  # which says how to resume
     ranks = f"rank {', '.join(map(str, silent))}" if silent else "another rank"
     if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-        text = f"did not answer within ddp_timeout = {trainer.args.ddp_timeout} s. It hangs, or needs longer: raise "
-        return explain(trainer, f"{ranks} {text}ddp_timeout.")
-    text = "exited without an error message (killed? check the host's memory): `linear-llama3 train RECIPE.yaml "
-    return explain(trainer, f"{ranks} {text}--dry-run` computes the memory that a rank needs.")
+        text = (
+            f"{ranks} did not answer within ddp_timeout = {trainer.args.ddp_timeout} s. It hangs, or needs longer: "
+            "raise ddp_timeout."
+        )
+    else:
+        text = (
+            f"{ranks} exited without an error message (killed? check the host's memory): `linear-llama3 train "
+            "RECIPE.yaml --dry-run` computes the memory that a rank needs."
+        )
+    return explain(trainer, text)
 
 
 def _less_memory(trainer: Any) -> str:

@@ -51,8 +51,8 @@ class FiniteCheck:
         ranks = "" if everywhere else f" of rank {', '.join(map(str, without))}"
         text = (
             f"the loss is a mean over targets, got none in this step's rows{ranks}: all labels are -100. Remove such "
+            "rows from the data (their answers may be beyond sequence_length), or use more rows per step."
         )
-        text += "rows from the data (their answers may be beyond sequence_length), or use more rows per step."
         raise TrainingFailure(explain(self.trainer, text))
 
     def check_logged(self, loss: float) -> None:
@@ -60,6 +60,8 @@ class FiniteCheck:
             raise self._failure(f"the logged loss is {loss}")
 
     def _failure(self, what: str) -> TrainingFailure:
-        text = f"{what}. Check these rows, lower learning_rate or max_grad_norm, or warm up longer; "
-        text += "logging_nan_inf_filter=True continues regardless."
+        text = (
+            f"{what}. Check these rows, lower learning_rate or max_grad_norm, or warm up longer; "
+            "logging_nan_inf_filter=True continues regardless."
+        )
         return TrainingFailure(explain(self.trainer, text))

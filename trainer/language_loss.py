@@ -26,7 +26,7 @@ from .sharding import SequenceParallelMixin
 class LanguageLossMixin(SequenceParallelMixin):
     """Loss and evaluation of this package's language models; other models and losses keep Trainer's."""
 
-    _sums: tuple[Tensor, ...] = ()  # [2] each, float64: losses and targets of a batch of this process in an evaluation
+    _sums: Tensor | None = None  # [2], float64: losses and targets of the sequences of this process in an evaluation
 
     def compute_loss(
         self,
@@ -65,10 +65,9 @@ class LanguageLossMixin(SequenceParallelMixin):
         Raises:
             ValueError: no row has a target.
         """
-        self._sums = ()
+        self._sums = None
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self._sums:
-            sums = torch.stack(self._sums).sum(0)
+        if (sums := self._sums) is not None:
             loss, targets = (all_reduce(sums, dist.group.WORLD).wait() if dist.is_initialized() else sums).tolist()
             if not targets:
                 raise ValueError("an evaluation needs a row with a target, got none; give rows of two tokens or more")
@@ -94,7 +93,7 @@ class LanguageLossMixin(SequenceParallelMixin):
         if not prediction_loss_only:  # logits of complete sequences, on all their ranks
             loss, outputs, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             counted = without_labels({"labels": labels}, repeated)["labels"]
-            self._sums += (_sums_of(outputs[0] if isinstance(outputs, tuple) else outputs, counted),)
+            self._add(_sums_of(outputs[0] if isinstance(outputs, tuple) else outputs, counted))
             return loss, outputs, labels
         inputs = without_labels(self._prepare_inputs(inputs), repeated)
         context = self.sequence_parallel_context
@@ -108,8 +107,11 @@ class LanguageLossMixin(SequenceParallelMixin):
         sums = torch.stack([loss.double(), targets.double()])
         if context is not None and context.group is not None:  # Trainer expects one loss for all ranks of a sequence
             sums = all_reduce(sums, context.group).wait()
-        self._sums += (sums,)
+        self._add(sums)
         return sums[0] / sums[1].clamp(min=1), None, None
+
+    def _add(self, sums: Tensor) -> None:
+        self._sums = sums if self._sums is None else self._sums + sums
 
     def _repeated_rows(self, rows: int) -> int:
         """Return the number of rows at the end of a batch that accelerate has repeated to fill it."""

@@ -59,7 +59,8 @@ class SequenceParallelMixin(Trainer):
         else:
             self._check_arguments(args)
             check_overrides(type(self))
-            with visible_parallelism(parallelism, args.fsdp_plugin_args, cpu=args.use_cpu) as args.parallelism_config:
+            with visible_parallelism(parallelism, args.fsdp_plugin_args, cpu=args.use_cpu) as visible:
+                args.parallelism_config = visible
                 super().create_accelerator_and_postprocess()
             args.parallelism_config = parallelism
             self.accelerator = SequenceParallelAccelerator(
@@ -112,7 +113,8 @@ class SequenceParallelMixin(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train like Trainer. The ranks of a sequence compare their first batch, also after a resume."""
-        self.accelerator.check_peers = PeerCheck()
+        if isinstance(self.accelerator, SequenceParallelAccelerator):
+            self.accelerator.check_peers = PeerCheck()
         if self.is_fsdp_enabled:
             check_dtypes(self.model, self.accelerator.mixed_precision)
         elif self.args.world_size > 1:

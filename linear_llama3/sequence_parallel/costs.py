@@ -83,12 +83,11 @@ class Sizes:
         return "gpus of one node" if self.nodes == 1 else "nodes with gpus"
 
 
-def sizes_of(q: Tensor, v: Tensor, shard: SequenceShard, group: dist.ProcessGroup, **flags: bool) -> Sizes:
-    """Sizes for the cost model from q `[B, n, H_q, D_k]` and v `[B, n, H_kv, D_v]`; the same on every rank.
-
-    Args:
-        flags: `decays` or `recomputed`.
-    """
+def sizes_of(
+    q: Tensor, v: Tensor, shard: SequenceShard, group: dist.ProcessGroup, *, decays: bool = False,
+    recomputed: bool = False,
+) -> Sizes:  # fmt: skip
+    """Sizes for the cost model from q `[B, n, H_q, D_k]` and v `[B, n, H_kv, D_v]`; the same on every rank."""
     return Sizes(
         batch=q.shape[0],
         tokens=shard.local,
@@ -101,7 +100,8 @@ def sizes_of(q: Tensor, v: Tensor, shard: SequenceShard, group: dist.ProcessGrou
         nodes=number_of_nodes(group, q.device),
         chunks_per_rank=shard.layout.chunks_per_rank,
         gpu=q.device.type != "cpu",
-        **flags,
+        decays=decays,
+        recomputed=recomputed,
     )
 
 

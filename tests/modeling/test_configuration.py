@@ -50,7 +50,7 @@ def test_given_sizes_of_linear_layers_replace_the_defaults(mixer: str, key_dim: 
     names = ("linear_num_key_value_heads", "linear_key_head_dim", "linear_value_head_dim")
     given = tiny_config(mixer, **dict(zip(names, (1, 4, 6), strict=True)))
     assert given.linear_sizes == (1, 4, 6)
-    layer = LinearLlama3Model(given).layers[0].self_attn
+    layer: Any = LinearLlama3Model(given).layers[0].self_attn
     assert [layer.k_proj.out_features, layer.v_proj.out_features] == [4, 6]
 
 

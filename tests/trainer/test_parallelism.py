@@ -91,6 +91,31 @@ def test_refusals(changes: dict[str, Any], message: str, tmp_path: Path) -> None
     assert all(message in text for text in run_distributed(refused, 2, changes, str(tmp_path)))
 
 
+def other_rows_in_a_second_run(folder: str) -> str:
+    reset_accelerate()
+    args = LinearLlama3TrainingArguments(
+        output_dir=folder, use_cpu=True, max_steps=2, report_to=[], disable_tqdm=True, save_strategy="no",
+        per_device_train_batch_size=1,
+    )  # fmt: skip
+    trainer = SequentialTrainer(model=tiny_model(), args=args, train_dataset=rows(False))
+    trainer.train()
+    args.max_steps, trainer.train_dataset = 1, rows(False)[dist.get_rank() :]
+    try:
+        trainer.train()
+    except ValueError as error:
+        return str(error)
+    finally:
+        reset_accelerate()
+    return ""
+
+
+def test_a_trainer_that_trains_again_compares_its_first_batch(tmp_path: Path) -> None:
+    """Its third batch in all; batches 1, 2, 4 and so on of a run are compared."""
+    assert all(
+        "must load the same batch" in text for text in run_distributed(other_rows_in_a_second_run, 2, str(tmp_path))
+    )
+
+
 def test_engines_that_are_refused() -> None:
     accelerator = SimpleNamespace(state=SimpleNamespace(distributed_type=DistributedType.DEEPSPEED))
     with pytest.raises(ValueError, match="works with DDP and FSDP2, got DEEPSPEED"):

@@ -226,8 +226,6 @@ class ReliabilityMixin(Trainer):
         steps = self.state.global_step - self._globalstep_last_logged
         if not steps:
             return None
-        loss, (total, earlier) = (
-            self.accelerator.gather(self._tr_loss.reshape(1)).mean().item(),
-            self._resumed_loss or (0, 0),
-        )
+        loss = self.accelerator.gather(self._tr_loss.reshape(1)).mean().item()
+        total, earlier = self._resumed_loss or (0, 0)
         return loss + total, steps + earlier

@@ -157,10 +157,8 @@ class LocalFiles:
     def _parsed(self, text: str, path: Path, number: int) -> Any:
         try:
             value = json.loads(text)
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # also a number of thousands of digits, a thousand lists in a list
+        except (ValueError, RecursionError) as error:
+            # not only bad syntax: also a number of thousands of digits, or a thousand lists in a list
             if isinstance(error, json.JSONDecodeError):
                 number, problem = number + error.lineno - 1, f"is not JSON: {error.msg} (column {error.colno})"
             else:

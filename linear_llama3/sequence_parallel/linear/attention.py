@@ -239,7 +239,7 @@ class _ShardedLinearAttention(torch.autograd.Function):
         out, _, residuals = sent.local.output(q, scale, entering, intra)
         ctx.save_for_backward(q, k, v, log_decay, sent.decays, *residuals)
         ctx.documents, ctx.scan, ctx.backward_pass, ctx.scale = sent.documents, sent.scan, sent.backward_pass, scale
-        entering = entering.detach()
+        entering = entering.detach()  # autograd makes outputs part of its graph, and the cache keeps these
         ctx.mark_non_differentiable(entering)
         return out, entering
 

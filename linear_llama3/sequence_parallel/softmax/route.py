@@ -22,7 +22,7 @@ from torch import Tensor
 from ...ops.visibility import Span, Visibility
 from ..sequence_shard import SequenceShard, count
 
-Steps = frozenset[int]  # those at which a rank has a use for a chunk
+Uses = frozenset[int]  # the steps at which a rank has a use for a chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def _route(
     def useful(span: Span, others: tuple[Span, ...]) -> bool:
         return any(visibility.sees(*((span, other) if queries_travel else (other, span))) for other in others)
 
-    def uses(direction: int) -> list[list[Steps]]:  # by source and place in its block
+    def uses(direction: int) -> list[list[Uses]]:  # by source and place in its block
         return [
             [
                 frozenset(t for t in range(ranks) if useful(span, all_spans[(source + direction * t) % ranks]))
@@ -93,17 +93,18 @@ def _route(
             for source, spans in enumerate(all_spans)
         ]
 
-    def last(steps: Steps) -> int:
+    def last(steps: Uses) -> int:
         return max(steps, default=0)
 
-    def tokens_sent(used: list[list[Steps]]) -> int:
+    def tokens_sent(used: list[list[Uses]]) -> int:
         chunks = zip(chain.from_iterable(all_spans), chain.from_iterable(used), strict=True)
         return sum((b - a) * last(steps) for (a, b), steps in chunks)
 
-    direction = min((-1, 1), key=lambda direction: tokens_sent(uses(direction)))
-    used = uses(direction)
+    both = {direction: uses(direction) for direction in (-1, 1)}
+    direction = min(both, key=lambda direction: tokens_sent(both[direction]))
+    used = both[direction]
 
-    def part(source: int, t: int, wanted: Callable[[Steps], bool]) -> Part:
+    def part(source: int, t: int, wanted: Callable[[Uses], bool]) -> Part:
         """The chunks wanted, and their rows in the block of `source` as it is at step t."""
         rows, spans, start = [], [], 0
         for (a, b), steps in zip(all_spans[source], used[source], strict=True):
