@@ -44,7 +44,7 @@ def _forward(
     forward = passes(backend)[0](k, v, log_decay, _documents(q, cu_seqlens), out_dtype=dtype)
     entering = per_document(initial_state, batch=k.shape[0])
     out, final, (_, kept) = forward.output(q, scale, entering, final_states=output_final_state)
-    kept = k.new_empty(k.shape[0], 0, *_state(k, v), dtype=torch.float32) if kept is None else kept
+    kept = k.new_empty(k.shape[0], 0, *_state(k, v), dtype=working_dtype(q)) if kept is None else kept
     return out, _present(final, k), kept
 
 

@@ -204,7 +204,8 @@ def test_lone_surrogates(chat: bool, streaming: bool, tmp_path: Path, tokenizer:
     ("arguments", "message"),
     [
         ({"on_bad_files": "skip"}, "must be encoding, .*got 'on_bad_files'; .*write dataset: json .*data_files"),
-        ({"encoding": "utf-9"}, "data.arguments.encoding must be an encoding of Python, such as utf-8, got 'utf-9'"),
+        ({"encoding": "utf-9"}, "data.arguments.encoding must be a text encoding of Python, .* utf-8, got 'utf-9'"),
+        ({"encoding": "base64"}, "data.arguments.encoding must be a text encoding of Python, .* got 'base64'"),
         ({"encoding_errors": 3}, "data.arguments.encoding_errors must be strict, replace, ignore or .*, got 3"),
         ({"sample_by": ["line"]}, r"data.arguments.sample_by must be one of document, paragraph, line, got \['line'\]"),
     ],

@@ -137,6 +137,14 @@ def test_folders_that_hold_another_run(
             check_output_dir(given)
 
 
+def test_a_run_without_output_dir_has_transformers_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given in ({}, {"output_dir": None}):
+        assert check_output_dir(given) is None
+        assert LinearLlama3TrainingArguments(**given, use_cpu=True).output_dir == "trainer_output"
+    assert [path.name for path in tmp_path.iterdir()] == ["trainer_output"]
+
+
 def content(folder: Path) -> dict[str, tuple[bytes, int]]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}

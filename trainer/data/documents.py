@@ -20,7 +20,7 @@ from .files import OPTIONAL, SAMPLES, DataError, LocalFiles, expand, one_line
 
 CHAT_COLUMNS = (["messages"], ["prompt", "completion"])
 FILE_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], str]] = {  # name -> (check that raises an error, valid values)
-    "encoding": (codecs.lookup, "an encoding of Python, such as utf-8"),
+    "encoding": ("".encode, "a text encoding of Python, such as utf-8"),
     "encoding_errors": (codecs.lookup_error, "strict, replace, ignore or another error handler of Python"),
     "sample_by": (dict.fromkeys(SAMPLES).__getitem__, f"one of {', '.join(SAMPLES)}"),
 }

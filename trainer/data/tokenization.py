@@ -86,6 +86,11 @@ def _tokenize_example(example: dict[str, Any], tokenizer: PreTrainedTokenizerBas
             return ids, labels
         ids = _closed(ids, tokenizer)
         return ids, [*labels[: len(ids) - 1], ids[-1]]
+    elif not (isinstance(prompt, list) and isinstance(example["completion"], list)):
+        raise ValueError(
+            "prompt and completion must both be text or both lists of messages, got "
+            f"{reprlib.repr(prompt)} and {reprlib.repr(example['completion'])}; correct them"
+        )
     else:
         text, spans = _conversation([*prompt, *example["completion"]], len(prompt), example.get("tools"), tokenizer)
     return _labels(text, spans, tokenizer, add_special_tokens=False)

@@ -81,7 +81,7 @@ def check_machine(training: Mapping[str, Any]) -> str | None:
 
 
 def _check_resume(training: Mapping[str, Any]) -> None:
-    resume, folder = training.get("resume_from_checkpoint"), Path(training.get("output_dir", "trainer_output"))
+    resume, folder = training.get("resume_from_checkpoint"), _output_dir(training)
     if resume is True and not manifest.steps(folder):
         raise ValueError(
             f"resume_from_checkpoint: true needs a complete checkpoint in output_dir, got {folder} with none; "
@@ -121,6 +121,10 @@ def check_trackers(training: Mapping[str, Any]) -> None:
         ) from error
 
 
+def _output_dir(training: Mapping[str, Any]) -> Path:
+    return Path(training.get("output_dir") or "trainer_output")  # transformers' default
+
+
 def check_output_dir(training: Mapping[str, Any]) -> str | None:
     """Check that a run may write to its `output_dir`, and create the folder.
 
@@ -133,7 +137,7 @@ def check_output_dir(training: Mapping[str, Any]) -> str | None:
     Raises:
         ValueError: the folder cannot be written to, or holds another run that this one would replace.
     """
-    folder = Path(training.get("output_dir", "trainer_output"))
+    folder = _output_dir(training)
     resume = training.get("resume_from_checkpoint") or None
     manifest.make_folder(folder)
     try:

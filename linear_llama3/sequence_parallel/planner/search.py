@@ -7,11 +7,13 @@ the order of this file:
 2. Micro-batches: cut the sequences, sorted by length, into M consecutive parts of equal tokens (section 4.2).
 3. Groups of a micro-batch: try the partitions of the devices into powers of two, in the order of a lower bound of their
    cost (`partitions.py`). The paper solves a mixed-integer program here (section 4.1); an enumeration needs no solver.
-4. Sequences of a group: take the sequences longest first and give each to the group that then finishes first.
+4. Sequences of a group: take the sequences longest first and give each to the group that then finishes first, the last
+   ones to groups that have none.
 5. Repeated partitions: the same partition in every micro-batch, with the sequences of all of them placed at once. This
    includes the plans of one degree, so that no plan is slower than those.
 6. Local search: move and swap sequences, also between micro-batches, while that shortens the step.
-7. Steps of fewer than `FEW` sequences: plan two micro-batches at a time again, exactly (`replan.py`).
+7. Steps of fewer than `FEW` sequences: also start from the best plan of `EXACT` bundles of them, and at the end plan
+   two micro-batches at a time again, exactly (`replan.py`).
 
 Costs are integers and the search is bounded by counts, never by time. Every rank makes the same plan of the same
 lengths.
@@ -69,8 +71,8 @@ def _fastest(table: CostTable, found: Sequence[Assignment | None]) -> Assignment
 
 
 def _within_reach(cost: int) -> int:
-    """Cost from which local search may still get below this one."""
-    return cost + cost // 16
+    """Cost from which local search may still get below this one; it is never that of an impossible plan."""
+    return min(cost + cost // 16, int(IMPOSSIBLE))
 
 
 def split(table: CostTable, micro_batches: int | None, known: int = int(IMPOSSIBLE)) -> Iterator[Assignment]:
@@ -185,6 +187,8 @@ def place(table: CostTable, options: Integers) -> tuple[Integers, Integers]:
 def longest_first(table: CostTable, options: Integers, rule: Rule) -> tuple[Integers, Integers]:
     """Give each sequence, longest first, to the best group that has room for it, for P partitions at once.
 
+    Once there are no more sequences than empty groups, only those are considered: every group needs a sequence.
+
     Args:
         options: `[P, D]` groups of every degree.
 
@@ -199,6 +203,7 @@ def longest_first(table: CostTable, options: Integers, rule: Rule) -> tuple[Inte
     load, room = np.append(table.fixed, IMPOSSIBLE)[kind], np.append(table.capacity, -1)[kind]
     capacity, times = room.copy(), np.column_stack([table.times, np.zeros(len(table), dtype=np.int64)])
     chosen = np.empty((len(table), len(options)), dtype=np.int64)
+    empty_groups = sizes.copy()
     for row, length in enumerate(table.lengths):
         finish = times[row].take(kind) + load
         left = room - length
@@ -207,12 +212,14 @@ def longest_first(table: CostTable, options: Integers, rule: Rule) -> tuple[Inte
         score = rule(finish, left, capacity)
         if score is not finish:
             score = np.where(full, IMPOSSIBLE, score)
+        if (waiting := empty_groups >= len(table) - row).any():
+            score = np.where(waiting[:, None] & (room < capacity), IMPOSSIBLE, score)
         best = score.argmin(1)
+        empty_groups -= room[every, best] == capacity[every, best]
         load[every, best], room[every, best] = finish[every, best], left[every, best]
         chosen[row] = best
-    empty = ((room == capacity) & real).any(1)
     cost = np.where(real, load, 0).max(1)
-    return np.where((cost >= IMPOSSIBLE) | empty, IMPOSSIBLE, cost), chosen.T
+    return np.where((cost >= IMPOSSIBLE) | (empty_groups > 0), IMPOSSIBLE, cost), chosen.T
 
 
 def group_kinds(option: Integers) -> Integers:

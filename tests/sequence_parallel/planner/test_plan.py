@@ -74,6 +74,44 @@ def planned(case: Case, **options: Any) -> StepPlan | None:
         return None
 
 
+def short_sequences(seed: int) -> tuple[Case, int | None]:
+    """Slightly more sequences than groups, most of them of equal length, on any number of devices, in tight memory."""
+    rng = np.random.default_rng(seed)
+    devices = int(rng.choice([3, 5, 6, 7]))
+    lengths = [1] * 20 if seed % 2 else rng.integers(1, 20, int(rng.integers(12, 24))).tolist()
+    degrees = [degree for degree in (1, 2, 4) if degree <= devices and (degree == 1 or rng.random() < 0.6)]
+    costs = {
+        degree: DegreeCosts(
+            fixed=float(rng.random()), per_token=float(rng.random() / degree), per_square=0.0, fixed_bytes=1.0,
+            bytes_per_token=1 / degree,
+        )
+        for degree in degrees
+    }  # fmt: skip
+    memory = float(rng.choice([max(lengths) + 2, 60, 300]))
+    return (lengths, Cluster(devices=devices, memory=memory), Costs(by_degree=costs)), [None, 1, 2, 3][seed % 4]
+
+
+def test_no_group_is_empty_or_too_full_where_groups_are_hard_to_fill() -> None:
+    found = 0
+    for seed in range(80):
+        case, count = short_sequences(seed)
+        step = planned(case, micro_batches=count)
+        if step is not None:
+            found += 1
+            check(case, step)
+    assert found > 40
+
+
+def test_short_sequences_fill_slow_groups_too() -> None:
+    """No rule of placing keeps a sequence back for the group that is slowest for all of them."""
+    one = DegreeCosts(fixed=0.7, per_token=0.9, per_square=0.0, fixed_bytes=1.0, bytes_per_token=1.0)
+    costs = Costs(by_degree={1: one, 4: replace(one, fixed=0.6, per_token=0.09, bytes_per_token=0.25)})
+    case = [1] * 20, Cluster(devices=7, memory=301), costs
+    step = plan(*case, micro_batches=3)
+    check(case, step)
+    assert len(step.micro_batches) == 3
+
+
 @sizes()
 def test_every_plan_is_valid(devices: int, sequences: int) -> None:
     found = 0

@@ -46,9 +46,11 @@ SCORES: tuple[Score, ...] = (
 def plainly(table: CostTable, degrees: list[int], score: Score) -> list[int] | None:
     kind = [table.degrees.tolist().index(degree) for degree in degrees]
     load, room = [int(table.fixed[k]) for k in kind], [int(table.capacity[k]) for k in kind]
-    chosen = []
+    chosen: list[int] = []
     for n, length in enumerate(table.lengths.tolist()):
-        fits = [g for g in range(len(kind)) if room[g] >= length]
+        empty = set(range(len(kind))) - set(chosen)
+        allowed = empty if len(empty) >= len(table) - n else range(len(kind))
+        fits = [g for g in sorted(allowed) if room[g] >= length]
         if not fits:
             return None
         best = min(
