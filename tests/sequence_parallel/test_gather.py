@@ -84,7 +84,7 @@ def test_final_state(ranks: int, gate: str, layout: str) -> None:
         check(by_rank, all_cases, layout if ranks > 1 else "contiguous", 1e-12)
 
 
-@slow_unless(lambda gate, layout: gate == "channel" and layout == "zigzag", gate=GATES, layout=LAYOUTS)
+@slow_unless(lambda gate, layout: gate == "scalar" and layout == "zigzag", gate=GATES, layout=LAYOUTS)
 def test_final_state_of_the_kernels(gate: str, layout: str) -> None:
     """D_k 5 and D_v 3 are padded inside; the state has none of it."""
     strategy = dict(zip(GATES, LINEAR_STRATEGIES, strict=True))[gate]  # every strategy once

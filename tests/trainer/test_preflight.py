@@ -139,7 +139,7 @@ def test_folders_that_hold_another_run(
 
 def test_a_run_without_output_dir_has_transformers_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for given in ({}, {"output_dir": None}):
+    for given in dict[str, Any](), dict[str, Any](output_dir=None):
         assert check_output_dir(given) is None
         assert LinearLlama3TrainingArguments(**given, use_cpu=True).output_dir == "trainer_output"
     assert [path.name for path in tmp_path.iterdir()] == ["trainer_output"]
